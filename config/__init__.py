@@ -1,0 +1,266 @@
+"""Every option of nanolab, in one place: what it is called, what it defaults to, what it means.
+
+    python train.py [FILE.py ...] [--key=value ...]
+
+A config file is Python that assigns values; files apply in order, flags win over files. So an experiment is a stack:
+
+    python train.py config/lab.py config/interventions/qkv_bias.py --seed=2
+
+The defaults are the published baseline: GPT-2 small's shape, untied, no QKV bias, 163,009,536 parameters, a global
+batch of 96 x 1,024 tokens for 33,165 steps (Giles Thomas, "Writing an LLM from scratch", part 32a, 2026).
+"""
+
+import ast
+import difflib
+import math
+import runpy
+import sys
+import textwrap
+import traceback
+import types
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+
+class ConfigError(ValueError):
+    """A mistake in a config file or a flag, told in one line: the key, where it came from, what is allowed."""
+
+
+def option(default, meaning, *, choices=(), within=""):
+    """A field of Config. `choices`: the words allowed; `within`: the interval allowed, such as "[0, 1)"."""
+    return field(default=default, metadata={"meaning": meaning, "choices": choices, "within": within})
+
+
+@dataclass
+class Config:
+    # --- the run
+    name: str = option("baseline", "label in tables; runs of one name are seeds of one experiment")
+    out_dir: str = option("out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, summary.json")
+    resume: bool = option(False, "continue from out_dir/last.pt if it is there, start if not")
+
+    # --- data
+    dataset: str = option("fineweb", "name of the data set: token files are in data_dir/dataset/")
+    data_dir: str = option("data", "folder of the data sets")
+    order: str = option("sequential", "windows as they lie in the file, or in a seeded permutation, a new one each epoch",
+                        choices=("sequential", "shuffled"))
+
+    # --- batch and budget
+    batch_size: int | str = option(12, "sequences per device per micro-step, or 'auto': the largest that fits",
+                                   choices=("auto",), within="[1, inf)")
+    global_batch_size: int = option(96, "sequences per optimiser step over all devices; "
+                                        "micro-steps = global_batch_size / (batch_size x world size)", within="[1, inf)")
+    max_tokens: int = option(3_260_190_720, "training budget in tokens, rounded up to whole steps "
+                                            "(the default is 20 x 163,009,536: 33,165 steps)", within="[1, inf)")
+    max_steps: int = option(0, "training budget in steps; above 0 it wins over max_tokens", within="[0, inf)")
+
+    # --- shape of the model
+    block_size: int = option(1024, "context length, tokens", within="[1, inf)")
+    vocab_size: int = option(0, "tokens in the vocabulary; 0: that of the data set", within="[0, inf)")
+    n_layer: int = option(12, "transformer blocks", within="[1, inf)")
+    n_head: int = option(12, "attention heads per block", within="[1, inf)")
+    n_embd: int = option(768, "width of the residual stream", within="[1, inf)")
+
+    # --- model interventions
+    dropout: float = option(0.1, "after the embeddings, on attention weights, on both residual branches", within="[0, 1)")
+    qkv_bias: bool = option(False, "bias on Q, K and V (attention output, MLP and LayerNorm always have theirs)")
+    tie_weights: bool = option(False, "the output head is the token embedding's matrix")
+    init: str = option("pytorch", "'pytorch': its defaults, as published; 'gpt2': N(0, 0.02), "
+                                  "residual projections / sqrt(2 n_layer), biases 0", choices=("pytorch", "gpt2"))
+
+    # --- optimiser (AdamW) and schedule
+    learning_rate: float = option(4e-4, "peak learning rate", within="(0, inf)")
+    schedule: str = option("constant", "after the warm-up: constant, or one half cosine to min_lr_ratio x peak "
+                                       "at the last step", choices=("constant", "cosine"))
+    warmup_fraction: float = option(0.0, "share of the steps (rounded down) that warm up linearly", within="[0, 1)")
+    min_lr_ratio: float = option(0.1, "where the cosine ends, as a share of the peak", within="[0, 1]")
+    weight_decay: float = option(0.1, "decoupled weight decay", within="[0, inf)")
+    decay: str = option("all", "what decays: every parameter, as published, or only the 2-D weights",
+                        choices=("all", "matrices"))
+    beta1: float = option(0.9, "AdamW's first moment", within="[0, 1)")
+    beta2: float = option(0.999, "AdamW's second moment", within="[0, 1)")
+    eps: float = option(1e-8, "AdamW's epsilon", within="(0, inf)")
+    grad_clip: float = option(0.0, "largest global L2 norm of the gradient; 0: no clipping (the norm is logged anyway)",
+                              within="[0, inf)")
+
+    # --- numbers and device
+    amp: str = option("auto", "autocast to 16 bits (float16 brings a GradScaler). auto: bfloat16 on CUDA where supported, "
+                              "float16 on older CUDA, off elsewhere", choices=("auto", "off", "bfloat16", "float16"))
+    tf32: bool = option(True, "let float32 matrix products use TF32 (CUDA); a switch of its own, whatever amp is")
+    compile: bool | str = option("auto", "torch.compile. auto: on for CUDA, off elsewhere", choices=("auto",))
+    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
+
+    # --- seeds
+    seed: int = option(42, "one seed for all that is random", within="[0, inf)")
+    init_seed: int | None = option(None, "initial weights; None: seed. They depend on nothing else", within="[0, inf)")
+    data_seed: int | None = option(None, "order of shuffled windows; None: seed", within="[0, inf)")
+    dropout_seed: int | None = option(None, "dropout masks; None: seed", within="[0, inf)")
+
+    # --- measuring, saving, logging
+    eval_every: int = option(617, "steps between validations; 0: only at the end", within="[0, inf)")
+    eval_tokens: int = option(1_966_080, "tokens in one validation (at most what the validation split has)",
+                              within="[1, inf)")
+    save_every: int = option(617, "steps between saves of last.pt; 0: only at the end", within="[0, inf)")
+    log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
+    wandb: str = option("", "Weights & Biases project to log to as well (pip install wandb); '': none")
+    dollars_per_hour: float = option(0.0, "price of the machine, for the cost in summary.json", within="[0, inf)")
+
+
+OPTIONS = {f.name: f for f in fields(Config)}
+
+
+def load(argv):
+    """The Config that files and flags ask for.
+
+    argv: the command line without the program's name, e.g. ["config/lab.py", "--seed=2", "--resume"].
+    Raises ConfigError. `--help` prints every option and exits.
+    """
+    files, flags = split_command_line(argv)
+    values, origin = {}, {}
+    for file in files:
+        for key, value in read_file(file).items():
+            values[key], origin[key] = parse(key, value, file), file
+    for key, text in flags:
+        values[key], origin[key] = parse(key, text, f"--{key}", is_text=True), f"--{key}"
+    config = Config(**values)
+    check_combinations(config, origin)
+    for key in ("init_seed", "data_seed", "dropout_seed"):
+        if getattr(config, key) is None:
+            setattr(config, key, config.seed)
+    return config
+
+
+def split_command_line(argv):
+    """-> (config files, [(key, text)]). Takes --key=value, --key value, and a bare --key for a switch."""
+    files, flags = [], []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help"):
+            print(help_text())
+            sys.exit(0)
+        if not word.startswith("--"):
+            files.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        require_known(key, f"--{key}")
+        if not equals:
+            is_switch = bool in types_of(key)
+            if words and not words[0].startswith("--") and not (is_switch and words[0].endswith(".py")):
+                text = words.pop(0)
+            elif is_switch:
+                text = "True"
+            else:
+                raise ConfigError(f"--{key} wants a value: --{key}=...")
+        flags.append((key, text))
+    return files, flags
+
+
+def read_file(file):
+    """The options that a config file assigns. It runs as plain Python in a namespace of its own."""
+    if not file.endswith(".py"):
+        raise ConfigError(f"'{file}' is neither a config file (NAME.py) nor a flag (--key=value)")
+    if not Path(file).is_file():
+        there = [str(path) for path in Path("config").rglob("*.py") if path.name != "__init__.py"]
+        raise ConfigError(f"there is no config file {file}{nearest(file, there)}")
+    try:
+        namespace = runpy.run_path(file)
+    except Exception as error:
+        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise ConfigError(f"{file}, line {line}: {type(error).__name__}: {error}") from None
+    assigned = {key: value for key, value in namespace.items()
+                if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+    for key in assigned:
+        require_known(key, file)
+    return assigned
+
+
+def require_known(key, origin):
+    if key not in OPTIONS:
+        raise ConfigError(f"unknown option '{key}' (from {origin}){nearest(key, OPTIONS)}; --help lists them all")
+
+
+def nearest(word, known):
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def types_of(key):
+    """The types that an option takes, e.g. (int, str) for batch_size."""
+    return typing.get_args(OPTIONS[key].type) or (OPTIONS[key].type,)
+
+
+def parse(key, value, origin, is_text=False):
+    """`value` as option `key` holds it; ConfigError if its type or its size is not allowed."""
+    allowed = types_of(key)
+    if is_text and allowed != (str,):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+        if isinstance(value, str):
+            try:
+                value = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pass
+    if int in allowed and isinstance(value, float) and value.is_integer():
+        value = int(value)  # max_tokens=1e9
+    if float in allowed and type(value) is int:
+        value = float(value)
+    wrong = f"{key}={value!r} (from {origin})"
+    if type(value) not in allowed:
+        names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
+        raise ConfigError(f"{wrong}: wants {names}, not {type(value).__name__}{what_is_allowed(key)}")
+    meta = OPTIONS[key].metadata
+    if isinstance(value, str) and meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{wrong}: not allowed{what_is_allowed(key)}{nearest(value, meta['choices'])}")
+    if isinstance(value, (int, float)) and meta["within"] and not lies_within(value, meta["within"]):
+        raise ConfigError(f"{wrong}: not allowed{what_is_allowed(key)}")
+    return value
+
+
+def what_is_allowed(key):
+    meta = OPTIONS[key].metadata
+    parts = [f"{meta['within']}"] * bool(meta["within"]) + [repr(choice) for choice in meta["choices"]]
+    return f"; allowed: {', '.join(parts)}" if parts else ""
+
+
+def lies_within(value, interval):
+    """Whether a number lies in an interval such as "[0, 1)". NaN lies in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and math.isfinite(value)
+
+
+def check_combinations(config, origin):
+    def said(key):
+        return f"{key}={getattr(config, key)!r} (from {origin.get(key, 'the default')})"
+
+    if config.n_embd % config.n_head:
+        raise ConfigError(f"{said('n_embd')} is not divisible by {said('n_head')}"
+                          f"; n_head could be {divisors_near(config.n_embd, config.n_head)}")
+    if config.batch_size != "auto" and config.global_batch_size % config.batch_size:
+        raise ConfigError(f"{said('global_batch_size')} is not divisible by {said('batch_size')}"
+                          f"; batch_size could be {divisors_near(config.global_batch_size, config.batch_size)}")
+
+
+def divisors_near(total, wanted):
+    """The divisors of `total` on either side of `wanted`, as text: (96, 7) -> "6 or 8"."""
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    around = [max((d for d in divisors if d < wanted), default=None), min((d for d in divisors if d > wanted), default=None)]
+    return " or ".join(str(d) for d in around if d)
+
+
+def as_text(config):
+    """All options as key=value on a few lines, for the top of a run's output."""
+    words = [f"{key}={getattr(config, key)!r}" for key in OPTIONS]
+    return textwrap.fill("  ".join(words), 118, initial_indent="config: ", subsequent_indent="        ",
+                         break_long_words=False, break_on_hyphens=False)
+
+
+def help_text():
+    lines = ["usage: python train.py [FILE.py ...] [--key=value ...]",
+             "Files apply in order, flags win over files. The experiments are in config/ and config/interventions/.", ""]
+    for key, option_ in OPTIONS.items():
+        text = f"{option_.metadata['meaning']}{what_is_allowed(key)}"
+        lines.append(textwrap.fill(f"  --{key}={option_.default!r}".ljust(32) + " " + text, 118, subsequent_indent=" " * 33,
+                                   break_on_hyphens=False))
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""The model: a GPT-2-class language model, its initialisation, its loss, its text, and its weights from a checkpoint.
+
+Shapes in comments: B sequences, T tokens, C = n_embd, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class GPTConfig:
+    """The options that make a model; config.Config explains each. The defaults have 163,009,536 parameters."""
+    vocab_size: int = 50257
+    block_size: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.1
+    qkv_bias: bool = False
+    tie_weights: bool = False
+    init: str = "pytorch"
+
+    @classmethod
+    def of(cls, options):
+        """From a mapping that holds these options among others, such as vars(config) or a checkpoint's config."""
+        return cls(**{f.name: options[f.name] for f in fields(cls)})
+
+
+########################################
+#             Architecture             #
+########################################
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = x + self.dropout(self.attn(self.ln_1(x)))
+        x = x + self.dropout(self.mlp(self.ln_2(x)))
+        return x
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer (GPT-2: Radford et al., 2019), with the published study's switches.
+
+    seed: of the initial weights, which depend on it and on the shape alone.
+    """
+
+    def __init__(self, config, seed=42):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.head.weight = self.wte.weight
+        initialise(self, torch.Generator().manual_seed(seed))
+
+    def hidden(self, tokens):
+        """(B, T) token ids -> (B, T, C), what the output head reads. T is at most block_size."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.wte(tokens) + self.wpe(positions))
+        for block in self.blocks:
+            x = block(x)
+        return self.ln_f(x)
+
+    def forward(self, tokens, targets=None):
+        """Without targets: the (B, T, V) logits. With targets (B, T): the mean cross-entropy in nats, a scalar."""
+        x = self.hidden(tokens)
+        if targets is None:
+            return self.head(x)
+        return F.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+
+    def num_params(self):
+        """Trainable parameters; a tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Floating-point operations to train on one token, forward and backward, by the usual count (Chowdhery et al.,
+        "PaLM", 2022, appendix B): 6 for each weight in a matrix product, 12 n_layer C T for attention."""
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+
+    @torch.no_grad()
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+        """Yields the next token ids of B sequences, (B,) at a time, max_new_tokens times.
+
+        tokens: (B, T) prompts, T of any length; the model reads the last block_size tokens of what there is.
+        temperature: 0 takes the likeliest token; top_k: draw from the k likeliest only.
+        generator: the torch.Generator to draw from, on the model's device.
+        """
+        for _ in range(max_new_tokens):
+            x = self.hidden(tokens[:, -self.config.block_size:])
+            logits = self.head(x[:, -1])  # (B, V)
+            if temperature == 0:
+                token = logits.argmax(dim=-1)
+            else:
+                logits = logits.float() / temperature
+                if top_k is not None:
+                    logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+                token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+            tokens = torch.cat((tokens, token[:, None]), dim=1)
+            yield token
+
+    def generate(self, tokens, max_new_tokens, **how):
+        """(B, T) prompts -> (B, T + max_new_tokens), prompts first. `how`: as for stream."""
+        return torch.cat((tokens, *(token[:, None] for token in self.stream(tokens, max_new_tokens, **how))), dim=1)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint):
+        """The model of a checkpoint (a path, or what read_checkpoint returned), in eval mode, on the CPU.
+        Raises CheckpointError."""
+        if not isinstance(checkpoint, dict):
+            checkpoint = read_checkpoint(checkpoint)
+        model = cls(GPTConfig.of(checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model.eval()
+
+
+########################################
+#            Initialisation            #
+########################################
+
+@torch.no_grad()
+def initialise(model, generator):
+    """Fills every parameter from `generator` by the rule of config.init; an unmatched parameter is an error.
+
+    'pytorch' draws in the order of the published code's constructors, so that a seed gives the published runs' very
+    weights. Q, K and V biases are drawn last: switching them on leaves every other weight as it was.
+    """
+    as_pytorch = model.config.init == "pytorch"
+    residual_scale = (2 * model.config.n_layer) ** -0.5  # GPT-2 keeps the residual stream's variance level with depth
+    parameters = dict(model.named_parameters())
+    for name in sorted(parameters, key=lambda name: name.endswith("qkv.bias")):
+        p = parameters[name]
+        match name.split(".")[-2:]:
+            case ["ln_1" | "ln_2" | "ln_f", "weight"]:
+                nn.init.ones_(p)
+            case ["ln_1" | "ln_2" | "ln_f", "bias"]:
+                nn.init.zeros_(p)
+            case ["wte" | "wpe", "weight"]:
+                nn.init.normal_(p, std=1.0 if as_pytorch else 0.02, generator=generator)
+            case ["qkv" | "proj" | "fc" | "head", "weight"] if as_pytorch:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=generator)  # uniform in +-1/sqrt(fan_in)
+            case ["qkv" | "proj" | "fc", "bias"] if as_pytorch:
+                bound = parameters[name.replace("bias", "weight")].shape[1] ** -0.5
+                nn.init.uniform_(p, -bound, bound, generator=generator)
+            case ["proj", "weight"]:
+                nn.init.normal_(p, std=0.02 * residual_scale, generator=generator)
+            case ["qkv" | "fc" | "head", "weight"]:
+                nn.init.normal_(p, std=0.02, generator=generator)
+            case ["qkv" | "proj" | "fc", "bias"]:
+                nn.init.zeros_(p)
+            case _:
+                raise ValueError(f"no initialisation rule matches the parameter {name}")
+
+
+########################################
+#             Checkpoints              #
+########################################
+
+CHECKPOINT_FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint of ours, or one that does not fit, told in one line."""
+
+
+def read_checkpoint(path):
+    """The dict that train.py saved at `path`, tensors on the CPU. Executes nothing from the file. Raises CheckpointError."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
+    except PermissionError:
+        raise CheckpointError(f"no right to read {path}") from None
+    except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
+        raise CheckpointError(f"{path} is damaged or no checkpoint of nanolab ({str(error).splitlines()[0]})") from None
+    if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} is no checkpoint of nanolab")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} has format {checkpoint['format']}; this nanolab reads format {CHECKPOINT_FORMAT}")
+    return checkpoint

@@ -1,0 +1,653 @@
+"""Text to token files, and token files back as batches.
+
+    python prepare.py stdlib                  Python's own library, byte-level tokens; no network needed
+    python prepare.py fineweb                 the published runs' data: FineWeb sample-10BT, GPT-2 tokens
+    python prepare.py PATH [--name=NAME]      your own text: a file, a folder or a glob of .txt .md .jsonl .parquet
+
+A data set is a folder data/NAME/ with train.bin, val.bin, test.bin (raw little-endian token ids, an end-of-text token
+after every document) and meta.json, which is written last: a folder without it is unfinished.
+
+Text is cut into parts of about 4 MiB whatever the number of processes; they tokenise parts into numbered files, and one
+appends these in order. Run the same command again after a kill: finished parts are not repeated.
+"""
+
+import argparse
+import functools
+import glob
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import sys
+import sysconfig
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+# torch, pyarrow and datasets are imported where they are needed: the processes that tokenise start faster without.
+
+
+class DataError(ValueError):
+    """Text or token files that are missing, damaged or unfit, told in one line that says what to do."""
+
+
+########################################
+#              Tokenizers              #
+########################################
+
+END_OF_TEXT = "<|endoftext|>"
+GPT2_VOCABULARY = ["https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+                   "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"]
+
+
+@functools.cache
+def get_tokenizer(name):
+    """'gpt2': GPT-2's 50,257 tokens; 'bytes': the 256 bytes and an end-of-text token. -> tiktoken.Encoding.
+
+    Raises DataError, within 2 seconds, where GPT-2's vocabulary is neither on this machine nor to be had.
+    """
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", special_tokens={END_OF_TEXT: 256},
+                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    if name != "gpt2":
+        raise DataError(f"unknown tokenizer '{name}'; there are gpt2 and bytes")
+    if not gpt2_vocabulary_is_cached() and not reachable("openaipublic.blob.core.windows.net"):
+        raise DataError("GPT-2's vocabulary is not on this machine and openaipublic.blob.core.windows.net does not answer: "
+                        "connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests' errors, and tiktoken's own when a hash does not match
+        raise DataError(f"GPT-2's vocabulary could not be loaded ({type(error).__name__}): connect once, "
+                        "or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from None
+
+
+def gpt2_vocabulary_is_cached():
+    """Whether tiktoken finds the vocabulary where its tiktoken/load.py looks first."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default_tiktoken_cache()
+    return all(Path(folder, hashlib.sha1(url.encode()).hexdigest()).exists() for url in GPT2_VOCABULARY)
+
+
+def default_tiktoken_cache():
+    import tempfile
+    return os.path.join(tempfile.gettempdir(), "data-gym-cache")
+
+
+def reachable(host, seconds=1.2):
+    """Whether a TCP connection to `host` opens in time; assumed where a proxy stands between. A thread bounds the look-up
+    of the name as well, which no time-out of socket covers."""
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    answered = []
+
+    def connect():
+        try:
+            socket.create_connection((host, 443), timeout=seconds).close()
+            answered.append(True)
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answered)
+
+
+def encode(tokenizer, text):
+    """The token ids of a document, end-of-text token included. As in the published data, "<|endoftext|>" in the text is
+    that token too. -> (n,) uint32."""
+    return np.append(tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT}), np.uint32(tokenizer.eot_token))
+
+
+def dtype_for(tokenizer):
+    """The little-endian integers that hold its tokens on disk."""
+    return np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+
+
+########################################
+#   Reading token files: the windows   #
+########################################
+
+def read_meta(data_dir, dataset):
+    """meta.json of a data set. Raises DataError where there is none."""
+    path = Path(data_dir, dataset, "meta.json")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        source = dataset if dataset in ("fineweb", "stdlib") else f"PATH_OF_YOUR_TEXT --name={dataset}"
+        where = "" if data_dir == "data" else f" --data_dir={data_dir}"
+        state = "is unfinished" if path.parent.is_dir() else "is not there"
+        raise DataError(f"the data set {path.parent} {state}; make it: python prepare.py {source}{where}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise DataError(f"{path} is damaged; delete {path.parent} and make it again with prepare.py") from None
+
+
+class Windows:
+    """One split of a data set as windows: window i is tokens i x block_size up to and with (i + 1) x block_size.
+
+    Neighbours share one token, the target of one's last and the input of the other's first. Raises DataError.
+    """
+
+    def __init__(self, data_dir, dataset, split, block_size):
+        meta = read_meta(data_dir, dataset)
+        self.path = Path(data_dir, dataset, f"{split}.bin")
+        self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        self.vocab_size = meta["vocab_size"]
+        self.block_size = block_size
+        again = f"delete {self.path.parent} and make it again with prepare.py"
+        if split not in meta["splits"] or not self.path.is_file():
+            raise DataError(f"the data set {self.path.parent} has no {split} split ({self.path}); {again}")
+        self.n_tokens = meta["splits"][split]["tokens"]
+        expected = self.n_tokens * self.dtype.itemsize
+        if self.path.stat().st_size != expected:
+            raise DataError(f"{self.path} has {self.path.stat().st_size:,} bytes, its meta.json says {expected:,}; {again}")
+        if len(self) < 1:
+            raise DataError(f"{self.path} has {self.n_tokens:,} tokens, less than one window of {block_size + 1:,}; "
+                            "use more text or a smaller --block_size")
+
+    def __len__(self):
+        return (self.n_tokens - 1) // self.block_size
+
+    def batch(self, ids):
+        """Windows `ids` -> inputs and targets, each (len(ids), block_size) int64 on the CPU."""
+        import torch
+        # A map that lives for one batch gives its pages back: resident memory does not grow with the corpus.
+        tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+        windows = np.stack([tokens[i * self.block_size:(i + 1) * self.block_size + 1] for i in ids]).astype(np.int64)
+        if windows.max() >= self.vocab_size:
+            raise DataError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of {self.vocab_size}; "
+                            f"delete {self.path.parent} and make it again with prepare.py")
+        windows = torch.from_numpy(windows)
+        return windows[:, :-1], windows[:, 1:]
+
+
+def window_ids(order, data_seed, n_windows, first, count):
+    """Which windows stand at places first ... first + count - 1 of an endless run through a split, epoch after epoch.
+
+    A pure function: nothing to save, nothing to restore, the same for any number of processes. 'sequential' takes them
+    as they lie in the file; 'shuffled' in a permutation of (data_seed, epoch). After llm-baselines' data/utils.py.
+    """
+    places = range(first, first + count)
+    if order == "sequential":
+        return [place % n_windows for place in places]
+    return [int(permutation(n_windows, data_seed, place // n_windows)[place % n_windows]) for place in places]
+
+
+@functools.lru_cache(maxsize=2)  # two: a step may reach into the next epoch
+def permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+########################################
+#     Sources: from files to parts     #
+########################################
+
+PART_BYTES = 4 * 2**20
+FINEWEB = "HuggingFaceFW/fineweb"
+
+# A piece is (path, start, stop): rows of a .parquet file, or bytes of any other. A part is a list of pieces.
+
+
+def own_files(source):
+    """The text files of a path, folder or glob, in sorted order."""
+    readable = (".txt", ".md", ".jsonl", ".parquet")
+    path = Path(source)
+    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob.glob(source, recursive=True))
+    found = sorted(found)
+    files = [str(file) for file in found if file.is_file() and file.suffix in readable]
+    if not files:
+        why = "does not exist" if not found else f"has no {' '.join(readable)} file"
+        raise DataError(f"'{source}' {why}; give stdlib, fineweb, or a file, folder or glob of text")
+    return files
+
+
+def stdlib_files():
+    """Python's own library on this machine, without its tests and without what was installed beside it."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [str(file) for file in sorted(root.rglob("*.py")) if not left_out & set(file.relative_to(root).parts)]
+    if not files:
+        raise DataError(f"the Python library at {root} has no source files; prepare a text of your own instead")
+    return files
+
+
+def fineweb_files(folder):
+    """FineWeb's sample-10BT: its .parquet files in order, on the hub (hf:// addresses with the revision) or in `folder`,
+    a local copy of the repository or of the hub's folders above it."""
+    if folder:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if not Path(folder).is_dir():
+            raise DataError(f"there is no folder {folder} (from --from)")
+        inside = Path(folder, FINEWEB)
+        source = str((inside if inside.is_dir() else Path(folder)).resolve())
+    else:
+        source = FINEWEB
+        if not reachable("huggingface.co"):
+            os.environ["HF_HUB_OFFLINE"] = "1"  # perhaps it was downloaded before
+    from datasets import load_dataset_builder
+    try:
+        return list(load_dataset_builder(source, "sample-10BT").config.data_files["train"])
+    except (OSError, ValueError) as error:
+        what_to_do = "needs sample/10BT/*.parquet and the README.md that names them" if folder else \
+            "connect to huggingface.co, or give --from=FOLDER with a copy of it"
+        raise DataError(f"FineWeb could not be opened at {source}: {what_to_do} ({str(error).splitlines()[0]})") from None
+
+
+def open_parquet(path, whole=True):
+    """A pyarrow ParquetFile. A file on the hub is downloaded into its cache if `whole`, else only its footer is read."""
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+    if path.startswith("hf://"):
+        from huggingface_hub import HfFileSystem, hf_hub_download
+        hub = HfFileSystem()
+        if whole:
+            there = hub.resolve_path(path)
+            path = hf_hub_download(there.repo_id, there.path_in_repo, repo_type=there.repo_type, revision=there.revision)
+        else:
+            path = hub.open(path)
+    try:
+        return ParquetFile(path)
+    except ArrowInvalid as error:
+        raise DataError(f"{path} is damaged or no .parquet file ({str(error).splitlines()[0]})") from None
+
+
+def pieces_of(path):
+    """-> [((path, start, stop), bytes)]: each row group of a .parquet file, 4 MiB ranges of any other."""
+    if path.endswith(".parquet"):
+        metadata = open_parquet(path, whole=False).metadata
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        stops = np.cumsum([group.num_rows for group in groups]).tolist()
+        return [((path, stop - group.num_rows, stop), group.total_byte_size) for group, stop in zip(groups, stops)]
+    size = os.path.getsize(path)
+    ranges = [(start, min(start + PART_BYTES, size)) for start in range(0, size, PART_BYTES)]
+    return [((path, start, stop), stop - start) for start, stop in ranges]
+
+
+def group_into_parts(sized_pieces):
+    """Consecutive pieces together until they reach PART_BYTES: the same parts for any number of processes."""
+    parts, room = [], 0
+    for piece, n_bytes in sized_pieces:
+        if room <= 0:
+            parts.append([])
+            room = PART_BYTES
+        parts[-1].append(piece)
+        room -= n_bytes
+    return parts
+
+
+def documents(piece, text_column, longest):
+    """The texts of a piece, one by one. A text file is one document, or several if it has more than `longest` characters."""
+    path, start, stop = piece
+    if path.endswith(".parquet"):
+        yield from parquet_rows(path, start, stop, text_column)
+        return
+    with open(path, "rb") as file:
+        first, end = line_start(file, start), line_start(file, stop)
+        if path.endswith(".jsonl"):
+            file.seek(first)
+            while file.tell() < end:
+                yield json_row(file.readline(), path, text_column)
+            return
+        file.seek(first)
+        try:
+            text = file.read(end - first).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text (byte {first + error.start:,}); convert it or leave it out") from None
+    start = 0
+    while start < len(text):  # cut at the first line end past `longest`, or where there is none near
+        end = text.find("\n", start + longest, start + 2 * longest) + 1 or start + 2 * longest
+        yield text[start:end]
+        start = end
+
+
+def line_start(file, position):
+    """The start of the first line at or after `position`, so that neighbouring ranges share no line and miss none."""
+    if position > 0:
+        file.seek(position - 1)
+        file.readline()
+        return file.tell()
+    return 0
+
+
+def json_row(line, path, text_column):
+    try:
+        text = json.loads(line)[text_column]
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise DataError(f"{path} has a line that is not JSON: {line[:60]!r}") from None
+    except (KeyError, TypeError):
+        raise DataError(f"{path} has a line without '{text_column}': {line[:60]!r}; choose with --text_column") from None
+    if not isinstance(text, str):
+        raise DataError(f"{path} has a line whose '{text_column}' is not text: {line[:60]!r}")
+    return text
+
+
+def parquet_rows(path, start, stop, text_column):
+    file = open_parquet(path)
+    if text_column not in file.schema_arrow.names:
+        raise DataError(f"{path} has no column '{text_column}' but {', '.join(file.schema_arrow.names)}; "
+                        "choose with --text_column")
+    row = 0
+    for i in range(file.num_row_groups):
+        n_rows = file.metadata.row_group(i).num_rows
+        if start < row + n_rows and row < stop:
+            for batch in file.iter_batches(batch_size=256, row_groups=[i], columns=[text_column]):
+                for text in batch.column(0).to_pylist():
+                    if start <= row < stop:
+                        yield text or ""
+                    row += 1
+        else:
+            row += n_rows
+
+
+########################################
+#       The split by hash of text      #
+########################################
+
+def text_hash(text):
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def scan(job, numbered_part):
+    """Of each document of a part, its hash and its size in bytes. -> (n,) uint64, (n,) int64."""
+    texts = job.documents(numbered_part[1])
+    rows = [(text_hash(text), len(text.encode())) for text in texts]
+    return np.array([hash_ for hash_, _ in rows], np.uint64), np.array([size for _, size in rows], np.int64)
+
+
+def hash_cuts(hashes, sizes):
+    """Where test and val end when documents are laid in the order of their hash: the first 1 % of the bytes are test, the
+    next 1 % val, each at least one document. It depends on the texts alone, not on files or their order.
+    -> the largest hash in test, the largest in val."""
+    order = np.argsort(hashes)
+    hashes, ends = hashes[order], np.cumsum(sizes[order])
+    cuts, n_done = [], 0
+    for _ in ("test", "val"):
+        wanted = (ends[n_done - 1] if n_done else 0) + 0.01 * ends[-1]
+        last = max(int(np.searchsorted(ends, wanted)), n_done)
+        n_done = int(np.searchsorted(hashes, hashes[min(last, len(hashes) - 1)], side="right"))  # equal texts stay together
+        if n_done == len(hashes):
+            raise DataError(f"{len(hashes):,} documents are too few to split into train, val and test; use more or smaller ones")
+        cuts.append(int(hashes[n_done - 1]))
+    return cuts
+
+
+########################################
+#              Tokenising              #
+########################################
+
+@dataclass
+class Job:
+    """What the processes need to know to tokenise a part."""
+    name: str  # of the numbered files
+    folder: str
+    tokenizer: str
+    text_column: str = "text"
+    longest: int = 2**20  # characters of a document in a text file, before it is cut
+    cuts: tuple = ()  # hash_cuts; () where all documents go to the split `name`
+
+    def documents(self, part):
+        for piece in part:
+            yield from documents(piece, self.text_column, self.longest)
+
+    def split_of(self, text):
+        if not self.cuts:
+            return self.name
+        hash_ = text_hash(text)
+        return "test" if hash_ <= self.cuts[0] else "val" if hash_ <= self.cuts[1] else "train"
+
+
+def tokenise(job, numbered_part):
+    """Tokenises part (index, pieces) into a numbered file, one array per split, unless that is there. -> its path."""
+    index, part = numbered_part
+    path = Path(job.folder, "parts", f"{job.name}-{index:06d}.npz")
+    if path.exists():
+        return path
+    tokenizer = get_tokenizer(job.tokenizer)
+    tokens = {}
+    for text in job.documents(part):
+        tokens.setdefault(job.split_of(text), []).append(encode(tokenizer, text))
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        np.savez(file, **{split: np.concatenate(arrays).astype(dtype_for(tokenizer)) for split, arrays in tokens.items()})
+    os.replace(unfinished, path)
+    return path
+
+
+def map_parts(function, numbered_parts, workers):
+    """function(part) of each part, in their order, over as many processes."""
+    if min(workers, len(numbered_parts)) <= 1:
+        yield from map(function, numbered_parts)
+        return
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbered_parts))) as pool:
+        yield from pool.imap(function, numbered_parts)
+
+
+class Progress:
+    """How far a data set is: parts done of each job, tokens in each split's unfinished file. Saved after every part, so
+    that the same command goes on after a kill; another plan starts over."""
+
+    def __init__(self, folder, plan):
+        self.path, self.plan = Path(folder, "progress.json"), plan
+        self.parts, self.tokens = {}, {}
+        Path(folder, "parts").mkdir(parents=True, exist_ok=True)
+        saved = json.loads(self.path.read_text()) if self.path.exists() else {}
+        if saved.get("plan") == plan:
+            self.parts, self.tokens = saved["parts"], saved["tokens"]
+        else:
+            for part in Path(folder, "parts").iterdir():
+                part.unlink()
+            self.save()
+
+    def save(self):
+        write_atomically(self.path, json.dumps({"plan": self.plan, "parts": self.parts, "tokens": self.tokens}))
+
+
+def write_atomically(path, text):
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def unfinished_file(folder, split):
+    return Path(folder, f"{split}.bin.unfinished")
+
+
+def tokenise_parts(job, parts, progress, bar, workers, limit=sys.maxsize):
+    """Tokenises parts and appends them, in order, to their splits' unfinished files, which end after `limit` tokens."""
+    dtype = dtype_for(get_tokenizer(job.tokenizer))
+    todo = list(enumerate(parts))[progress.parts.get(job.name, 0):]
+    paths = map_parts(functools.partial(tokenise, job), todo, workers)
+    while todo and progress.tokens.get(job.name, 0) < limit:
+        path, (index, _) = next(paths), todo.pop(0)
+        with np.load(path) as arrays:
+            for split, tokens in arrays.items():
+                done = progress.tokens.get(split, 0)
+                tokens = tokens[:limit - done]
+                with open(unfinished_file(job.folder, split), "ab") as file:
+                    file.truncate(done * dtype.itemsize)  # what a killed run appended after its last save goes
+                    tokens.tofile(file)
+                progress.tokens[split] = done + len(tokens)
+                bar.update(len(tokens))
+        progress.parts[job.name] = index + 1
+        progress.save()
+        path.unlink()
+    paths.close()
+
+
+def finish(folder, tokenizer_name, source, plan):
+    """Renames the splits' unfinished files and writes meta.json, which makes the data set whole."""
+    tokenizer = get_tokenizer(tokenizer_name)
+    bytes_of = np.array([0 if token == tokenizer.eot_token else len(tokenizer.decode_single_token_bytes(token))
+                         for token in range(tokenizer.n_vocab)])
+    dtype, splits = dtype_for(tokenizer), {}
+    for split in ("train", "val", "test"):
+        path, digest, counts = Path(folder, f"{split}.bin"), hashlib.sha256(), np.zeros(tokenizer.n_vocab, np.int64)
+        if unfinished_file(folder, split).exists():  # not so if killed between here and meta.json
+            os.replace(unfinished_file(folder, split), path)
+        with open(path, "rb") as file:
+            while chunk := file.read(2**24):
+                digest.update(chunk)
+                counts += np.bincount(np.frombuffer(chunk, dtype), minlength=tokenizer.n_vocab)
+        splits[split] = {"tokens": int(counts.sum()), "documents": int(counts[tokenizer.eot_token]),
+                         "bytes": int(counts @ bytes_of), "sha256": digest.hexdigest()}
+    versions = {"python": sys.version.split()[0], "tiktoken": tiktoken.__version__, "numpy": np.__version__}
+    meta = {"tokenizer": tokenizer_name, "vocab_size": tokenizer.n_vocab, "dtype": dtype.name, "eot_id": tokenizer.eot_token,
+            "splits": splits, "source": source, "plan": plan, "versions": versions}
+    write_atomically(Path(folder, "meta.json"), json.dumps(meta, indent=1))
+    for leftover in [*Path(folder).glob("*.unfinished"), Path(folder, "progress.json")]:
+        leftover.unlink(missing_ok=True)
+    shutil.rmtree(Path(folder, "parts"))
+
+
+########################################
+#            Making a data set         #
+########################################
+
+def prepare_text(files, folder, tokenizer, text_column, workers, source):
+    """A data set of the documents in `files`, split by the hash of their text."""
+    plan = fingerprint(source, [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files], tokenizer, text_column)
+    if is_made(folder, plan):
+        return
+    sized_pieces = [piece for file in files for piece in pieces_of(file)]
+    parts = group_into_parts(sized_pieces)
+    # No document of a text file is longer than 1 % of the corpus, or val and test could not be 1 % each.
+    longest = min(max(sum(size for _, size in sized_pieces) // 100, 2**14), 2**20)
+    job = Job("text", str(folder), tokenizer, text_column, longest)
+    scanned = list(tqdm(map_parts(functools.partial(scan, job), list(enumerate(parts)), workers), "reading", len(parts)))
+    hashes, sizes = (np.concatenate(arrays) for arrays in zip(*scanned))
+    job.cuts = hash_cuts(hashes, sizes)
+    n_tokens = sizes.sum() + len(sizes) if tokenizer == "bytes" else sizes.sum() // 4  # English: 4.5 bytes a token
+    with open_folder(folder, n_tokens, tokenizer) as bar:
+        tokenise_parts(job, parts, Progress(folder, plan), bar, workers)
+    finish(folder, tokenizer, source, plan)
+
+
+def prepare_fineweb(files, folder, tokenizer, workers, source, train_tokens, heldout, test_offset, test_tokens):
+    """FineWeb as published: the last `heldout` of the rows are one stream, val its first `test_offset` tokens, test the
+    `test_tokens` after them; of the rows before, train is the first `train_tokens`. Train and test have one token more, the
+    target of their last window."""
+    plan = fingerprint(source, files, tokenizer, train_tokens, heldout, test_offset, test_tokens)
+    if is_made(folder, plan):
+        return
+    train_pieces, heldout_pieces = split_rows([piece for file in files for piece in pieces_of(file)], heldout)
+    heldout_end = test_offset + test_tokens + 1
+    with open_folder(folder, train_tokens + heldout_end, tokenizer) as bar:
+        progress = Progress(folder, plan)
+        bar.update(sum(progress.tokens.values()))
+        tokenise_parts(Job("heldout", str(folder), tokenizer), group_into_parts(heldout_pieces), progress, bar, workers,
+                       limit=heldout_end)
+        if progress.tokens["heldout"] < heldout_end:
+            raise DataError(f"the last {heldout:.2%} of the rows have {progress.tokens['heldout']:,} tokens, and test ends at "
+                            f"{heldout_end:,}; use a smaller --test_offset and --test_tokens or a larger --heldout")
+        tokenise_parts(Job("train", str(folder), tokenizer), group_into_parts(train_pieces), progress, bar, workers,
+                       limit=train_tokens + 1)
+    stream = np.memmap(unfinished_file(folder, "heldout"), dtype_for(get_tokenizer(tokenizer)), mode="r")
+    stream[:test_offset].tofile(unfinished_file(folder, "val"))
+    stream[test_offset:heldout_end].tofile(unfinished_file(folder, "test"))
+    finish(folder, tokenizer, source, plan)
+
+
+def split_rows(sized_pieces, heldout):
+    """The pieces of the first 1 - heldout of all rows, and those of the rest; the piece between them is cut in two."""
+    n_rows = sum(stop - start for (_, start, stop), _ in sized_pieces)
+    left = round(n_rows * (1 - heldout))  # rows still to go to train
+    train, rest = [], []
+    for (path, start, stop), size in sized_pieces:
+        middle = min(start + left, stop)
+        left -= middle - start
+        share = (middle - start) / max(stop - start, 1)
+        if middle > start:
+            train.append(((path, start, middle), size * share))
+        if stop > middle:
+            rest.append(((path, middle, stop), size * (1 - share)))
+    return train, rest
+
+
+def fingerprint(*what):
+    """Of everything that decides the bytes of a data set."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
+def is_made(folder, plan):
+    """Whether the data set is whole already. Raises DataError where another is in its place."""
+    try:
+        meta = json.loads(Path(folder, "meta.json").read_text())
+    except FileNotFoundError:
+        return False
+    if meta.get("plan") != plan:
+        raise DataError(f"{folder} holds another data set (from {meta.get('source')}, or other options); "
+                        "delete that folder, or choose another --name")
+    print(f"{folder} is there already")
+    return True
+
+
+def open_folder(folder, n_tokens, tokenizer):
+    """Makes the folder, sees that the disk has room, says what is to come. -> the progress bar."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    needed = int(n_tokens) * dtype_for(get_tokenizer(tokenizer)).itemsize * 1.05
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DataError(f"{folder} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+                        "free some, or choose another --data_dir")
+    print(f"{folder}: about {n_tokens / 1e6:,.0f} million tokens, {needed / 1e6:,.0f} MB; {free / 1e9:,.0f} GB are free")
+    return tqdm(total=int(n_tokens), unit="tok", unit_scale=True, desc="tokenising")
+
+
+def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1):
+    """The embedded default: small, on every machine, no download. (Its text differs from one Python version to another.)"""
+    prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
+                 source=f"the standard library of Python {sys.version.split()[0]}")
+
+
+def report(folder):
+    splits = json.loads(Path(folder, "meta.json").read_text())["splits"]
+    for split, facts in splits.items():
+        print(f"{split:6}{facts['tokens']:15,} tokens  {facts['documents']:12,} documents  {facts['bytes']:15,} bytes of text")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: sys.exit(f"prepare.py: {message}; --help lists what there is")
+    parser.add_argument("source", help="stdlib, fineweb, or a file, folder or glob of .txt .md .jsonl .parquet")
+    parser.add_argument("--name", help="the data set's folder in data_dir (default: the source's name)")
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="default: gpt2, for stdlib bytes")
+    parser.add_argument("--text_column", default="text", help="of .jsonl and .parquet files")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; any number gives the same bytes")
+    fineweb = parser.add_argument_group("fineweb")
+    fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER", help="a local copy instead of the hub's")
+    fineweb.add_argument("--train_tokens", type=int, default=33_165 * 96 * 1024, help="default: the baseline's %(default)s")
+    fineweb.add_argument("--heldout", type=float, default=0.01, help="share of the rows, at the end, for val and test")
+    fineweb.add_argument("--test_offset", type=int, default=50_000_000, help="where test starts in them; val is before")
+    fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024)
+    args = parser.parse_args()
+
+    name = args.name or (args.source if args.source in ("stdlib", "fineweb") else Path(args.source).stem)
+    folder = Path(args.data_dir, name)
+    get_tokenizer(args.tokenizer or "bytes")  # fails early
+    if args.source == "stdlib":
+        prepare_stdlib(args.data_dir, args.tokenizer or "bytes", name, args.workers)
+    elif args.source == "fineweb":
+        tokenizer = args.tokenizer or "gpt2"
+        get_tokenizer(tokenizer)  # before anything is downloaded
+        prepare_fineweb(fineweb_files(args.from_folder), folder, tokenizer, args.workers, "FineWeb sample-10BT",
+                        args.train_tokens, args.heldout, args.test_offset, args.test_tokens)
+    else:
+        prepare_text(own_files(args.source), folder, args.tokenizer or "gpt2", args.text_column, args.workers, args.source)
+    report(folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f"prepare.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("prepare.py: stopped; the same command goes on from here")
+    except OSError as error:
+        sys.exit(f"prepare.py: {error.strerror}: {error.filename}; the same command goes on from here")
