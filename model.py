@@ -1,12 +1,15 @@
-"""The model: a GPT-2-class language model, its initialisation, its loss, its text, and its weights from a checkpoint.
+"""The model: a GPT-2-class language model, its initialisation, its loss, its text, its weights from a checkpoint; and
+where it runs: on which device, in which numbers, in how many processes.
 
 Shapes in comments: B sequences, T tokens, C = n_embd, V = vocab_size.
 """
 
 import math
+import os
 from dataclasses import dataclass, fields
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -214,9 +217,80 @@ def read_checkpoint(path):
     except PermissionError:
         raise CheckpointError(f"no right to read {path}") from None
     except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
-        raise CheckpointError(f"{path} is damaged or no checkpoint of nanolab ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{path} is damaged or no checkpoint of nanolab ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
         raise CheckpointError(f"{path} is no checkpoint of nanolab")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} has format {checkpoint['format']}; this nanolab reads format {CHECKPOINT_FORMAT}")
     return checkpoint
+
+
+########################################
+#            Where it runs             #
+########################################
+
+class DeviceError(ValueError):
+    """A device that was asked for and is not there."""
+
+
+def pick_device(wanted="auto", local_rank=0):
+    """'auto': CUDA, else MPS, else the CPU; or one of the three by name. -> torch.device. Raises DeviceError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, there in available.items() if there) if wanted == "auto" else wanted
+    if not available[kind]:
+        raise DeviceError(f"device='{kind}' is not available here; leave it at 'auto' or say --device=cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank >= torch.cuda.device_count():
+        raise DeviceError(f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
+                          "start at most that many with --nproc_per_node")
+    return torch.device("cuda", local_rank)
+
+
+def start_processes(wanted_device="auto"):
+    """This process's device and its place among those that torchrun started, if it did: (device, rank, world size)."""
+    device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def autocast_dtype(amp, device):
+    """The 16-bit type to compute in, or None for float32. 'auto': bfloat16 on CUDA where supported, float16 on older
+    CUDA, None elsewhere (CPUs without bfloat16 units are about 100 times slower in it)."""
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    return {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
+
+
+def autocast(dtype, device):
+    """The context to compute in `dtype`, one of autocast_dtype's."""
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@torch.no_grad()
+def mean_loss(model, windows, n_windows, batch_size, device, dtype=None, rank=0, world_size=1):
+    """Mean cross-entropy in nats over the first n_windows of a prepare.Windows, the same for any batch_size and number of
+    processes, which share the work. It draws no random number."""
+    was_training = model.training
+    model.eval()
+    losses, sizes = [torch.zeros((), device=device)], [0]
+    mine = range(rank, n_windows, world_size)
+    for start in range(0, len(mine), batch_size):
+        ids = mine[start:start + batch_size]
+        inputs, targets = windows.batch(ids)
+        with autocast(dtype, device):
+            losses.append(model(inputs.to(device), targets.to(device)))
+        sizes.append(len(ids))
+    model.train(was_training)
+    total = torch.dot(torch.stack(losses).double().cpu(), torch.tensor(sizes, dtype=torch.float64))
+    if world_size > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item() / n_windows

@@ -462,8 +462,10 @@ def tokenise_parts(job, parts, progress, bar, workers, limit=sys.maxsize):
     dtype = dtype_for(get_tokenizer(job.tokenizer))
     todo = list(enumerate(parts))[progress.parts.get(job.name, 0):]
     paths = map_parts(functools.partial(tokenise, job), todo, workers)
-    while todo and progress.tokens.get(job.name, 0) < limit:
-        path, (index, _) = next(paths), todo.pop(0)
+    for index, _ in todo:
+        if progress.tokens.get(job.name, 0) >= limit:
+            break
+        path = next(paths)
         with np.load(path) as arrays:
             for split, tokens in arrays.items():
                 done = progress.tokens.get(split, 0)
@@ -612,7 +614,7 @@ def report(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"prepare.py: {message}; --help lists what there is")
+    parser.error = lambda message: parser.exit(2, f"prepare.py: {message}; --help lists what there is\n")
     parser.add_argument("source", help="stdlib, fineweb, or a file, folder or glob of .txt .md .jsonl .parquet")
     parser.add_argument("--name", help="the data set's folder in data_dir (default: the source's name)")
     parser.add_argument("--data_dir", default="data")

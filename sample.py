@@ -1,0 +1,78 @@
+"""Text from a checkpoint, streamed as it is made.
+
+    python sample.py
+    python sample.py --ckpt out/best.pt --prompt "def main():" --num_samples 3 --temperature 0.8 --top_k 50
+"""
+
+import argparse
+import codecs
+import sys
+
+import torch
+
+from model import GPT, CheckpointError, DeviceError, pick_device, read_checkpoint
+from prepare import END_OF_TEXT, DataError, get_tokenizer
+
+
+def stream_text(model, tokenizer, prompt, device, generator, max_new_tokens, temperature, top_k):
+    """Yields the continuation of a prompt piece by piece, up to an end-of-text token. A character of several tokens comes
+    when it is whole."""
+    tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in model.stream(torch.tensor([tokens], device=device), max_new_tokens, temperature, top_k, generator):
+        if token.item() == tokenizer.eot_token:
+            break
+        yield decoder.decode(bytes_of(tokenizer, token.item()))
+    yield decoder.decode(b"", final=True)
+
+
+def bytes_of(tokenizer, token):
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:  # a vocab_size above the tokenizer's leaves ids without text
+        return "\N{REPLACEMENT CHARACTER}".encode()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help lists what there is\n")
+    parser.add_argument("--ckpt", default="out/best.pt", help="default: %(default)s")
+    parser.add_argument("--prompt", default="Every effort moves you", help="default: %(default)s")
+    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    args = parser.parse_args()
+
+    checkpoint = read_checkpoint(args.ckpt)
+    for is_wrong, message in (
+            (not args.prompt, f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
+            (args.num_samples < 1, "--num_samples must be at least 1"),
+            (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
+            (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
+            (args.top_k is not None and not 1 <= args.top_k <= checkpoint["config"]["vocab_size"],
+             f"--top_k must be from 1 to the vocabulary's {checkpoint['config']['vocab_size']}")):
+        if is_wrong:
+            parser.error(message)
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    device = pick_device(args.device)
+    model = GPT.from_checkpoint(checkpoint).to(device)
+    for i in range(args.num_samples):
+        if args.num_samples > 1:
+            print(f"--- sample {i + 1}")
+        print(args.prompt, end="", flush=True)
+        generator = torch.Generator(device).manual_seed(args.seed + i)
+        for piece in stream_text(model, tokenizer, args.prompt, device, generator, args.max_new_tokens, args.temperature, args.top_k):
+            print(piece, end="", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, DataError, DeviceError) as error:
+        sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nsample.py: stopped")

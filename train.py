@@ -1,0 +1,569 @@
+"""One training run: a GPT-2-class model from scratch, on one device or on many, to the same result.
+
+    python train.py config/local_3090.py
+    torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
+
+Step s trains on windows s x G ... s x G + G - 1 of the data's order, G = global_batch_size, however many processes and
+micro-steps share them. It sets the learning rate, accumulates gradients over the micro-steps, averages them over the
+ranks, measures and clips their norm, and updates the weights unless the norm is not finite.
+
+Everything random is a pure function of a seed and a place in the run: initial weights of init_seed, the order of windows
+of (data_seed, epoch), dropout masks of (dropout_seed, step, micro-batch). So no random state needs saving.
+"""
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+import config as configuration
+from config import ConfigError
+from model import (CHECKPOINT_FORMAT, GPT, CheckpointError, DeviceError, GPTConfig, autocast, autocast_dtype, mean_loss,
+                   read_checkpoint, start_processes)
+from prepare import DataError, Windows, prepare_stdlib, read_meta, window_ids
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on, told in one line."""
+
+
+########################################
+#     Batch, budget, learning rate     #
+########################################
+
+def count_micro_steps(config, world_size):
+    """Micro-batches per process in one step. Raises ConfigError where the global batch does not divide."""
+    together = config.batch_size * world_size  # sequences that all processes take at once
+    if config.global_batch_size % together:
+        below = config.global_batch_size // together * together
+        nearest = " or ".join(str(size) for size in (below, below + together) if size)
+        raise ConfigError(f"global_batch_size={config.global_batch_size} is not divisible by batch_size={config.batch_size} x "
+                          f"{world_size} processes; global_batch_size could be {nearest}")
+    return config.global_batch_size // together
+
+
+def count_steps(config):
+    return config.max_steps or math.ceil(config.max_tokens / (config.global_batch_size * config.block_size))
+
+
+def learning_rate_at(step, steps, config):
+    """The learning rate of step 0 ... steps - 1.
+
+    Linear warm-up over the first warmup_fraction of the steps, from 1e-5 of the peak; then constant, or one half cosine
+    that reaches min_lr_ratio x peak at the last step. The published runs (part 32e) chained torch's LinearLR and
+    CosineAnnealingLR, which would reach the minimum one step after the last: at 33,165 steps, 5e-5 of the rate at most.
+    """
+    warmup_steps = int(config.warmup_fraction * steps + 1e-9)
+    if step < warmup_steps:
+        return config.learning_rate * (1e-5 + (1 - 1e-5) * step / warmup_steps)
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
+    lowest = config.learning_rate * config.min_lr_ratio
+    return lowest + (config.learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+########################################
+#         Optimiser and dropout        #
+########################################
+
+def make_optimizer(model, config):
+    """AdamW. decay='all': one group, as published; 'matrices': only 2-D weights decay, not biases and LayerNorms."""
+    decays = [p for p in model.parameters() if config.decay == "all" or p.ndim >= 2]
+    others = [p for p in model.parameters() if config.decay == "matrices" and p.ndim < 2]
+    groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
+    assert len(decays) + len(others) == len(list(model.parameters())), "each parameter belongs to one group"
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True,
+                             betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+
+
+def seed_dropout(dropout_seed, step, micro_batch):
+    """Makes the masks of one micro-batch a function of its place in the run: ranks differ, a resumed run draws what it
+    would have drawn, and 8 processes draw the masks of one process with 8 micro-steps."""
+    torch.manual_seed(int(np.random.SeedSequence([dropout_seed, step, micro_batch]).generate_state(1, np.uint64)[0] >> 1))
+
+
+########################################
+#         What fits, how fast          #
+########################################
+
+def largest_batch_size(model, windows, config, device, dtype, world_size):
+    """The largest micro-batch that fits every device, found by trying the divisors of a process's share, smallest first.
+
+    A trial holds what a step holds: weights, gradients, room for AdamW's two moments, and what the backward pass keeps.
+    On a CPU, whose memory the system hands out beyond what it has, a size that would need more than is free is not tried.
+    """
+    if config.global_batch_size % world_size:
+        raise ConfigError(f"global_batch_size={config.global_batch_size} is not divisible by {world_size} processes")
+    share = config.global_batch_size // world_size
+    before, best = peak_memory(device), 0
+    for size in (d for d in range(1, share + 1) if share % d == 0):
+        expected = (peak_memory(device) - before) * size / best if best else 0
+        fits = device.type != "cpu" or expected < free_memory()
+        fits = fits and trial_fits(model, windows, size, device, dtype)
+        if world_size > 1:
+            on_all = torch.tensor(float(fits), device=device)
+            dist.all_reduce(on_all, dist.ReduceOp.MIN)
+            fits = bool(on_all)
+        if not fits:
+            break
+        best = size
+    if not best:
+        raise TrainingError("not even batch_size=1 fits in memory; use a smaller model or --block_size")
+    return best
+
+
+def trial_fits(model, windows, size, device, dtype):
+    try:
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        for _ in range(3):  # a first pass may fit where a later one does not
+            inputs, targets = windows.batch([i % len(windows) for i in range(size)])
+            with autocast(dtype, device):
+                loss = model(inputs.to(device), targets.to(device))
+            loss.backward()
+        del moments
+        return True
+    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on the CPU
+        if "memory" not in str(error):
+            raise
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def free_memory():
+    """Bytes of memory that are free, page cache not counted."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(device):
+    """The most that this process held so far, in bytes: of the GPU's memory, elsewhere of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def matmul_peak(device, dtype):
+    """Floating-point operations per second that this device reaches here and now in square matrix products: what mfu is
+    measured against, on any device, without a table of cards."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
+    if dtype and device.type == "cpu":
+        a = a[:128]  # CPUs without 16-bit units would take minutes
+    best = math.inf
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ a.T
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * len(a) * len(a) * size / best
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+########################################
+#          What a run writes           #
+########################################
+
+def save_checkpoint(path, checkpoint):
+    """Writes a checkpoint whole or not at all: to a temporary file, then to the disk, then under its name.
+    -> whether it could; where it could not, it says why, and the file that was there is as it was."""
+    unfinished = Path(f"{path}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        return True
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        tqdm.write(f"could not save {path}: {str(error).splitlines()[0]}; what was there before is kept", file=sys.stderr)
+        return False
+
+
+def start_log(path, step):
+    """The log, open for more lines. What a killed run logged after its last checkpoint, at `step`, is taken out."""
+    kept = []
+    if step:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the end of a line that was being written
+            if entry["step"] < step + ("val_loss" in entry):
+                kept.append(line + "\n")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(kept))
+    os.replace(unfinished, path)
+    return open(path, "a", buffering=1)
+
+
+def read_log(path):
+    """-> the training lines of a log.jsonl, its validation lines."""
+    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [e for e in entries if "val_loss" not in e], [e for e in entries if "val_loss" in e]
+
+
+def plot_run(log, path, config):
+    """Draws loss, learning rate and gradient norm over tokens."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    train, val = read_log(log)
+    tokens = [e["tokens"] / 1e6 for e in train]
+    fig, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=(4, 1, 1), layout="constrained")
+    losses = np.array([e["loss"] for e in train])
+    span = max(len(losses) // 50, 1)
+    smooth = np.convolve(losses, np.ones(span) / span, mode="valid")
+    top.plot(tokens, losses, color="0.75", linewidth=0.6, label="training, each step")
+    top.plot(tokens[span - 1:], smooth, color="black", linewidth=1.4, label=f"training, mean of {span} steps")
+    top.plot([e["tokens"] / 1e6 for e in val], [e["val_loss"] for e in val], "o", color="black", markerfacecolor="white",
+             label="validation")
+    finite = losses[np.isfinite(losses)]
+    if len(finite):
+        top.set_ylim(finite.min() - 0.1, np.quantile(finite, 0.98) + 0.1)
+    top.set_ylabel("loss, nats per token")
+    top.set_title(config.name)
+    top.legend(frameon=False)
+    middle.plot(tokens, [e["lr"] for e in train], color="black", linewidth=1)
+    middle.set_ylim(0)
+    middle.set_ylabel("learning rate")
+    bottom.plot(tokens, [e["grad_norm"] for e in train], color="0.4", linewidth=0.6)
+    if config.grad_clip:
+        bottom.axhline(config.grad_clip, color="black", linestyle="--", linewidth=1, label=f"clipped at {config.grad_clip:g}")
+        bottom.legend(frameon=False)
+    bottom.set_yscale("log")
+    bottom.set_ylabel("gradient norm")
+    bottom.set_xlabel("training tokens, millions")
+    for axes in (top, middle, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+
+
+########################################
+#               Resuming               #
+########################################
+
+# What a resumed run may change: none of these alters what is computed, up to rounding.
+MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every", "eval_tokens",
+              "save_every", "log_every", "wandb", "dollars_per_hour", "seed"}
+
+
+def checkpoint_to_resume(config, data_sha256):
+    """The checkpoint in out_dir that the run goes on from, or None to start. Raises ConfigError where the config or the data
+    would make it another run, CheckpointError where a file is in the way."""
+    last, best = Path(config.out_dir, "last.pt"), Path(config.out_dir, "best.pt")
+    if not config.resume:
+        if last.exists() or best.exists():
+            raise ConfigError(f"{config.out_dir} holds a run already: --resume continues it, "
+                              "--out_dir=ANOTHER starts one beside it")
+        return None
+    if not last.exists():
+        return None
+    checkpoint = read_checkpoint(last)
+    then, now = checkpoint["config"], vars(config)
+    may_change = MAY_CHANGE
+    if now["schedule"] == "constant" and not now["warmup_fraction"]:
+        may_change = may_change | {"max_tokens", "max_steps"}  # a longer run passes through the same states
+    changed = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if key not in may_change and then.get(key) != now[key]]
+    if changed:
+        raise ConfigError(f"{last} belongs to another run: {'; '.join(changed)}")
+    if checkpoint["data_sha256"] != data_sha256:
+        raise ConfigError(f"{last} was trained on another data set of the name {config.dataset}")
+    return checkpoint
+
+
+########################################
+#               The run                #
+########################################
+
+def train(config):
+    # --- processes, device, data
+    device, rank, world_size = start_processes(config.device)
+    is_main = rank == 0
+
+    def say(text):
+        if is_main:
+            print(text, flush=True)
+
+    if device.type == "cpu" and config.device == "auto":
+        say("no GPU found, falling back to the CPU: right for small models such as config/quickstart.py, "
+            "but a GPT-2-small run that takes a GPU two days takes it a year or more")
+    if config.dataset == "stdlib" and not Path(config.data_dir, "stdlib", "meta.json").exists():
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            prepare_stdlib(config.data_dir)
+        if world_size > 1:
+            dist.barrier()
+    meta = read_meta(config.data_dir, config.dataset)
+    config.vocab_size = config.vocab_size or meta["vocab_size"]
+    if config.vocab_size < meta["vocab_size"]:
+        raise ConfigError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of the data set {config.dataset}")
+    train_windows = Windows(config.data_dir, config.dataset, "train", config.block_size)
+    val_windows = Windows(config.data_dir, config.dataset, "val", config.block_size)
+    n_val_windows = min(max(config.eval_tokens // config.block_size, 1), len(val_windows))
+
+    # --- model and optimiser
+    data_sha256 = meta["splits"]["train"]["sha256"]
+    checkpoint = checkpoint_to_resume(config, data_sha256)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    dtype = autocast_dtype(config.amp, device)
+    raw_model = GPT(GPTConfig.of(vars(config)), seed=config.init_seed).to(device)
+    optimizer = make_optimizer(raw_model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    # What the run has done so far, kept in every checkpoint.
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "skipped": 0, "val_loss": None, "best_val_loss": math.inf}
+    if checkpoint:
+        raw_model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        state = {key: checkpoint[key] for key in state}
+    steps = count_steps(config)
+    if state["step"] >= steps:
+        say(f"{config.out_dir} has finished its {steps:,} steps already")
+        return
+
+    # --- batch arithmetic
+    if config.batch_size == "auto":
+        config.batch_size = largest_batch_size(raw_model, train_windows, config, device, dtype, world_size)
+    micro_steps = count_micro_steps(config, world_size)
+    tokens_per_step = config.global_batch_size * config.block_size
+
+    model = raw_model
+    if config.compile is True or config.compile == "auto" and device.type == "cuda":
+        model = torch.compile(model)
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
+                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+    peak = torch.tensor(matmul_peak(device, dtype), device=device)
+    if world_size > 1:
+        dist.all_reduce(peak)
+    mfu_per_token_rate = raw_model.flops_per_token() / peak.item()
+
+    # --- tell, and open the log
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    out_dir = Path(config.out_dir)
+    say(configuration.as_text(config))
+    say(f"model:  {raw_model.num_params():,} parameters on {world_size} x {device.type}, "
+        f"{str(dtype).removeprefix('torch.') if dtype else 'float32'}; matrix products reach {peak.item() / 1e9:,.0f} GFLOP/s")
+    say(f"data:   {config.dataset}, {train_windows.n_tokens:,} training tokens; the run reads {steps * tokens_per_step:,}, "
+        f"{steps * config.global_batch_size / len(train_windows):.2f} epochs; validation on {n_val_windows:,} windows")
+    say(f"batch:  {config.global_batch_size} sequences x {config.block_size:,} tokens = {tokens_per_step:,} tokens a step, "
+        f"{steps:,} steps; processes {world_size} x micro-steps {micro_steps} x batch_size {config.batch_size}")
+    if checkpoint:
+        say(f"resume: at step {state['step']:,}")
+    tracker = None
+    if is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+        log = start_log(out_dir / "log.jsonl", state["step"])
+        bar = tqdm(total=steps, initial=state["step"], unit="step", mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        if config.wandb:
+            tracker = start_wandb(config)
+    checkpoint = None  # frees its memory
+
+    def record(entry):
+        log.write(json.dumps(entry) + "\n")
+        if tracker:
+            tracker.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
+
+    def save(name):
+        state["seconds"] = seconds_before + time.perf_counter() - started
+        return save_checkpoint(out_dir / name, {
+            "format": CHECKPOINT_FORMAT, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), **state, "config": vars(config), "tokenizer": meta["tokenizer"],
+            "data_sha256": data_sha256, "world_size": world_size, "versions": versions})
+
+    def load_micro_batch(step, micro_step):
+        """This rank's inputs and targets. Micro-step `micro_steps` is micro-step 0 of the next step."""
+        first = step * config.global_batch_size + (micro_step * world_size + rank) * config.batch_size
+        ids = window_ids(config.order, config.data_seed, len(train_windows), first, config.batch_size)
+        inputs, targets = train_windows.batch(ids)
+        if device.type == "cuda":  # pinned memory lets the copy run beside the computation
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+    # --- the loop
+    stop = StopSignal()
+    parameters = list(raw_model.parameters())
+    skipped_in_a_row = 0
+    seconds_before, started = state["seconds"], time.perf_counter()
+    batch = load_micro_batch(state["step"], 0)
+    clock, logged = time.perf_counter(), dict(state)
+    raw_model.train()
+
+    while state["step"] < steps:
+        step = state["step"]
+        lr = learning_rate_at(step, steps, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(micro_steps):
+            if world_size > 1:  # gradients are averaged over the ranks in the last backward pass only; set before forward
+                model.require_backward_grad_sync = micro_step == micro_steps - 1
+            seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
+            with autocast(dtype, device):
+                loss = model(*batch)
+            batch = load_micro_batch(step, micro_step + 1)  # on its way while the device computes
+            scaler.scale(loss / micro_steps).backward()
+            loss_sum += loss.detach()
+
+        scaler.unscale_(optimizer)
+        grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
+        if config.grad_clip:
+            clip_grads_with_norm_(parameters, config.grad_clip, grad_norm, foreach=True)
+        over_ranks = torch.stack((loss_sum / micro_steps, torch.tensor(float(stop.asked), device=device)))
+        if world_size > 1:
+            dist.all_reduce(over_ranks)
+        loss, stops, norm = torch.cat((over_ranks, grad_norm[None])).tolist()  # the step's one wait for the device
+        loss /= world_size
+
+        skipped = not math.isfinite(norm)  # the same on all ranks: the norm is of the averaged gradient
+        if not skipped:
+            scaler.step(optimizer)
+            skipped_in_a_row = 0
+        else:
+            state["skipped"] += 1
+            skipped_in_a_row += 1
+            if skipped_in_a_row == 20:
+                bad = next((name for name, p in raw_model.named_parameters() if not p.grad.isfinite().all()), "none alone")
+                raise TrainingError(f"20 updates in a row had a gradient that is not finite, the last at step {step}, first in "
+                                    f"{bad}; the last good checkpoint is {out_dir / 'last.pt'}. Lower --learning_rate or set "
+                                    "--grad_clip")
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        state["step"] += 1
+        state["tokens"] += tokens_per_step
+        at_end = state["step"] == steps
+
+        now = time.perf_counter()
+        state["train_seconds"] += now - clock
+        clock = now
+        if is_main and (step % config.log_every == 0 or at_end):
+            rate = (state["tokens"] - logged["tokens"]) / (state["train_seconds"] - logged["train_seconds"])
+            logged = dict(state)
+            record({"step": step, "tokens": state["tokens"], "loss": loss, "lr": lr, "grad_norm": norm,
+                    "clipped": bool(config.grad_clip) and norm > config.grad_clip, "skipped": skipped,
+                    "tokens_per_second": rate, "mfu": rate * mfu_per_token_rate, "seconds": seconds_before + now - started})
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        if is_main:
+            bar.update()
+
+        # --- validate and save: outside the training clock, and without a trace in the training
+        validates = at_end or config.eval_every and state["step"] % config.eval_every == 0
+        saves = at_end or stops or config.save_every and state["step"] % config.save_every == 0
+        if validates:
+            val_loss = mean_loss(raw_model, val_windows, n_val_windows, config.batch_size, device, dtype, rank, world_size)
+            state["val_loss"] = val_loss
+            is_best = val_loss < state["best_val_loss"]
+            if is_best:
+                state["best_val_loss"] = val_loss
+            if is_main:
+                tqdm.write(f"step {state['step']:,}: validation loss {val_loss:.4f}" + ", the best so far" * is_best)
+                record({"step": state["step"], "tokens": state["tokens"], "val_loss": val_loss})
+                if is_best:
+                    save("best.pt")
+        if saves and is_main:
+            is_saved = save("last.pt")
+            plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
+            if at_end and not is_saved:
+                raise TrainingError(f"the run is finished, but {out_dir / 'last.pt'} could not be saved")
+        if stops and not at_end:
+            if is_main:
+                bar.close()
+            say(f"stopped after step {step:,} and saved; the same command with --resume goes on from here")
+            return
+        if validates or saves:
+            clock = time.perf_counter()
+
+    # --- the end
+    if is_main:
+        bar.close()
+        finish(config, state, log, tracker, peak_memory(device), versions)
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a wish to stop after the step; the ranks agree on it there. A second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start_wandb(config):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(f"wandb={config.wandb!r}: the package is not installed; pip install wandb") from None
+    return wandb.init(project=config.wandb, name=config.name, config=vars(config))
+
+
+def finish(config, state, log, tracker, peak_bytes, versions):
+    """Writes summary.json and says what to do next."""
+    log.close()
+    out_dir = Path(config.out_dir)
+    summary = {
+        "name": config.name, "steps": state["step"], "tokens": state["tokens"], "final_val_loss": state["val_loss"],
+        "best_val_loss": state["best_val_loss"], "skipped_steps": state["skipped"], "seconds": round(state["seconds"], 3),
+        "tokens_per_second": round(state["tokens"] / state["train_seconds"], 1),
+        "peak_memory_mb": round(peak_bytes / 2**20), "cost": round(state["seconds"] / 3600 * config.dollars_per_hour, 2),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions}
+    (out_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    if tracker:
+        tracker.finish()
+    print(f"done:   {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s, {summary['tokens_per_second']:,.0f} tokens/s; "
+          f"validation loss {summary['final_val_loss']:.4f}, best {summary['best_val_loss']:.4f}")
+    where = "" if config.out_dir == "out" else f" --ckpt {out_dir / 'best.pt'}"
+    print(f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n        python sample.py{where}")
+
+
+def main():
+    try:
+        train(configuration.load(sys.argv[1:]))
+    except ConfigError as error:
+        stop_with(2, error, everyone_knows=True)
+    except (CheckpointError, DataError, DeviceError, TrainingError) as error:
+        stop_with(1, error)
+    except OSError as error:
+        stop_with(1, f"{error.strerror}: {error.filename}")
+    except KeyboardInterrupt:
+        stop_with(130, "stopped before the first step")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def stop_with(code, message, everyone_knows=False):
+    """Ends the process with one line. An error that every rank meets alike is told by the first one of each machine."""
+    if not everyone_knows or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
