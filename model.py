@@ -6,6 +6,7 @@ Shapes in comments: B sequences, T tokens, C = n_embd, V = vocab_size.
 
 import math
 import os
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -209,7 +210,8 @@ class CheckpointError(ValueError):
 def read_checkpoint(path):
     """The dict that train.py saved at `path`, tensors on the CPU. Executes nothing from the file. Raises CheckpointError."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # on foreign pickles; they are refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except IsADirectoryError:
