@@ -631,16 +631,15 @@ def main():
 
     name = args.name or (args.source if args.source in ("stdlib", "fineweb") else Path(args.source).stem)
     folder = Path(args.data_dir, name)
-    get_tokenizer(args.tokenizer or "bytes")  # fails early
+    tokenizer = args.tokenizer or ("bytes" if args.source == "stdlib" else "gpt2")
+    get_tokenizer(tokenizer)  # before anything is read or downloaded
     if args.source == "stdlib":
-        prepare_stdlib(args.data_dir, args.tokenizer or "bytes", name, args.workers)
+        prepare_stdlib(args.data_dir, tokenizer, name, args.workers)
     elif args.source == "fineweb":
-        tokenizer = args.tokenizer or "gpt2"
-        get_tokenizer(tokenizer)  # before anything is downloaded
         prepare_fineweb(fineweb_files(args.from_folder), folder, tokenizer, args.workers, "FineWeb sample-10BT",
                         args.train_tokens, args.heldout, args.test_offset, args.test_tokens)
     else:
-        prepare_text(own_files(args.source), folder, args.tokenizer or "gpt2", args.text_column, args.workers, args.source)
+        prepare_text(own_files(args.source), folder, tokenizer, args.text_column, args.workers, args.source)
     report(folder)
 
 

@@ -336,7 +336,8 @@ def train(config):
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty where the run was not in float16 before
+            scaler.load_state_dict(checkpoint["scaler"])
         state = {key: checkpoint[key] for key in state}
     steps = count_steps(config)
     if state["step"] >= steps:

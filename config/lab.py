@@ -1,0 +1,21 @@
+# The small CPU study: every intervention on a 4 x 128 byte-level model of Python's own library, in about two minutes on one
+# core. It sets the shape and the budget only; all else is the baseline's, so that config/interventions/ stack on it:
+#
+#     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
+
+name = "baseline"
+out_dir = "out/lab/baseline"
+dataset = "stdlib"
+order = "shuffled"
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+block_size = 64
+batch_size = 16
+global_batch_size = 16
+max_steps = 1000
+
+eval_every = 250
+eval_tokens = 65_536
+save_every = 250
