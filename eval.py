@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from model import GPT, CheckpointError, DeviceError, autocast_dtype, mean_loss, read_checkpoint, start_processes
-from prepare import DataError, Windows, read_meta
+from prepare import DataError, Windows, describe, read_meta
 
 
 def evaluate(path, args, device, rank, world_size):
@@ -61,7 +61,7 @@ def as_text(rows, markdown=False):
     return "\n".join(lines)
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message}; --help lists what there is\n")
     parser.add_argument("--ckpt", nargs="+", default=["out/best.pt"], help="checkpoints (default: out/best.pt)")
@@ -77,7 +77,10 @@ def main():
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error("--batch_size must be at least 1")
+    return args
 
+
+def evaluate_all(args):
     device, rank, world_size = start_processes(args.device)
     results = []
     for path in args.ckpt:
@@ -85,7 +88,8 @@ def main():
         if rank == 0 and len(args.ckpt) > 1:
             print(f"{path}: {results[-1]['test_loss']:.6f}", file=sys.stderr)
     if args.baseline and args.baseline not in {r["name"] for r in results}:
-        parser.error(f"no checkpoint is named '{args.baseline}'; there are {', '.join(sorted({r['name'] for r in results}))}")
+        raise CheckpointError(f"no checkpoint is named '{args.baseline}' (from --baseline); "
+                              f"there are {', '.join(sorted({r['name'] for r in results}))}")
     if rank == 0:
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
@@ -102,12 +106,16 @@ def main():
         dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main():
     try:
-        main()
+        evaluate_all(parse_arguments())
     except (CheckpointError, DataError, DeviceError) as error:
         sys.exit(f"eval.py: {error}")
     except OSError as error:
-        sys.exit(f"eval.py: {error.strerror}: {error.filename}")
+        sys.exit(f"eval.py: {describe(error)}")
     except KeyboardInterrupt:
         sys.exit("eval.py: stopped")
+
+
+if __name__ == "__main__":
+    main()

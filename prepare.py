@@ -447,6 +447,13 @@ class Progress:
         write_atomically(self.path, json.dumps({"plan": self.plan, "parts": self.parts, "tokens": self.tokens}))
 
 
+def describe(error):
+    """An OSError, or what torch.save makes of one, in a few words."""
+    if getattr(error, "strerror", None):
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error).splitlines()[0]
+
+
 def write_atomically(path, text):
     unfinished = Path(f"{path}.unfinished")
     unfinished.write_text(text)
@@ -520,7 +527,8 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source):
     # No document of a text file is longer than 1 % of the corpus, or val and test could not be 1 % each.
     longest = min(max(sum(size for _, size in sized_pieces) // 100, 2**14), 2**20)
     job = Job("text", str(folder), tokenizer, text_column, longest)
-    scanned = list(tqdm(map_parts(functools.partial(scan, job), list(enumerate(parts)), workers), "reading", len(parts)))
+    scanned = list(tqdm(map_parts(functools.partial(scan, job), list(enumerate(parts)), workers), "reading", len(parts),
+                        disable=None))  # None: where it would not be seen
     hashes, sizes = (np.concatenate(arrays) for arrays in zip(*scanned))
     job.cuts = hash_cuts(hashes, sizes)
     n_tokens = sizes.sum() + len(sizes) if tokenizer == "bytes" else sizes.sum() // 4  # English: 4.5 bytes a token
@@ -597,7 +605,7 @@ def open_folder(folder, n_tokens, tokenizer):
         raise DataError(f"{folder} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
                         "free some, or choose another --data_dir")
     print(f"{folder}: about {n_tokens / 1e6:,.0f} million tokens, {needed / 1e6:,.0f} MB; {free / 1e9:,.0f} GB are free")
-    return tqdm(total=int(n_tokens), unit="tok", unit_scale=True, desc="tokenising")
+    return tqdm(total=int(n_tokens), unit="tok", unit_scale=True, desc="tokenising", disable=None)
 
 
 def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1):
@@ -612,7 +620,7 @@ def report(folder):
         print(f"{split:6}{facts['tokens']:15,} tokens  {facts['documents']:12,} documents  {facts['bytes']:15,} bytes of text")
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"prepare.py: {message}; --help lists what there is\n")
     parser.add_argument("source", help="stdlib, fineweb, or a file, folder or glob of .txt .md .jsonl .parquet")
@@ -627,8 +635,10 @@ def main():
     fineweb.add_argument("--heldout", type=float, default=0.01, help="share of the rows, at the end, for val and test")
     fineweb.add_argument("--test_offset", type=int, default=50_000_000, help="where test starts in them; val is before")
     fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def prepare(args):
     name = args.name or (args.source if args.source in ("stdlib", "fineweb") else Path(args.source).stem)
     folder = Path(args.data_dir, name)
     tokenizer = args.tokenizer or ("bytes" if args.source == "stdlib" else "gpt2")
@@ -643,12 +653,16 @@ def main():
     report(folder)
 
 
-if __name__ == "__main__":
+def main():
     try:
-        main()
+        prepare(parse_arguments())
     except DataError as error:
         sys.exit(f"prepare.py: {error}")
+    except OSError as error:
+        sys.exit(f"prepare.py: {describe(error)}; what is done is kept, the same command goes on from here")
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; the same command goes on from here")
-    except OSError as error:
-        sys.exit(f"prepare.py: {error.strerror}: {error.filename}; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ def bytes_of(tokenizer, token):
         return "\N{REPLACEMENT CHARACTER}".encode()
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help lists what there is\n")
     parser.add_argument("--ckpt", default="out/best.pt", help="default: %(default)s")
@@ -45,17 +45,22 @@ def main():
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args()
-
-    checkpoint = read_checkpoint(args.ckpt)
     for is_wrong, message in (
             (not args.prompt, f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
             (args.num_samples < 1, "--num_samples must be at least 1"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
-            (args.top_k is not None and not 1 <= args.top_k <= checkpoint["config"]["vocab_size"],
-             f"--top_k must be from 1 to the vocabulary's {checkpoint['config']['vocab_size']}")):
+            (args.top_k is not None and args.top_k < 1, "--top_k must be at least 1")):
         if is_wrong:
             parser.error(message)
+    return args
+
+
+def sample(args):
+    checkpoint = read_checkpoint(args.ckpt)
+    vocab_size = checkpoint["config"]["vocab_size"]
+    if args.top_k and args.top_k > vocab_size:
+        raise CheckpointError(f"--top_k={args.top_k} is more than the {vocab_size} tokens of {args.ckpt}")
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     device = pick_device(args.device)
     model = GPT.from_checkpoint(checkpoint).to(device)
@@ -69,10 +74,14 @@ def main():
         print()
 
 
-if __name__ == "__main__":
+def main():
     try:
-        main()
+        sample(parse_arguments())
     except (CheckpointError, DataError, DeviceError) as error:
         sys.exit(f"sample.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\nsample.py: stopped")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ import config as configuration
 from config import ConfigError
 from model import (CHECKPOINT_FORMAT, GPT, CheckpointError, DeviceError, GPTConfig, autocast, autocast_dtype, mean_loss,
                    read_checkpoint, start_processes)
-from prepare import DataError, Windows, prepare_stdlib, read_meta, window_ids
+from prepare import DataError, Windows, describe, prepare_stdlib, read_meta, window_ids, write_atomically
 
 
 class TrainingError(RuntimeError):
@@ -197,7 +197,7 @@ def save_checkpoint(path, checkpoint):
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         unfinished.unlink(missing_ok=True)
-        tqdm.write(f"could not save {path}: {str(error).splitlines()[0]}; what was there before is kept", file=sys.stderr)
+        tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept", file=sys.stderr)
         return False
 
 
@@ -212,15 +212,18 @@ def start_log(path, step):
                 continue  # the end of a line that was being written
             if entry["step"] < step + ("val_loss" in entry):
                 kept.append(line + "\n")
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, path)
+    write_atomically(path, "".join(kept))
     return open(path, "a", buffering=1)
+
+
+def finite(value):
+    """A number as JSON can hold it: null where it is not finite."""
+    return value if math.isfinite(value) else None
 
 
 def read_log(path):
     """-> the training lines of a log.jsonl, its validation lines."""
-    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]  # null: a number that was not finite
     return [e for e in entries if "val_loss" not in e], [e for e in entries if "val_loss" in e]
 
 
@@ -232,12 +235,12 @@ def plot_run(log, path, config):
     train, val = read_log(log)
     tokens = [e["tokens"] / 1e6 for e in train]
     fig, (top, middle, bottom) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, height_ratios=(4, 1, 1), layout="constrained")
-    losses = np.array([e["loss"] for e in train])
+    losses = np.array([e["loss"] for e in train], float)
     span = max(len(losses) // 50, 1)
     smooth = np.convolve(losses, np.ones(span) / span, mode="valid")
     top.plot(tokens, losses, color="0.75", linewidth=0.6, label="training, each step")
     top.plot(tokens[span - 1:], smooth, color="black", linewidth=1.4, label=f"training, mean of {span} steps")
-    top.plot([e["tokens"] / 1e6 for e in val], [e["val_loss"] for e in val], "o", color="black", markerfacecolor="white",
+    top.plot([e["tokens"] / 1e6 for e in val], np.array([e["val_loss"] for e in val], float), "o", color="black", markerfacecolor="white",
              label="validation")
     finite = losses[np.isfinite(losses)]
     if len(finite):
@@ -248,7 +251,7 @@ def plot_run(log, path, config):
     middle.plot(tokens, [e["lr"] for e in train], color="black", linewidth=1)
     middle.set_ylim(0)
     middle.set_ylabel("learning rate")
-    bottom.plot(tokens, [e["grad_norm"] for e in train], color="0.4", linewidth=0.6)
+    bottom.plot(tokens, np.array([e["grad_norm"] for e in train], float), color="0.4", linewidth=0.6)
     if config.grad_clip:
         bottom.axhline(config.grad_clip, color="black", linestyle="--", linewidth=1, label=f"clipped at {config.grad_clip:g}")
         bottom.legend(frameon=False)
@@ -272,13 +275,16 @@ MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", 
 
 def checkpoint_to_resume(config, data_sha256):
     """The checkpoint in out_dir that the run goes on from, or None to start. Raises ConfigError where the config or the data
-    would make it another run, CheckpointError where a file is in the way."""
+    would make it another run, CheckpointError where a file that is no checkpoint stands under the name of one."""
     last, best = Path(config.out_dir, "last.pt"), Path(config.out_dir, "best.pt")
-    if not config.resume:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun --max-restarts
+    if not (config.resume or restarted):
         if last.exists() or best.exists():
             raise ConfigError(f"{config.out_dir} holds a run already: --resume continues it, "
                               "--out_dir=ANOTHER starts one beside it")
         return None
+    if best.exists():
+        read_checkpoint(best)
     if not last.exists():
         return None
     checkpoint = read_checkpoint(last)
@@ -311,10 +317,11 @@ def train(config):
         say("no GPU found, falling back to the CPU: right for small models such as config/quickstart.py, "
             "but a GPT-2-small run that takes a GPU two days takes it a year or more")
     if config.dataset == "stdlib" and not Path(config.data_dir, "stdlib", "meta.json").exists():
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            prepare_stdlib(config.data_dir)
-        if world_size > 1:
-            dist.barrier()
+        for turn in ("0", os.environ.get("GROUP_RANK", "0")):  # the first machine, then those that do not share its disk
+            if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("GROUP_RANK", "0") == turn:
+                prepare_stdlib(config.data_dir)
+            if world_size > 1:
+                dist.barrier()
     meta = read_meta(config.data_dir, config.dataset)
     config.vocab_size = config.vocab_size or meta["vocab_size"]
     if config.vocab_size < meta["vocab_size"]:
@@ -322,6 +329,9 @@ def train(config):
     train_windows = Windows(config.data_dir, config.dataset, "train", config.block_size)
     val_windows = Windows(config.data_dir, config.dataset, "val", config.block_size)
     n_val_windows = min(max(config.eval_tokens // config.block_size, 1), len(val_windows))
+    out_dir = Path(config.out_dir)
+    if is_main:
+        out_dir.mkdir(parents=True, exist_ok=True)
 
     # --- model and optimiser
     data_sha256 = meta["splits"]["train"]["sha256"]
@@ -363,7 +373,6 @@ def train(config):
 
     # --- tell, and open the log
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    out_dir = Path(config.out_dir)
     say(configuration.as_text(config))
     say(f"model:  {raw_model.num_params():,} parameters on {world_size} x {device.type}, "
         f"{str(dtype).removeprefix('torch.') if dtype else 'float32'}; matrix products reach {peak.item() / 1e9:,.0f} GFLOP/s")
@@ -373,18 +382,18 @@ def train(config):
         f"{steps:,} steps; processes {world_size} x micro-steps {micro_steps} x batch_size {config.batch_size}")
     if checkpoint:
         say(f"resume: at step {state['step']:,}")
-    tracker = None
     if is_main:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        (out_dir / "config.json").write_text(json.dumps(vars(config), indent=1) + "\n")
+        tracker = start_wandb(config) if config.wandb else None
+        write_atomically(out_dir / "config.json", json.dumps(vars(config), indent=1) + "\n")
         log = start_log(out_dir / "log.jsonl", state["step"])
         bar = tqdm(total=steps, initial=state["step"], unit="step", mininterval=0.5 if sys.stderr.isatty() else 10.0)
-        if config.wandb:
-            tracker = start_wandb(config)
     checkpoint = None  # frees its memory
 
     def record(entry):
-        log.write(json.dumps(entry) + "\n")
+        try:
+            log.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
+        except OSError as error:  # a full disk; the line stays in the buffer for the next time
+            tqdm.write(f"could not write {out_dir / 'log.jsonl'} ({describe(error)})", file=sys.stderr)
         if tracker:
             tracker.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
 
@@ -410,7 +419,7 @@ def train(config):
     skipped_in_a_row = 0
     seconds_before, started = state["seconds"], time.perf_counter()
     batch = load_micro_batch(state["step"], 0)
-    clock, logged = time.perf_counter(), dict(state)
+    clock, plotted, logged = started, started, dict(state)
     raw_model.train()
 
     while state["step"] < steps:
@@ -440,18 +449,15 @@ def train(config):
         loss, stops, norm = torch.cat((over_ranks, grad_norm[None])).tolist()  # the step's one wait for the device
         loss /= world_size
 
-        skipped = not math.isfinite(norm)  # the same on all ranks: the norm is of the averaged gradient
-        if not skipped:
-            scaler.step(optimizer)
-            skipped_in_a_row = 0
-        else:
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))  # on all ranks alike: both are averages over them
+        if skipped:
             state["skipped"] += 1
             skipped_in_a_row += 1
             if skipped_in_a_row == 20:
-                bad = next((name for name, p in raw_model.named_parameters() if not p.grad.isfinite().all()), "none alone")
-                raise TrainingError(f"20 updates in a row had a gradient that is not finite, the last at step {step}, first in "
-                                    f"{bad}; the last good checkpoint is {out_dir / 'last.pt'}. Lower --learning_rate or set "
-                                    "--grad_clip")
+                raise TrainingError(bad_numbers(raw_model, step, out_dir / "last.pt"))
+        else:
+            scaler.step(optimizer)
+            skipped_in_a_row = 0
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         state["step"] += 1
@@ -487,9 +493,11 @@ def train(config):
                     save("best.pt")
         if saves and is_main:
             is_saved = save("last.pt")
-            plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
-            if at_end and not is_saved:
-                raise TrainingError(f"the run is finished, but {out_dir / 'last.pt'} could not be saved")
+            if (at_end or stops) and not is_saved:
+                raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
+            if at_end or time.perf_counter() - plotted > 60:
+                plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
+                plotted = time.perf_counter()
         if stops and not at_end:
             if is_main:
                 bar.close()
@@ -504,8 +512,16 @@ def train(config):
         finish(config, state, log, tracker, peak_memory(device), versions)
 
 
+def bad_numbers(model, step, last):
+    bad = next((name for name, p in model.named_parameters() if not p.grad.isfinite().all()), "none of them alone")
+    kept = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was saved before"
+    return (f"20 updates in a row were skipped for a loss or gradient that is not finite, the last at step {step}; the first "
+            f"parameter that went bad is {bad}. {kept}. Try a lower --learning_rate, or --grad_clip")
+
+
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a wish to stop after the step; the ranks agree on it there. A second one ends at once."""
+    """Turns Ctrl-C and SIGTERM into a wish to stop after the step; the ranks agree on it there. A second Ctrl-C ends at
+    once; a second SIGTERM does not, for torchrun passes a Ctrl-C on as SIGINT and then SIGTERM."""
 
     def __init__(self):
         self.asked = False
@@ -514,7 +530,8 @@ class StopSignal:
 
     def ask(self, number, frame):
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start_wandb(config):
@@ -530,16 +547,16 @@ def finish(config, state, log, tracker, peak_bytes, versions):
     log.close()
     out_dir = Path(config.out_dir)
     summary = {
-        "name": config.name, "steps": state["step"], "tokens": state["tokens"], "final_val_loss": state["val_loss"],
-        "best_val_loss": state["best_val_loss"], "skipped_steps": state["skipped"], "seconds": round(state["seconds"], 3),
+        "name": config.name, "steps": state["step"], "tokens": state["tokens"], "final_val_loss": finite(state["val_loss"]),
+        "best_val_loss": finite(state["best_val_loss"]), "skipped_steps": state["skipped"], "seconds": round(state["seconds"], 3),
         "tokens_per_second": round(state["tokens"] / state["train_seconds"], 1),
         "peak_memory_mb": round(peak_bytes / 2**20), "cost": round(state["seconds"] / 3600 * config.dollars_per_hour, 2),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions}
-    (out_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_atomically(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     if tracker:
         tracker.finish()
     print(f"done:   {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s, {summary['tokens_per_second']:,.0f} tokens/s; "
-          f"validation loss {summary['final_val_loss']:.4f}, best {summary['best_val_loss']:.4f}")
+          f"validation loss {state['val_loss']:.4f}, best {state['best_val_loss']:.4f}")
     where = "" if config.out_dir == "out" else f" --ckpt {out_dir / 'best.pt'}"
     print(f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n        python sample.py{where}")
 
@@ -552,7 +569,11 @@ def main():
     except (CheckpointError, DataError, DeviceError, TrainingError) as error:
         stop_with(1, error)
     except OSError as error:
-        stop_with(1, f"{error.strerror}: {error.filename}")
+        stop_with(1, describe(error))
+    except RuntimeError as error:
+        if "Connection closed by peer" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        stop_with(1, "another process of this run has ended")
     except KeyboardInterrupt:
         stop_with(130, "stopped before the first step")
     if dist.is_initialized():
@@ -562,7 +583,7 @@ def main():
 def stop_with(code, message, everyone_knows=False):
     """Ends the process with one line. An error that every rank meets alike is told by the first one of each machine."""
     if not everyone_knows or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"train.py: {message}", file=sys.stderr)
+        tqdm.write(f"train.py: {message}", file=sys.stderr)
     sys.exit(code)
 
 
