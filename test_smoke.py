@@ -3,12 +3,16 @@
     python -m pytest
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import pathlib
 import pickle
+import resource
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +29,8 @@ import train
 from model import GPT, CheckpointError, GPTConfig, read_checkpoint
 
 HERE = pathlib.Path(__file__).parent
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
+torch.set_num_threads(1)
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8", "--global_batch_size=8",
          "--max_steps=10", "--eval_every=0", "--save_every=0", "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0"]
 
@@ -333,17 +339,34 @@ def test_damaged_token_file_is_refused(tmp_path, data_dir):
 #               Training               #
 ########################################
 
-def test_any_split_is_the_same_run(small_run, data_dir, tmp_path):
-    """1 process x 8, 1 x 2 x 4 micro-steps, 2 processes x 2 x 2 micro-steps: one loss curve, one validation loss."""
-    whole = small_run("whole", "--max_steps=20", "--eval_every=10")
-    micro = small_run("micro", "--max_steps=20", "--eval_every=10", "--batch_size=2")
-    result = call("train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/two", "--max_steps=20",
-                  "--eval_every=10", "--batch_size=2", processes=2)
-    assert result.returncode == 0, result.stderr
-    for folder in (micro, tmp_path / "two"):
+@pytest.mark.parametrize("order", ["sequential", "shuffled"])
+def test_any_split_is_the_same_run(small_run, data_dir, tmp_path, order):
+    """1 process x 8 sequences, 2, 4 and 8 micro-steps, 2 and 4 processes, two machines: one loss curve over 50 steps."""
+    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}"]
+    command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags]
+    whole = small_run("whole", *flags)
+    others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in (4, 2, 1)]
+    for processes, size in ((2, 2), (4, 2)) if order == "sequential" else ((4, 1),):
+        others.append(tmp_path / f"{processes}processes")
+        result = call(*command, f"--out_dir={others[-1]}", f"--batch_size={size}", processes=processes)
+        assert result.returncode == 0, result.stderr
+    others.append(tmp_path / "machines")
+    two_machines(*command, f"--out_dir={others[-1]}", "--batch_size=2")
+    for folder in others:
         assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
         ours, theirs = (train.read_log(f / "log.jsonl")[1] for f in (folder, whole))
         assert [e["val_loss"] for e in ours] == pytest.approx([e["val_loss"] for e in theirs], rel=1e-5)
+
+
+def two_machines(*command):
+    """Two torchrun agents that meet on the loopback, as two machines with one device each would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test",
+                                "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", *map(str, command)], cwd=HERE,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
 
 
 def test_dropout_does_not_depend_on_the_split(small_run, data_dir, tmp_path):
@@ -359,21 +382,23 @@ def test_dropout_does_not_depend_on_the_split(small_run, data_dir, tmp_path):
     assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+def write_script(path, body):
+    """A script that runs beside ours and changes or watches what it does."""
+    path.write_text(f"import os, signal, sys\nsys.path.insert(0, {str(HERE)!r})\nimport torch, config, train\n{body}")
+    return path
+
+
 COUNT_ALL_REDUCES = """
-import sys, torch
-sys.path.insert(0, {here!r})
-import config, train
 with torch.profiler.profile() as profile:
     train.train(config.load(sys.argv[1:]))
-if int(__import__("os").environ["RANK"]) == 0:
+if os.environ["RANK"] == "0":
     print("ALL-REDUCES", sum(e.count for e in profile.key_averages() if e.key == "gloo:all_reduce"))
 """
 
 
 def test_gradients_are_reduced_once_a_step(tmp_path, data_dir):
     """4 micro-steps cost one all-reduce for the gradients and one for the logged loss, not four and one."""
-    script = tmp_path / "count.py"
-    script.write_text(COUNT_ALL_REDUCES.format(here=str(HERE)))
+    script = write_script(tmp_path / "count.py", COUNT_ALL_REDUCES)
     counts = []
     for steps in (2, 5):
         result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/{steps}",
@@ -382,41 +407,246 @@ def test_gradients_are_reduced_once_a_step(tmp_path, data_dir):
     assert counts[1] - counts[0] == 3 * 2
 
 
-def test_resume_is_exact(small_run):
-    """Stopped and resumed, with dropout, across an epoch border of shuffled windows: the same weights, moments and log."""
-    flags = ["--dropout=0.2", "--order=shuffled", "--schedule=cosine", "--eval_every=4", "--save_every=4", "--max_steps=12"]
-    whole = small_run("whole", *flags)
-    small_run("parts", *flags)
-    state = read_checkpoint(whole / "last.pt")
-    assert state["step"] == 12
-    # a run that was killed after step 8 had logged more than it had saved
-    parts = whole.parent / "killed"
-    parts.mkdir()
-    stop_at(small_run, "killed", 8, flags)
-    with open(parts / "log.jsonl", "a") as file:
-        file.write('{"step": 8, "tokens": 1, "loss": 0}\n{"step": 9, "tok')
-    small_run("killed", *flags, "--resume")
-    assert equal_weights(whole / "last.pt", parts / "last.pt") and equal_weights(whole / "best.pt", parts / "best.pt")
-    assert losses(whole) == losses(parts)
-    steps = [entry["step"] for entry in train.read_log(parts / "log.jsonl")[0]]
-    assert steps == list(range(12))
+########################################
+#     Stopped, killed and resumed      #
+########################################
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A folder with a data set so small that 12 steps are more than two epochs. -> the flags that choose it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "texts").mkdir()
+    for i in range(60):
+        (folder / "texts" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}, and so on.\n")
+    prepare.prepare_text(prepare.own_files(folder / "texts"), folder / "tiny", "bytes", "text", 1, "tiny")
+    return ["--dataset=tiny", f"--data_dir={folder}", "--block_size=16", "--order=shuffled", "--dropout=0.2"]
 
 
-def stop_at(small_run, name, step, flags):
-    """A run that is asked to stop after `step` steps, as by Ctrl-C."""
+def stop_at(step, number=signal.SIGINT):
+    """A learning-rate schedule that is interrupted in its step `step`, as by Ctrl-C."""
     real = train.learning_rate_at
 
     def learning_rate_at(now, steps, options):
-        if now == step - 1:
-            os.kill(os.getpid(), 2)
+        if now == step:
+            os.kill(os.getpid(), number)
         return real(now, steps, options)
+    return learning_rate_at
 
-    train.learning_rate_at = learning_rate_at
-    try:
-        small_run(name, *flags)
-    finally:
-        train.learning_rate_at = real
 
+@pytest.mark.parametrize("amp", ["off", "float16"])
+def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp):
+    """Stopped after any step and resumed, with dropout and a shuffled order, over epoch borders: bit for bit the run that
+    would have been, and a log without gaps or repeats."""
+    flags = [*tiny_data, "--schedule=cosine", "--eval_every=4", "--max_steps=12", f"--amp={amp}"]
+    whole = small_run("whole", *flags)
+    assert read_checkpoint(whole / "last.pt")["step"] == 12 and int(losses(whole)[0]) == 5
+    for step in (0, 4, 7, 10):
+        monkeypatch.setattr(train, "learning_rate_at", stop_at(step))
+        parts = small_run(f"stopped{step}", *flags)
+        monkeypatch.undo()
+        assert read_checkpoint(parts / "last.pt")["step"] == step + 1
+        with open(parts / "log.jsonl", "a") as file:  # a killed run logs more than it saves
+            file.write(f'{{"step": {step + 1}, "tokens": 1, "loss": 0}}\n{{"step": {step + 2}, "tok')
+        small_run(f"stopped{step}", *flags, "--resume")
+        assert_same_run(whole, parts)
+
+
+def assert_same_run(whole, parts):
+    assert equal_weights(whole / "last.pt", parts / "last.pt") and equal_weights(whole / "best.pt", parts / "best.pt")
+    keys = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm", "clipped", "skipped")
+    one, other = ([[entry.get(key) for key in keys] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+                  for folder in (whole, parts))
+    assert one == other
+    seconds = [entry["seconds"] for entry in train.read_log(parts / "log.jsonl")[0]]
+    assert seconds == sorted(seconds), "time goes on, it does not restart"
+
+
+def test_resume_on_two_processes(small_run, tiny_data, tmp_path):
+    """Two processes resume exactly; and a run may go from one process to two and back on the same curve."""
+    def two(name, steps, *flags):
+        result = call("train.py", *SMALL, *tiny_data, "--batch_size=4", f"--out_dir={tmp_path / name}", f"--max_steps={steps}",
+                      *flags, processes=2)
+        assert result.returncode == 0, result.stderr
+    two("whole", 12)
+    two("parts", 5)
+    two("parts", 12, "--resume")
+    assert equal_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    small_run("moved", *tiny_data, "--batch_size=4", "--max_steps=4")
+    two("moved", 8, "--resume")
+    small_run("moved", *tiny_data, "--batch_size=4", "--max_steps=12", "--resume")
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+KILL_AT_RANDOM = """
+import random, time
+import matplotlib.pyplot
+from pathlib import Path
+from model import read_checkpoint
+random.seed(1)
+flags, out_dir = sys.argv[2:], Path(sys.argv[1])
+
+def start():
+    child = os.fork()
+    if child == 0:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1), os.dup2(devnull, 2)
+        try:
+            train.train(config.load(flags))
+        finally:
+            os._exit(1 if sys.exc_info()[0] else 0)
+    return child
+
+steps = []
+while len(steps) < 50:
+    child = start()
+    time.sleep(random.uniform(0.0, 0.5))
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] == 0:
+        break  # it ended before it was killed
+    for name in ("last.pt", "best.pt"):
+        if (out_dir / name).exists():
+            checkpoint = read_checkpoint(out_dir / name)
+            if name == "last.pt":
+                steps.append(checkpoint["step"])
+    if not (out_dir / "last.pt").exists():
+        steps.append(0)
+print("KILLED", len(steps), "AT", steps)
+status = os.waitpid(start(), 0)[1]
+print("FINISHED", status)
+"""
+
+
+def test_killed_at_any_moment(small_run, tiny_data, tmp_path):
+    """SIGKILL at 50 random moments of a run that saves at every step: always a whole checkpoint or none, and in the end the
+    run that would have been."""
+    flags = [*tiny_data, "--max_steps=1200", "--eval_every=10", "--eval_tokens=16", "--save_every=1"]
+    script = write_script(tmp_path / "kill.py", KILL_AT_RANDOM)
+    killed = call(script, tmp_path / "killed", *SMALL, *flags, f"--out_dir={tmp_path / 'killed'}", "--resume")
+    assert "FINISHED 0" in killed.stdout, killed.stdout + killed.stderr
+    print(killed.stdout)
+    whole = small_run("whole", *flags, "--save_every=0")
+    assert_same_run(whole, tmp_path / "killed")
+
+
+SIGNAL_ONE_RANK = """
+real_loss = train.mean_loss
+
+def mean_loss(*args, **kwargs):
+    if where == "validation":
+        ask()
+    return real_loss(*args, **kwargs)
+
+def save_checkpoint(path, checkpoint):
+    if where == "saving":
+        ask()
+    return real_save(path, checkpoint)
+
+def ask():
+    if os.environ["RANK"] == os.environ.pop("WHO", ""):
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+
+where, real_save = os.environ["WHERE"], train.save_checkpoint
+train.mean_loss, train.save_checkpoint = mean_loss, save_checkpoint
+train.main()
+"""
+
+
+@pytest.mark.parametrize("where, who, number", [("validation", 1, "SIGTERM"), ("saving", 0, "SIGINT")])
+def test_asked_to_stop_in_one_rank(tmp_path, data_dir, where, who, number):
+    """A signal to one rank, in a validation or a save, stops all after the same step, saved, with exit code 0."""
+    script = write_script(tmp_path / "ask.py", SIGNAL_ONE_RANK)
+    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--batch_size=4", "--max_steps=500",
+             "--eval_every=5", "--save_every=5"]
+    result = call(script, *flags, processes=2, WHERE=where, WHO=str(who), SIGNAL=number)
+    assert result.returncode == 0, result.stderr
+    assert "--resume" in result.stdout and read_checkpoint(tmp_path / "out/last.pt")["step"] == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_by_the_command_line(tmp_path, data_dir, number):
+    """As Ctrl-C or kill would: it saves, says how to go on, exits with 0."""
+    process = start_long_run(tmp_path, data_dir)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "--resume" in out
+    assert read_checkpoint(tmp_path / "out" / "last.pt")["step"] == len(losses(tmp_path / "out"))
+
+
+def test_second_ctrl_c_ends_at_once(tmp_path, data_dir):
+    process = start_long_run(tmp_path, data_dir, "--eval_every=1", "--eval_tokens=10_000_000")  # it is in a long validation
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.wait(timeout=2) == -signal.SIGINT
+
+
+def start_long_run(tmp_path, data_dir, *flags):
+    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", "--max_steps=100000",
+                                f"--out_dir={tmp_path / 'out'}", *flags], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "out" / "log.jsonl"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+        assert process.poll() is None
+    return process
+
+
+DIE_ONCE = """
+real = train.learning_rate_at
+
+def learning_rate_at(step, steps, options):
+    if step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(step, steps, options)
+
+train.learning_rate_at = learning_rate_at
+train.main()
+"""
+
+
+def test_torchrun_restarts_resume(small_run, tmp_path, tiny_data):
+    """`torchrun --max-restarts=3`: a rank that dies, and the run goes on from its last checkpoint by itself."""
+    script = write_script(tmp_path / "die.py", DIE_ONCE)
+    flags = [*tiny_data, "--batch_size=4", "--save_every=3"]
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+                             str(script), *SMALL, *flags, f"--out_dir={tmp_path / 'out'}"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "resume: at step 6" in result.stdout
+    assert losses(tmp_path / "out") == pytest.approx(losses(small_run("one", *flags)), rel=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
+                                  "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0"])
+def test_resume_refuses_another_run(finished_run, flag):
+    key = flag[2:].split("=")[0]
+    with pytest.raises(config.ConfigError, match=f"belongs to another run: .*{'init_seed' if key == 'seed' else key} was .*, is "):
+        finished_run("--resume", flag)
+
+
+def test_resume_allows_what_changes_nothing(finished_run, tmp_path):
+    folder = finished_run("--resume", "--max_steps=14", "--batch_size=2", "--compile=False", "--device=cpu", "--eval_every=3",
+                          "--save_every=2", "--log_every=2", "--dollars_per_hour=2", "--name=other")
+    assert read_checkpoint(folder / "last.pt")["step"] == 14
+
+
+@pytest.fixture
+def finished_run(small_run, tiny_data):
+    """A run of 10 steps; called with flags, it runs once more."""
+    small_run("run", *tiny_data)
+    return lambda *flags: small_run("run", *tiny_data, *flags)
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished_run, capsys):
+    with pytest.raises(config.ConfigError, match="--resume"):
+        finished_run()
+    finished_run("--resume")
+    assert "has finished its 10 steps already" in capsys.readouterr().out
+
+
+########################################
+#       Bad numbers and bad disks      #
+########################################
 
 def test_validation_leaves_no_trace(small_run):
     often = small_run("often", "--dropout=0.2", "--eval_every=1", "--save_every=3")
@@ -443,28 +673,118 @@ def test_decay_groups():
         assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
-def test_bad_gradients_are_skipped(small_run, monkeypatch):
-    """An update whose norm is not finite is left out and counted; the learning rate is a function of the step all the same."""
-    real = train.get_total_norm
-    calls = []
+NAN_ON_ONE_RANK = """
+from model import GPT
+real, calls = GPT.forward, [0]
 
-    def sometimes_nan(*args, **kwargs):
-        calls.append(1)
-        return real(*args, **kwargs) * (math.nan if len(calls) in (3, 4) else 1)
+def forward(self, tokens, targets=None):
+    calls[0] += self.training
+    bad = self.training and calls[0] in (3, 4) and os.environ["RANK"] == "1"
+    return real(self, tokens, targets) * (float("nan") if bad else 1.0)
 
-    monkeypatch.setattr(train, "get_total_norm", sometimes_nan)
-    folder = small_run("run", "--max_steps=6")
-    assert [e["skipped"] for e in train.read_log(folder / "log.jsonl")[0]] == [False, False, True, True, False, False]
-    assert json.loads((folder / "summary.json").read_text())["skipped_steps"] == 2
-    assert read_checkpoint(folder / "last.pt")["optimizer"]["state"][0]["step"] == 4
+GPT.forward = forward
+train.main()
+"""
 
 
-def test_a_second_run_does_not_overwrite_the_first(small_run):
-    small_run("run")
-    with pytest.raises(config.ConfigError, match="--resume"):
-        small_run("run")
-    with pytest.raises(config.ConfigError, match="learning_rate was 0.001, is 0.5"):
-        small_run("run", "--resume", "--learning_rate=0.5")
+@pytest.mark.parametrize("amp", ["off", "float16"])
+def test_bad_numbers_on_one_rank(tmp_path, data_dir, amp):
+    """A loss that is not a number on one of two ranks: both leave out that update, log it and count it."""
+    script = write_script(tmp_path / "nan.py", NAN_ON_ONE_RANK)
+    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--batch_size=4", "--max_steps=6"]
+    result = call(script, *flags, f"--amp={amp}", processes=2)
+    assert result.returncode == 0, result.stderr
+    log = train.read_log(tmp_path / "out" / "log.jsonl")[0]
+    assert [e["skipped"] for e in log] == [False, False, True, True, False, False]
+    assert log[2]["loss"] is None and math.isfinite(log[-1]["loss"])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 2
+    checkpoint = read_checkpoint(tmp_path / "out" / "last.pt")
+    assert checkpoint["optimizer"]["state"][0]["step"] == 4
+    assert amp == "off" or checkpoint["scaler"]["scale"] == 65536 / 4
+
+
+def test_bad_numbers_without_end(small_run, monkeypatch, tmp_path):
+    """20 in a row end the run with the step and the first bad parameter; last.pt and best.pt stay good."""
+    real = GPT.forward
+
+    def forward(self, tokens, targets=None):
+        return real(self, tokens, targets) * (math.nan if self.wte.weight.grad is None and forward.bad else 1)
+
+    forward.bad = False
+    monkeypatch.setattr(GPT, "forward", forward)
+    folder = small_run("run", "--max_steps=6", "--eval_every=1")
+    good = read_checkpoint(folder / "best.pt")["best_val_loss"]
+    forward.bad = True
+    with pytest.raises(train.TrainingError, match=r"20 updates .* at step 25; the first parameter that went bad is wte.weight"):
+        small_run("run", "--max_steps=60", "--resume", "--eval_every=1")
+    assert read_checkpoint(folder / "best.pt")["best_val_loss"] == good
+    assert read_checkpoint(folder / "last.pt")["step"] == 6
+
+
+@contextlib.contextmanager
+def no_file_larger_than(n_bytes):
+    """A full disk, as far as a process can tell: a write beyond the limit fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_in_training(small_run, tiny_data, capsys):
+    """A save that fails says so and leaves the last one good; training goes on; with room again, so does the run."""
+    flags = [*tiny_data, "--save_every=2"]
+    folder = small_run("run", *flags)
+    size = (folder / "last.pt").stat().st_size
+    before = (folder / "last.pt").read_bytes()
+    with no_file_larger_than(size // 2), pytest.raises(train.TrainingError, match="last.pt could not be saved"):
+        small_run("run", *flags, "--resume", "--max_steps=20")
+    assert (folder / "last.pt").read_bytes() == before and capsys.readouterr().err.count("could not save") > 3
+    small_run("run", *flags, "--resume", "--max_steps=20")
+    assert_same_run(small_run("whole", *flags, "--max_steps=20"), folder)
+
+
+def test_full_disk_and_kill_in_prepare(tmp_path, monkeypatch):
+    """prepare.py stops with what it has, whatever stops it, and then makes the bytes that it would have made."""
+    rows = write_texts(tmp_path / "mine", "abcd")
+    monkeypatch.setattr(prepare, "PART_BYTES", 500)
+    files = prepare.own_files(tmp_path / "mine")
+
+    def make(name):
+        prepare.prepare_text(files, tmp_path / name, "bytes", "text", 1, "mine")
+
+    make("whole")
+    with no_file_larger_than(4000), pytest.raises(OSError):
+        make("full")
+    done = json.loads((tmp_path / "full" / "progress.json").read_text())["parts"]["text"]
+    assert 0 < done and not (tmp_path / "full" / "meta.json").exists()
+    tokenised = []
+    real = prepare.tokenise
+    monkeypatch.setattr(prepare, "tokenise", lambda job, part: tokenised.append(part[0]) or real(job, part))
+    make("full")
+    assert tokenised[0] == done, "finished parts are not repeated"
+    for name in ("write_atomically", "finish"):  # killed within the last acts
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prepare, name, stop_after(getattr(prepare, name), 3 if name == "write_atomically" else 0))
+            make(f"killed in {name}")
+        make(f"killed in {name}")
+    for name in ("full", "killed in write_atomically", "killed in finish"):
+        for split in ("train", "val", "test"):
+            assert (tmp_path / name / f"{split}.bin").read_bytes() == (tmp_path / "whole" / f"{split}.bin").read_bytes()
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["meta.json", "test.bin", "train.bin", "val.bin"]
+    assert len(rows) == sum(facts["documents"] for facts in prepare.read_meta(tmp_path, "full")["splits"].values())
+
+
+def stop_after(function, calls):
+    left = [calls]
+
+    def stopping(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*args)
+    return stopping
 
 
 def test_batch_size_auto(small_run):

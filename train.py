@@ -316,9 +316,9 @@ def train(config):
     if device.type == "cpu" and config.device == "auto":
         say("no GPU found, falling back to the CPU: right for small models such as config/quickstart.py, "
             "but a GPT-2-small run that takes a GPU two days takes it a year or more")
-    if config.dataset == "stdlib" and not Path(config.data_dir, "stdlib", "meta.json").exists():
-        for turn in ("0", os.environ.get("GROUP_RANK", "0")):  # the first machine, then those that do not share its disk
-            if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("GROUP_RANK", "0") == turn:
+    if config.dataset == "stdlib":
+        for is_my_turn in (is_main, os.environ.get("LOCAL_RANK", "0") == "0"):  # then machines that do not share its disk
+            if is_my_turn and not Path(config.data_dir, "stdlib", "meta.json").exists():
                 prepare_stdlib(config.data_dir)
             if world_size > 1:
                 dist.barrier()
