@@ -256,11 +256,14 @@ def start_processes(wanted_device="auto"):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return device, 0, 1
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    return device, dist.get_rank(), dist.get_world_size()
+    # After a restart by torchrun its store still has the addresses of the processes that died (torch 2.13, one machine):
+    # a prefix keeps them apart. Several machines don't count restarts alike.
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
+                            device_id=device if device.type == "cuda" else None)
+    return device, rank, world_size
 
 
 def autocast_dtype(amp, device):

@@ -479,7 +479,7 @@ def tokenise_parts(job, parts, progress, bar, workers, limit=sys.maxsize):
                 tokens = tokens[:limit - done]
                 with open(unfinished_file(job.folder, split), "ab") as file:
                     file.truncate(done * dtype.itemsize)  # what a killed run appended after its last save goes
-                    tokens.tofile(file)
+                    file.write(tokens)
                 progress.tokens[split] = done + len(tokens)
                 bar.update(len(tokens))
         progress.parts[job.name] = index + 1

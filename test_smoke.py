@@ -734,7 +734,7 @@ def no_file_larger_than(n_bytes):
 
 def test_full_disk_in_training(small_run, tiny_data, capsys):
     """A save that fails says so and leaves the last one good; training goes on; with room again, so does the run."""
-    flags = [*tiny_data, "--save_every=2"]
+    flags = [*tiny_data, "--save_every=2", "--eval_every=5"]
     folder = small_run("run", *flags)
     size = (folder / "last.pt").stat().st_size
     before = (folder / "last.pt").read_bytes()

@@ -98,6 +98,15 @@ def seed_dropout(dropout_seed, step, micro_batch):
 #         What fits, how fast          #
 ########################################
 
+def over_ranks(reduce, value, device):
+    """The sum, least or greatest of a number over all processes."""
+    if not dist.is_initialized():
+        return value
+    value = torch.tensor(value, device=device)
+    dist.all_reduce(value, reduce)
+    return value.item()
+
+
 def largest_batch_size(model, windows, config, device, dtype, world_size):
     """The largest micro-batch that fits every device, found by trying the divisors of a process's share, smallest first.
 
@@ -112,11 +121,7 @@ def largest_batch_size(model, windows, config, device, dtype, world_size):
         expected = (peak_memory(device) - before) * size / best if best else 0
         fits = device.type != "cpu" or expected < free_memory()
         fits = fits and trial_fits(model, windows, size, device, dtype)
-        if world_size > 1:
-            on_all = torch.tensor(float(fits), device=device)
-            dist.all_reduce(on_all, dist.ReduceOp.MIN)
-            fits = bool(on_all)
-        if not fits:
+        if not over_ranks(dist.ReduceOp.MIN, float(fits), device):
             break
         best = size
     if not best:
@@ -273,11 +278,10 @@ MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", 
               "save_every", "log_every", "wandb", "dollars_per_hour", "seed"}
 
 
-def checkpoint_to_resume(config, data_sha256):
+def checkpoint_to_resume(config, data_sha256, restarted):
     """The checkpoint in out_dir that the run goes on from, or None to start. Raises ConfigError where the config or the data
     would make it another run, CheckpointError where a file that is no checkpoint stands under the name of one."""
     last, best = Path(config.out_dir, "last.pt"), Path(config.out_dir, "best.pt")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun --max-restarts
     if not (config.resume or restarted):
         if last.exists() or best.exists():
             raise ConfigError(f"{config.out_dir} holds a run already: --resume continues it, "
@@ -334,8 +338,9 @@ def train(config):
         out_dir.mkdir(parents=True, exist_ok=True)
 
     # --- model and optimiser
+    restarted = over_ranks(dist.ReduceOp.MAX, float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"), device)
     data_sha256 = meta["splits"]["train"]["sha256"]
-    checkpoint = checkpoint_to_resume(config, data_sha256)
+    checkpoint = checkpoint_to_resume(config, data_sha256, restarted)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     dtype = autocast_dtype(config.amp, device)
     raw_model = GPT(GPTConfig.of(vars(config)), seed=config.init_seed).to(device)
@@ -349,6 +354,8 @@ def train(config):
         if checkpoint["scaler"]:  # empty where the run was not in float16 before
             scaler.load_state_dict(checkpoint["scaler"])
         state = {key: checkpoint[key] for key in state}
+    if over_ranks(dist.ReduceOp.MAX, float(state["step"]), device) != over_ranks(dist.ReduceOp.MIN, float(state["step"]), device):
+        raise TrainingError(f"the machines have different checkpoints in {out_dir}; it must be on a disk that they share, or copied")
     steps = count_steps(config)
     if state["step"] >= steps:
         say(f"{config.out_dir} has finished its {steps:,} steps already")
@@ -365,17 +372,15 @@ def train(config):
         model = torch.compile(model)
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                        broadcast_buffers=False, gradient_as_bucket_view=True)
-    peak = torch.tensor(matmul_peak(device, dtype), device=device)
-    if world_size > 1:
-        dist.all_reduce(peak)
-    mfu_per_token_rate = raw_model.flops_per_token() / peak.item()
+                                        gradient_as_bucket_view=True)
+    peak = over_ranks(dist.ReduceOp.SUM, matmul_peak(device, dtype), device)
+    mfu_per_token_rate = raw_model.flops_per_token() / peak
 
     # --- tell, and open the log
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     say(configuration.as_text(config))
     say(f"model:  {raw_model.num_params():,} parameters on {world_size} x {device.type}, "
-        f"{str(dtype).removeprefix('torch.') if dtype else 'float32'}; matrix products reach {peak.item() / 1e9:,.0f} GFLOP/s")
+        f"{str(dtype).removeprefix('torch.') if dtype else 'float32'}; matrix products reach {peak / 1e9:,.0f} GFLOP/s")
     say(f"data:   {config.dataset}, {train_windows.n_tokens:,} training tokens; the run reads {steps * tokens_per_step:,}, "
         f"{steps * config.global_batch_size / len(train_windows):.2f} epochs; validation on {n_val_windows:,} windows")
     say(f"batch:  {config.global_batch_size} sequences x {config.block_size:,} tokens = {tokens_per_step:,} tokens a step, "
@@ -443,10 +448,10 @@ def train(config):
         grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
         if config.grad_clip:
             clip_grads_with_norm_(parameters, config.grad_clip, grad_norm, foreach=True)
-        over_ranks = torch.stack((loss_sum / micro_steps, torch.tensor(float(stop.asked), device=device)))
+        sums = torch.stack((loss_sum / micro_steps, torch.tensor(float(stop.asked), device=device)))
         if world_size > 1:
-            dist.all_reduce(over_ranks)
-        loss, stops, norm = torch.cat((over_ranks, grad_norm[None])).tolist()  # the step's one wait for the device
+            dist.all_reduce(sums)
+        loss, stops, norm = torch.cat((sums, grad_norm[None])).tolist()  # the step's one wait for the device
         loss /= world_size
 
         skipped = not (math.isfinite(loss) and math.isfinite(norm))  # on all ranks alike: both are averages over them
@@ -571,7 +576,7 @@ def main():
     except OSError as error:
         stop_with(1, describe(error))
     except RuntimeError as error:
-        if "Connection closed by peer" not in str(error) and not isinstance(error, dist.DistError):
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
             raise
         stop_with(1, "another process of this run has ended")
     except KeyboardInterrupt:
