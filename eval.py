@@ -27,7 +27,8 @@ def evaluate(path, args, device, rank, world_size):
     data_dir, dataset = args.data_dir or config["data_dir"], args.dataset or config["dataset"]
     meta = read_meta(data_dir, dataset)
     if meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise DataError(f"{path} was trained on {checkpoint['tokenizer']} tokens, the data set {dataset} has {meta['tokenizer']}")
+        raise DataError(f"{path} was trained on {checkpoint['tokenizer']} tokens, the data set {dataset} has "
+                        f"{meta['tokenizer']}")
     windows = Windows(data_dir, dataset, "test", config["block_size"])
     model = GPT.from_checkpoint(checkpoint).to(device)
     loss = mean_loss(model, windows, len(windows), args.batch_size, device, autocast_dtype(args.amp, device), rank, world_size)
@@ -44,7 +45,8 @@ def table(results, baseline):
     """The rows of the table, header first: from the worst to the best test loss, as the published one, with the improvement
     over the run named `baseline` where there is one."""
     reference = next((r["test_loss"] for r in results if r["name"] == baseline), None)
-    rows = [["name", "seed", "test loss", *["improvement"] * (reference is not None), "perplexity", "bits per byte", "checkpoint"]]
+    improvement = ["improvement"] if reference is not None else []
+    rows = [["name", "seed", "test loss", *improvement, "perplexity", "bits per byte", "checkpoint"]]
     for r in sorted(results, key=lambda r: -r["test_loss"]):
         improvement = [f"{reference - r['test_loss']:+.6f}"] if reference is not None else []
         rows.append([r["name"], str(r["seed"]), f"{r['test_loss']:.6f}", *improvement, f"{r['perplexity']:.3f}",
@@ -82,14 +84,18 @@ def parse_arguments():
 
 def evaluate_all(args):
     device, rank, world_size = start_processes(args.device)
+    if args.baseline:  # a typo is found before hours of evaluation
+        names = sorted({read_checkpoint(path)["config"]["name"] for path in args.ckpt})
+        if args.baseline not in names:
+            raise CheckpointError(f"no checkpoint is named '{args.baseline}' (from --baseline); there are {', '.join(names)}")
     results = []
     for path in args.ckpt:
         results.append(evaluate(path, args, device, rank, world_size))
         if rank == 0 and len(args.ckpt) > 1:
             print(f"{path}: {results[-1]['test_loss']:.6f}", file=sys.stderr)
-    if args.baseline and args.baseline not in {r["name"] for r in results}:
-        raise CheckpointError(f"no checkpoint is named '{args.baseline}' (from --baseline); "
-                              f"there are {', '.join(sorted({r['name'] for r in results}))}")
+    if len({r["test_sha256"] for r in results}) > 1:
+        raise DataError("these checkpoints were tested on different data, so their losses don't compare; choose one data set "
+                        "with --dataset")
     if rank == 0:
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=1) + "\n")

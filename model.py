@@ -31,7 +31,7 @@ class GPTConfig:
     @classmethod
     def of(cls, options):
         """From a mapping that holds these options among others, such as vars(config) or a checkpoint's config."""
-        return cls(**{f.name: options[f.name] for f in fields(cls)})
+        return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
 
 
 ########################################
@@ -154,7 +154,11 @@ class GPT(nn.Module):
         if not isinstance(checkpoint, dict):
             checkpoint = read_checkpoint(checkpoint)
         model = cls(GPTConfig.of(checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[1].strip()
+            raise CheckpointError(f"{checkpoint['path']} does not fit its own config ({reason})") from None
         return model.eval()
 
 
@@ -224,7 +228,7 @@ def read_checkpoint(path):
         raise CheckpointError(f"{path} is no checkpoint of nanolab")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} has format {checkpoint['format']}; this nanolab reads format {CHECKPOINT_FORMAT}")
-    return checkpoint
+    return {**checkpoint, "path": str(path)}
 
 
 ########################################
@@ -256,6 +260,8 @@ def start_processes(wanted_device="auto"):
         torch.cuda.set_device(device)
     if "RANK" not in os.environ:
         return device, 0, 1
+    if device.type == "mps":
+        raise DeviceError("MPS has no communication between processes; start one without torchrun, or say --device=cpu")
     # After a restart by torchrun its store still has the addresses of the processes that died (torch 2.13, one machine):
     # a prefix keeps them apart. Several machines don't count restarts alike.
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -289,12 +295,11 @@ def mean_loss(model, windows, n_windows, batch_size, device, dtype=None, rank=0,
     mine = range(rank, n_windows, world_size)
     for start in range(0, len(mine), batch_size):
         ids = mine[start:start + batch_size]
-        inputs, targets = windows.batch(ids)
         with autocast(dtype, device):
-            losses.append(model(inputs.to(device), targets.to(device)))
+            losses.append(model(*windows.batch(ids, device)))
         sizes.append(len(ids))
     model.train(was_training)
-    total = torch.dot(torch.stack(losses).double().cpu(), torch.tensor(sizes, dtype=torch.float64))
+    total = torch.dot(torch.stack(losses).cpu().double(), torch.tensor(sizes, dtype=torch.float64))
     if world_size > 1:
         total = total.to(device)
         dist.all_reduce(total)

@@ -8,10 +8,11 @@ A data set is a folder data/NAME/ with train.bin, val.bin, test.bin (raw little-
 after every document) and meta.json, which is written last: a folder without it is unfinished.
 
 Text is cut into parts of about 4 MiB whatever the number of processes; they tokenise parts into numbered files, and one
-appends these in order. Run the same command again after a kill: finished parts are not repeated.
+appends these in order. Run the same command again after a kill: finished parts are not tokenised again.
 """
 
 import argparse
+import contextlib
 import functools
 import glob
 import hashlib
@@ -19,6 +20,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import sysconfig
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from filelock import FileLock
 from tqdm import tqdm
 
 # torch, pyarrow and datasets are imported where they are needed: the processes that tokenise start faster without.
@@ -100,8 +103,12 @@ def reachable(host, seconds=1.2):
 
 def encode(tokenizer, text):
     """The token ids of a document, end-of-text token included. As in the published data, "<|endoftext|>" in the text is
-    that token too. -> (n,) uint32."""
-    return np.append(tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT}), np.uint32(tokenizer.eot_token))
+    that token too. -> (n,) uint32. Raises DataError."""
+    try:
+        tokens = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT})
+    except ValueError as error:  # about a million blanks in a row exceed the stack of tiktoken's regular expressions
+        raise DataError(f"tiktoken cannot encode the document that starts with {text[:60]!r} ({describe(error)})") from None
+    return np.append(tokens, np.uint32(tokenizer.eot_token))
 
 
 def dtype_for(tokenizer):
@@ -117,14 +124,16 @@ def read_meta(data_dir, dataset):
     """meta.json of a data set. Raises DataError where there is none."""
     path = Path(data_dir, dataset, "meta.json")
     try:
-        return json.loads(path.read_text())
+        meta = json.loads(path.read_text())
+        np.dtype(meta["dtype"])
+        return {key: meta[key] for key in ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")}
     except FileNotFoundError:
         source = dataset if dataset in ("fineweb", "stdlib") else f"PATH_OF_YOUR_TEXT --name={dataset}"
         where = "" if data_dir == "data" else f" --data_dir={data_dir}"
         state = "is unfinished" if path.parent.is_dir() else "is not there"
         raise DataError(f"the data set {path.parent} {state}; make it: python prepare.py {source}{where}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise DataError(f"{path} is damaged; delete {path.parent} and make it again with prepare.py") from None
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path} is damaged or not nanolab's; delete {path.parent} and make it again with prepare.py") from None
 
 
 class Windows:
@@ -153,8 +162,8 @@ class Windows:
     def __len__(self):
         return (self.n_tokens - 1) // self.block_size
 
-    def batch(self, ids):
-        """Windows `ids` -> inputs and targets, each (len(ids), block_size) int64 on the CPU."""
+    def batch(self, ids, device="cpu"):
+        """Windows `ids` -> inputs and targets, each (len(ids), block_size) int64 on `device`, a torch.device or its name."""
         import torch
         # A map that lives for one batch gives its pages back: resident memory does not grow with the corpus.
         tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
@@ -163,6 +172,9 @@ class Windows:
             raise DataError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of {self.vocab_size}; "
                             f"delete {self.path.parent} and make it again with prepare.py")
         windows = torch.from_numpy(windows)
+        if torch.device(device).type == "cuda":  # from pinned memory, so that the program need not wait for the copy
+            windows = windows.pin_memory()
+        windows = windows.to(device, non_blocking=True)
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -197,13 +209,13 @@ def own_files(source):
     """The text files of a path, folder or glob, in sorted order."""
     readable = (".txt", ".md", ".jsonl", ".parquet")
     path = Path(source)
-    found = [path] if path.is_file() else path.rglob("*") if path.is_dir() else map(Path, glob.glob(source, recursive=True))
-    found = sorted(found)
-    files = [str(file) for file in found if file.is_file() and file.suffix in readable]
+    found = [path] if path.exists() else [Path(match) for match in glob.glob(source, recursive=True)]
+    files = {str(file) for match in found for file in (match.rglob("*") if match.is_dir() else [match])
+             if file.is_file() and file.suffix in readable}
     if not files:
         why = "does not exist" if not found else f"has no {' '.join(readable)} file"
         raise DataError(f"'{source}' {why}; give stdlib, fineweb, or a file, folder or glob of text")
-    return files
+    return sorted(files)
 
 
 def stdlib_files():
@@ -291,18 +303,19 @@ def documents(piece, text_column, longest):
         if path.endswith(".jsonl"):
             file.seek(first)
             while file.tell() < end:
-                yield json_row(file.readline(), path, text_column)
+                if line := file.readline().strip():
+                    yield json_row(line, path, text_column)
             return
         file.seek(first)
         try:
             text = file.read(end - first).decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text (byte {first + error.start:,}); convert it or leave it out") from None
-    start = 0
-    while start < len(text):  # cut at the first line end past `longest`, or where there is none near
-        end = text.find("\n", start + longest, start + 2 * longest) + 1 or start + 2 * longest
-        yield text[start:end]
-        start = end
+    place = 0
+    while place < len(text):  # cut at the first line end past `longest`, or where there is none near
+        cut = text.find("\n", place + longest, place + 2 * longest) + 1 or place + 2 * longest
+        yield text[place:cut]
+        place = cut
 
 
 def line_start(file, position):
@@ -321,8 +334,6 @@ def json_row(line, path, text_column):
         raise DataError(f"{path} has a line that is not JSON: {line[:60]!r}") from None
     except (KeyError, TypeError):
         raise DataError(f"{path} has a line without '{text_column}': {line[:60]!r}; choose with --text_column") from None
-    if not isinstance(text, str):
-        raise DataError(f"{path} has a line whose '{text_column}' is not text: {line[:60]!r}")
     return text
 
 
@@ -337,8 +348,8 @@ def parquet_rows(path, start, stop, text_column):
         if start < row + n_rows and row < stop:
             for batch in file.iter_batches(batch_size=256, row_groups=[i], columns=[text_column]):
                 for text in batch.column(0).to_pylist():
-                    if start <= row < stop:
-                        yield text or ""
+                    if start <= row < stop and text is not None:
+                        yield text
                     row += 1
         else:
             row += n_rows
@@ -361,17 +372,20 @@ def scan(job, numbered_part):
 
 def hash_cuts(hashes, sizes):
     """Where test and val end when documents are laid in the order of their hash: the first 1 % of the bytes are test, the
-    next 1 % val, each at least one document. It depends on the texts alone, not on files or their order.
+    next 1 % val, each at least one document. It depends on the texts alone, not on the files or their order.
     -> the largest hash in test, the largest in val."""
+    if not len(hashes):
+        raise DataError("there is no text in these files")
     order = np.argsort(hashes)
     hashes, ends = hashes[order], np.cumsum(sizes[order])
     cuts, n_done = [], 0
-    for _ in ("test", "val"):
+    for to_spare in (2, 1):  # documents that must remain for the splits after test, after val
         wanted = (ends[n_done - 1] if n_done else 0) + 0.01 * ends[-1]
-        last = max(int(np.searchsorted(ends, wanted)), n_done)
-        n_done = int(np.searchsorted(hashes, hashes[min(last, len(hashes) - 1)], side="right"))  # equal texts stay together
+        last = max(min(int(np.searchsorted(ends, wanted)), len(hashes) - 1 - to_spare), n_done)
+        n_done = int(np.searchsorted(hashes, hashes[last], side="right"))  # equal texts stay together
         if n_done == len(hashes):
-            raise DataError(f"{len(hashes):,} documents are too few to split into train, val and test; use more or smaller ones")
+            raise DataError(f"{len(set(hashes.tolist())):,} different documents are too few to split into train, val and test; "
+                            "use more or smaller ones")
         cuts.append(int(hashes[n_done - 1]))
     return cuts
 
@@ -383,16 +397,23 @@ def hash_cuts(hashes, sizes):
 @dataclass
 class Job:
     """What the processes need to know to tokenise a part."""
-    name: str  # of the numbered files
+    name: str  # the split that all documents go to, where there are no `cuts`
     folder: str
+    plan: str  # its beginning is in the names of the numbered files, which a killed run's last processes may still write
     tokenizer: str
     text_column: str = "text"
     longest: int = 2**20  # characters of a document in a text file, before it is cut
-    cuts: tuple = ()  # hash_cuts; () where all documents go to the split `name`
+    cuts: tuple = ()  # hash_cuts
 
     def documents(self, part):
+        """The texts of a part. Raises DataError where one is not text."""
         for piece in part:
-            yield from documents(piece, self.text_column, self.longest)
+            for text in documents(piece, self.text_column, self.longest):
+                try:
+                    if text.encode():  # an empty document teaches nothing
+                        yield text
+                except (AttributeError, UnicodeEncodeError):  # a number; half of a surrogate pair, such as JSON's "\\ud800"
+                    raise DataError(f"{piece[0]} has a '{self.text_column}' that is not text: {str(text)[:60]!r}") from None
 
     def split_of(self, text):
         if not self.cuts:
@@ -404,14 +425,14 @@ class Job:
 def tokenise(job, numbered_part):
     """Tokenises part (index, pieces) into a numbered file, one array per split, unless that is there. -> its path."""
     index, part = numbered_part
-    path = Path(job.folder, "parts", f"{job.name}-{index:06d}.npz")
+    path = Path(job.folder, "parts", f"{job.plan[:8]}-{job.name}-{index:06d}.npz")
     if path.exists():
         return path
     tokenizer = get_tokenizer(job.tokenizer)
     tokens = {}
     for text in job.documents(part):
         tokens.setdefault(job.split_of(text), []).append(encode(tokenizer, text))
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(f".{os.getpid()}")
     with open(unfinished, "wb") as file:
         np.savez(file, **{split: np.concatenate(arrays).astype(dtype_for(tokenizer)) for split, arrays in tokens.items()})
     os.replace(unfinished, path)
@@ -423,7 +444,8 @@ def map_parts(function, numbered_parts, workers):
     if min(workers, len(numbered_parts)) <= 1:
         yield from map(function, numbered_parts)
         return
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbered_parts))) as pool:
+    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it is for the parent to end them
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbered_parts)), signal.signal, ignore_ctrl_c) as pool:
         yield from pool.imap(function, numbered_parts)
 
 
@@ -519,21 +541,27 @@ def finish(folder, tokenizer_name, source, plan):
 
 def prepare_text(files, folder, tokenizer, text_column, workers, source):
     """A data set of the documents in `files`, split by the hash of their text."""
-    plan = fingerprint(source, [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files], tokenizer, text_column)
-    if is_made(folder, plan):
-        return
+    stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
+    plan = fingerprint(source, stats, tokenizer, text_column)
+    with alone(folder):
+        if not is_made(folder, plan):
+            tokenise_text(files, folder, tokenizer, text_column, workers, source, plan)
+
+
+def tokenise_text(files, folder, tokenizer, text_column, workers, source, plan):
     sized_pieces = [piece for file in files for piece in pieces_of(file)]
     parts = group_into_parts(sized_pieces)
     # No document of a text file is longer than 1 % of the corpus, or val and test could not be 1 % each.
     longest = min(max(sum(size for _, size in sized_pieces) // 100, 2**14), 2**20)
-    job = Job("text", str(folder), tokenizer, text_column, longest)
+    job = Job("text", str(folder), plan, tokenizer, text_column, longest)
     scanned = list(tqdm(map_parts(functools.partial(scan, job), list(enumerate(parts)), workers), "reading", len(parts),
                         disable=None))  # None: where it would not be seen
-    hashes, sizes = (np.concatenate(arrays) for arrays in zip(*scanned))
+    hashes, sizes = (np.concatenate(arrays) for arrays in zip(*scanned or [scan(job, (0, []))]))
     job.cuts = hash_cuts(hashes, sizes)
     n_tokens = sizes.sum() + len(sizes) if tokenizer == "bytes" else sizes.sum() // 4  # English: 4.5 bytes a token
-    with open_folder(folder, n_tokens, tokenizer) as bar:
-        tokenise_parts(job, parts, Progress(folder, plan), bar, workers)
+    progress = Progress(folder, plan)
+    with progress_bar(folder, n_tokens, tokenizer, progress) as bar:
+        tokenise_parts(job, parts, progress, bar, workers)
     finish(folder, tokenizer, source, plan)
 
 
@@ -542,20 +570,26 @@ def prepare_fineweb(files, folder, tokenizer, workers, source, train_tokens, hel
     `test_tokens` after them; of the rows before, train is the first `train_tokens`. Train and test have one token more, the
     target of their last window."""
     plan = fingerprint(source, files, tokenizer, train_tokens, heldout, test_offset, test_tokens)
-    if is_made(folder, plan):
-        return
+    with alone(folder):
+        if not is_made(folder, plan):
+            tokenise_fineweb(files, folder, tokenizer, workers, source, plan, train_tokens, heldout, test_offset, test_tokens)
+
+
+def tokenise_fineweb(files, folder, tokenizer, workers, source, plan, train_tokens, heldout, test_offset, test_tokens):
     train_pieces, heldout_pieces = split_rows([piece for file in files for piece in pieces_of(file)], heldout)
     heldout_end = test_offset + test_tokens + 1
-    with open_folder(folder, train_tokens + heldout_end, tokenizer) as bar:
-        progress = Progress(folder, plan)
-        bar.update(sum(progress.tokens.values()))
-        tokenise_parts(Job("heldout", str(folder), tokenizer), group_into_parts(heldout_pieces), progress, bar, workers,
+    progress = Progress(folder, plan)
+    with progress_bar(folder, train_tokens + heldout_end, tokenizer, progress) as bar:
+        tokenise_parts(Job("heldout", str(folder), plan, tokenizer), group_into_parts(heldout_pieces), progress, bar, workers,
                        limit=heldout_end)
-        if progress.tokens["heldout"] < heldout_end:
-            raise DataError(f"the last {heldout:.2%} of the rows have {progress.tokens['heldout']:,} tokens, and test ends at "
-                            f"{heldout_end:,}; use a smaller --test_offset and --test_tokens or a larger --heldout")
-        tokenise_parts(Job("train", str(folder), tokenizer), group_into_parts(train_pieces), progress, bar, workers,
+        there = progress.tokens.get("heldout", 0)
+        if there < heldout_end:
+            raise DataError(f"the last {heldout:.2%} of the rows have {there:,} tokens, and test ends at {heldout_end:,}; "
+                            "use a smaller --test_offset and --test_tokens or a larger --heldout")
+        tokenise_parts(Job("train", str(folder), plan, tokenizer), group_into_parts(train_pieces), progress, bar, workers,
                        limit=train_tokens + 1)
+        if not progress.tokens.get("train"):
+            raise DataError(f"with --heldout={heldout} no row is left for training")
     stream = np.memmap(unfinished_file(folder, "heldout"), dtype_for(get_tokenizer(tokenizer)), mode="r")
     stream[:test_offset].tofile(unfinished_file(folder, "val"))
     stream[test_offset:heldout_end].tofile(unfinished_file(folder, "test"))
@@ -583,29 +617,37 @@ def fingerprint(*what):
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """Holds the folder against other processes that would make the same data set; the second one waits, and finds it made."""
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        yield
+
+
 def is_made(folder, plan):
     """Whether the data set is whole already. Raises DataError where another is in its place."""
-    try:
-        meta = json.loads(Path(folder, "meta.json").read_text())
-    except FileNotFoundError:
+    if not Path(folder, "meta.json").exists():
         return False
-    if meta.get("plan") != plan:
-        raise DataError(f"{folder} holds another data set (from {meta.get('source')}, or other options); "
+    meta = read_meta(Path(folder).parent, Path(folder).name)
+    if meta["plan"] != plan:
+        raise DataError(f"{folder} holds another data set (from {meta['source']}, or other options); "
                         "delete that folder, or choose another --name")
     print(f"{folder} is there already")
     return True
 
 
-def open_folder(folder, n_tokens, tokenizer):
-    """Makes the folder, sees that the disk has room, says what is to come. -> the progress bar."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    needed = int(n_tokens) * dtype_for(get_tokenizer(tokenizer)).itemsize * 1.05
+def progress_bar(folder, n_tokens, tokenizer, progress):
+    """Says what is to come, and sees that the disk has room for it."""
+    done = sum(progress.tokens.values())
+    needed = int(n_tokens - done) * dtype_for(get_tokenizer(tokenizer)).itemsize * 1.05
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DataError(f"{folder} needs about {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+        raise DataError(f"{folder} needs about {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB free; "
                         "free some, or choose another --data_dir")
-    print(f"{folder}: about {n_tokens / 1e6:,.0f} million tokens, {needed / 1e6:,.0f} MB; {free / 1e9:,.0f} GB are free")
-    return tqdm(total=int(n_tokens), unit="tok", unit_scale=True, desc="tokenising", disable=None)
+    print(f"{folder}: about {n_tokens / 1e6:,.0f} million tokens, {done / 1e6:,.0f} of them done; "
+          f"the rest takes {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+    return tqdm(total=int(n_tokens), initial=done, unit="tok", unit_scale=True, desc="tokenising", disable=None)
 
 
 def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1):
@@ -635,11 +677,21 @@ def parse_arguments():
     fineweb.add_argument("--heldout", type=float, default=0.01, help="share of the rows, at the end, for val and test")
     fineweb.add_argument("--test_offset", type=int, default=50_000_000, help="where test starts in them; val is before")
     fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024)
-    return parser.parse_args()
+    args = parser.parse_args()
+    name = args.name or (args.source if args.source in ("stdlib", "fineweb") else Path(args.source).resolve().stem)
+    for is_wrong, message in (
+            (not name or "*" in name or "?" in name or "[" in name, f"'{args.source}' gives no name; choose one with --name"),
+            ("/" in name or name in (".", ".."), f"--name={name} is a path; choose the folder with --data_dir"),
+            (args.workers < 1, "--workers must be at least 1"),
+            (args.train_tokens < 1 or args.test_tokens < 1, "--train_tokens and --test_tokens must be at least 1"),
+            (args.test_offset < 1, "--test_offset must be at least 1, for val is what is before it"),
+            (not 0 < args.heldout < 1, "--heldout must be between 0 and 1")):
+        if is_wrong:
+            parser.error(message)
+    return args, name
 
 
-def prepare(args):
-    name = args.name or (args.source if args.source in ("stdlib", "fineweb") else Path(args.source).stem)
+def prepare(args, name):
     folder = Path(args.data_dir, name)
     tokenizer = args.tokenizer or ("bytes" if args.source == "stdlib" else "gpt2")
     get_tokenizer(tokenizer)  # before anything is read or downloaded
@@ -655,7 +707,7 @@ def prepare(args):
 
 def main():
     try:
-        prepare(parse_arguments())
+        prepare(*parse_arguments())
     except DataError as error:
         sys.exit(f"prepare.py: {error}")
     except OSError as error:

@@ -14,12 +14,12 @@ from model import GPT, CheckpointError, DeviceError, pick_device, read_checkpoin
 from prepare import END_OF_TEXT, DataError, get_tokenizer
 
 
-def stream_text(model, tokenizer, prompt, device, generator, max_new_tokens, temperature, top_k):
-    """Yields the continuation of a prompt piece by piece, up to an end-of-text token. A character of several tokens comes
+def stream_text(model, tokenizer, args, device, generator):
+    """Yields the continuation of the prompt piece by piece, up to an end-of-text token. A character of several tokens comes
     when it is whole."""
-    tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
+    tokens = torch.tensor([tokenizer.encode(args.prompt, allowed_special={END_OF_TEXT})], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in model.stream(torch.tensor([tokens], device=device), max_new_tokens, temperature, top_k, generator):
+    for token in model.stream(tokens, args.max_new_tokens, args.temperature, args.top_k, generator):
         if token.item() == tokenizer.eot_token:
             break
         yield decoder.decode(bytes_of(tokenizer, token.item()))
@@ -69,7 +69,7 @@ def sample(args):
             print(f"--- sample {i + 1}")
         print(args.prompt, end="", flush=True)
         generator = torch.Generator(device).manual_seed(args.seed + i)
-        for piece in stream_text(model, tokenizer, args.prompt, device, generator, args.max_new_tokens, args.temperature, args.top_k):
+        for piece in stream_text(model, tokenizer, args, device, generator):
             print(piece, end="", flush=True)
         print()
 

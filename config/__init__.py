@@ -4,7 +4,7 @@
 
 A config file is Python that assigns values; files apply in order, flags win over files. So an experiment is a stack:
 
-    python train.py config/lab.py config/interventions/qkv_bias.py --seed=2
+    python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
 
 The defaults are the published baseline: GPT-2 small's shape, untied, no QKV bias, 163,009,536 parameters, a global
 batch of 96 x 1,024 tokens for 33,165 steps (Giles Thomas, "Writing an LLM from scratch", part 32a, 2026).
@@ -166,8 +166,9 @@ def read_file(file):
     try:
         namespace = runpy.run_path(file)
     except Exception as error:
-        line = error.lineno if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise ConfigError(f"{file}, line {line}: {type(error).__name__}: {error}") from None
+        frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+        what = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{frame.filename}, line {frame.lineno}: {what}") from None
     assigned = {key: value for key, value in namespace.items()
                 if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
     for key in assigned:
