@@ -643,7 +643,7 @@ def progress_bar(folder, n_tokens, tokenizer, progress):
     needed = int(n_tokens - done) * dtype_for(get_tokenizer(tokenizer)).itemsize * 1.05
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise DataError(f"{folder} needs about {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB free; "
+        raise DataError(f"{folder} needs about {needed / 1e6:,.0f} MB more and its disk has {free / 1e6:,.0f} MB free; "
                         "free some, or choose another --data_dir")
     print(f"{folder}: about {n_tokens / 1e6:,.0f} million tokens, {done / 1e6:,.0f} of them done; "
           f"the rest takes {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")

