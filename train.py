@@ -288,7 +288,10 @@ MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", 
 
 def checkpoint_to_resume(config, data_sha256, restarted):
     """The checkpoint in out_dir that the run goes on from, or None to start. Raises ConfigError where the config or the data
-    would make it another run, CheckpointError where a file that is no checkpoint stands under the name of one."""
+    would make it another run, CheckpointError where a file that is no checkpoint stands under the name of one.
+
+    restarted: torchrun has started this run anew after a process died, which is leave to resume if it was this run.
+    """
     files = [path for path in (Path(config.out_dir, "last.pt"), Path(config.out_dir, "best.pt")) if path.exists()]
     if files and not config.resume and not (restarted and read_checkpoint(files[0])["launch"] == launch()):
         raise ConfigError(f"{config.out_dir} holds a run already: --resume continues it, "
@@ -431,6 +434,7 @@ def train(config):
     # --- the loop
     stop = StopSignal()
     parameters = list(raw_model.parameters())
+    foreach = device.type != "mps"  # which lacks those kernels
     skipped_in_a_row = 0
     seconds_before, started = state["seconds"], time.perf_counter()
     batch = load_micro_batch(state["step"], 0)
@@ -459,8 +463,8 @@ def train(config):
                 loss_sum += loss.detach()
 
             scaler.unscale_(optimizer)
-            grad_norm = get_total_norm([p.grad for p in parameters], foreach=True)
-            sums = torch.stack((loss_sum / micro_steps, torch.tensor(float(stop.asked), device=device)))
+            grad_norm = get_total_norm([p.grad for p in parameters], foreach=foreach)
+            sums = torch.stack((loss_sum / micro_steps, loss_sum.new_full((), float(stop.asked))))
             if world_size > 1:
                 dist.all_reduce(sums)
             loss, stops, norm = torch.cat((sums, grad_norm[None])).tolist()  # the step's one wait for the device
@@ -476,7 +480,7 @@ def train(config):
             else:
                 clipped = 0 < config.grad_clip < norm
                 if clipped:
-                    clip_grads_with_norm_(parameters, config.grad_clip, grad_norm, foreach=True)
+                    clip_grads_with_norm_(parameters, config.grad_clip, grad_norm, foreach=foreach)
                 scaler.step(optimizer)
                 skipped_in_a_row = 0
             scaler.update()
