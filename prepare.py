@@ -25,6 +25,8 @@ import socket
 import sys
 import sysconfig
 import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,7 +246,7 @@ def fineweb_files(folder):
     from datasets import load_dataset_builder
     try:
         return list(load_dataset_builder(source, "sample-10BT").config.data_files["train"])
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         what_to_do = "needs sample/10BT/*.parquet and the README.md that names them" if folder else \
             "connect to huggingface.co, or give --from=FOLDER with a copy of it"
         raise DataError(f"FineWeb could not be opened at {source}: {what_to_do} ({str(error).splitlines()[0]})") from None
@@ -254,18 +256,23 @@ def open_parquet(path, whole=True):
     """A pyarrow ParquetFile. A file on the hub is downloaded into its cache if `whole`, else only its footer is read."""
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
-    if path.startswith("hf://"):
-        from huggingface_hub import HfFileSystem, hf_hub_download
-        hub = HfFileSystem()
-        if whole:
-            there = hub.resolve_path(path)
-            path = hf_hub_download(there.repo_id, there.path_in_repo, repo_type=there.repo_type, revision=there.revision)
-        else:
-            path = hub.open(path)
     try:
-        return ParquetFile(path)
+        return ParquetFile(open_on_hub(path, whole) if path.startswith("hf://") else path)
     except ArrowInvalid as error:
         raise DataError(f"{path} is damaged or no .parquet file ({str(error).splitlines()[0]})") from None
+
+
+def open_on_hub(path, whole):
+    import huggingface_hub
+    try:
+        hub = huggingface_hub.HfFileSystem()
+        if not whole:
+            return hub.open(path)
+        at = hub.resolve_path(path)
+        return huggingface_hub.hf_hub_download(at.repo_id, at.path_in_repo, repo_type=at.repo_type, revision=at.revision)
+    except Exception as error:  # of the network, in the many classes of huggingface_hub and of what it calls
+        raise DataError(f"{path} could not be had ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                        "the same command goes on from here") from None
 
 
 def pieces_of(path):
@@ -444,9 +451,14 @@ def map_parts(function, numbered_parts, workers):
     if min(workers, len(numbered_parts)) <= 1:
         yield from map(function, numbered_parts)
         return
+    context = multiprocessing.get_context("spawn")
     ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it is for the parent to end them
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(numbered_parts)), signal.signal, ignore_ctrl_c) as pool:
-        yield from pool.imap(function, numbered_parts)
+    with ProcessPoolExecutor(min(workers, len(numbered_parts)), context, signal.signal, ignore_ctrl_c) as pool:
+        try:
+            yield from pool.map(function, numbered_parts)
+        except BrokenProcessPool:
+            raise DataError("a tokenising process was killed, perhaps for want of memory; the same command goes on from here, "
+                            "with fewer --workers if need be") from None
 
 
 class Progress:

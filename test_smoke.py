@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the program, on the device that every machine has
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
@@ -316,6 +317,33 @@ def test_fineweb_split(tmp_path, fineweb_copy):
     for split, expected in (("train", stream["train"][:2049]), ("val", stream["heldout"][:100]), ("test", stream["heldout"][100:421])):
         assert np.fromfile(tmp_path / "fineweb" / f"{split}.bin", "<u2").tolist() == expected.tolist()
     assert len(prepare.Windows(tmp_path, "fineweb", "test", 32)) == 10
+
+
+def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
+    """Footers are read from afar, whole files through the hub's cache, only as many as the budget needs, at one revision."""
+    import huggingface_hub
+    folder, rows = fineweb_copy
+    downloaded = []
+
+    class Hub:
+        def open(self, path):
+            return open(folder / path.removeprefix("hf://datasets/").replace("@abc", ""), "rb")
+
+        def resolve_path(self, path):
+            return types.SimpleNamespace(
+                repo_id="HuggingFaceFW/fineweb", repo_type="dataset", revision="abc", path_in_repo=path.split("@abc/")[1])
+
+    def download(repo_id, path_in_repo, repo_type, revision):
+        downloaded.append((repo_type, revision, path_in_repo))
+        return folder / repo_id / path_in_repo
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    files = [f"hf://datasets/HuggingFaceFW/fineweb@abc/sample/10BT/{i:03d}_00000.parquet" for i in range(2)]
+    prepare.prepare_fineweb(files, tmp_path / "fineweb", "gpt2", 1, "hub", 512, 0.1, 100, 320)
+    tokens = np.concatenate([prepare.encode(prepare.get_tokenizer("gpt2"), row) for row in rows[:100]])[:513]
+    assert np.fromfile(tmp_path / "fineweb" / "train.bin", "<u2").tolist() == tokens.tolist()
+    assert set(downloaded) == {("dataset", "abc", f"sample/10BT/{i:03d}_00000.parquet") for i in range(2)}
 
 
 def test_published_budget_is_the_default():
