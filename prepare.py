@@ -570,7 +570,7 @@ def tokenise_text(files, folder, tokenizer, text_column, workers, source, plan):
                         disable=None))  # None: where it would not be seen
     hashes, sizes = (np.concatenate(arrays) for arrays in zip(*scanned or [scan(job, (0, []))]))
     job.cuts = hash_cuts(hashes, sizes)
-    n_tokens = sizes.sum() + len(sizes) if tokenizer == "bytes" else sizes.sum() // 4  # English: 4.5 bytes a token
+    n_tokens = sizes.sum() // (1 if tokenizer == "bytes" else 2) + len(sizes)  # English has 4.5 bytes a token, code 2
     progress = Progress(folder, plan)
     with progress_bar(folder, n_tokens, tokenizer, progress) as bar:
         tokenise_parts(job, parts, progress, bar, workers)
@@ -652,13 +652,13 @@ def is_made(folder, plan):
 def progress_bar(folder, n_tokens, tokenizer, progress):
     """Says what is to come, and sees that the disk has room for it."""
     done = sum(progress.tokens.values())
-    needed = int(n_tokens - done) * dtype_for(get_tokenizer(tokenizer)).itemsize * 1.05
+    needed = max(int(n_tokens - done), 0) * dtype_for(get_tokenizer(tokenizer)).itemsize * 1.05
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(f"{folder} needs about {needed / 1e6:,.0f} MB more and its disk has {free / 1e6:,.0f} MB free; "
                         "free some, or choose another --data_dir")
-    print(f"{folder}: about {n_tokens / 1e6:,.0f} million tokens, {done / 1e6:,.0f} of them done; "
-          f"the rest takes {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
+    print(f"{folder}: up to {n_tokens / 1e6:,.1f} million tokens, {done / 1e6:,.1f} of them done; "
+          f"the rest takes up to {needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free")
     return tqdm(total=int(n_tokens), initial=done, unit="tok", unit_scale=True, desc="tokenising", disable=None)
 
 
