@@ -452,13 +452,23 @@ def map_parts(function, numbered_parts, workers):
         yield from map(function, numbered_parts)
         return
     context = multiprocessing.get_context("spawn")
-    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # it is for the parent to end them
-    with ProcessPoolExecutor(min(workers, len(numbered_parts)), context, signal.signal, ignore_ctrl_c) as pool:
+    with ProcessPoolExecutor(min(workers, len(numbered_parts)), context, initializer=end_with_parent) as pool:
         try:
             yield from pool.map(function, numbered_parts)
         except BrokenProcessPool:
             raise DataError("a tokenising process was killed, perhaps for want of memory; the same command goes on from here, "
                             "with fewer --workers if need be") from None
+
+
+def end_with_parent():
+    """Leaves Ctrl-C to the parent process, and ends this one when the parent has gone, however it went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Progress:
