@@ -133,7 +133,8 @@ def read_meta(data_dir, dataset):
         source = dataset if dataset in ("fineweb", "stdlib") else f"PATH_OF_YOUR_TEXT --name={dataset}"
         where = "" if data_dir == "data" else f" --data_dir={data_dir}"
         state = "is unfinished" if path.parent.is_dir() else "is not there"
-        raise DataError(f"the data set {path.parent} {state}; make it: python prepare.py {source}{where}") from None
+        raise DataError(f"the data set {path.parent} {state}; make it: python prepare.py {source}{where}, "
+                        "or give the folder it is in with --data_dir") from None
     except (ValueError, TypeError, KeyError):
         raise DataError(f"{path} is damaged or not nanolab's; delete {path.parent} and make it again with prepare.py") from None
 
@@ -213,7 +214,7 @@ def own_files(source):
     path = Path(source)
     found = [path] if path.exists() else [Path(match) for match in glob.glob(source, recursive=True)]
     files = {str(file) for match in found for file in (match.rglob("*") if match.is_dir() else [match])
-             if file.is_file() and file.suffix in readable}
+             if file.is_file() and file.suffix.lower() in readable}
     if not files:
         why = "does not exist" if not found else f"has no {' '.join(readable)} file"
         raise DataError(f"'{source}' {why}; give stdlib, fineweb, or a file, folder or glob of text")
@@ -277,7 +278,7 @@ def open_on_hub(path, whole):
 
 def pieces_of(path):
     """-> [((path, start, stop), bytes)]: each row group of a .parquet file, 4 MiB ranges of any other."""
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         metadata = open_parquet(path, whole=False).metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
         stops = np.cumsum([group.num_rows for group in groups]).tolist()
@@ -302,12 +303,12 @@ def group_into_parts(sized_pieces):
 def documents(piece, text_column, longest):
     """The texts of a piece, one by one. A text file is one document, or several if it has more than `longest` characters."""
     path, start, stop = piece
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         yield from parquet_rows(path, start, stop, text_column)
         return
     with open(path, "rb") as file:
         first, end = line_start(file, start), line_start(file, stop)
-        if path.endswith(".jsonl"):
+        if path.lower().endswith(".jsonl"):
             file.seek(first)
             while file.tell() < end:
                 if line := file.readline().strip():

@@ -6,6 +6,7 @@
 
 import argparse
 import codecs
+import os
 import sys
 
 import torch
@@ -49,7 +50,8 @@ def parse_arguments():
             (not args.prompt, f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
             (args.num_samples < 1, "--num_samples must be at least 1"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
-            (not 0 <= args.temperature < float("inf"), "--temperature must be 0 or more"),
+            (args.temperature and not 0.01 <= args.temperature <= 100, "--temperature must be 0, or from 0.01 to 100"),
+            (not 0 <= args.seed <= 9e18, "--seed must be from 0 to 9e18"),
             (args.top_k is not None and args.top_k < 1, "--top_k must be at least 1")):
         if is_wrong:
             parser.error(message)
@@ -79,6 +81,8 @@ def main():
         sample(parse_arguments())
     except (CheckpointError, DataError, DeviceError) as error:
         sys.exit(f"sample.py: {error}")
+    except BrokenPipeError:  # whoever read the text, such as head, has enough; Python's last flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("\nsample.py: stopped")
 

@@ -229,7 +229,7 @@ def write_texts(folder, names):
     folder.mkdir()
     rows = [f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7) for i in range(60)]
     (folder / f"{names[0]}.txt").write_text(rows[0])
-    (folder / f"{names[1]}.md").write_text(rows[1])
+    (folder / f"{names[1]}.MD").write_text(rows[1])
     (folder / f"{names[2]}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[2:30]))
     write_table(Table.from_pydict({"text": rows[30:]}), folder / f"{names[3]}.parquet", row_group_size=7)
     return rows
@@ -681,7 +681,7 @@ def test_a_second_run_does_not_overwrite_the_first(finished_run, capsys):
     with pytest.raises(config.ConfigError, match="--resume"):
         finished_run()
     finished_run("--resume")
-    assert "has finished its 10 steps already" in capsys.readouterr().out
+    assert "is finished: 10 steps are done" in capsys.readouterr().out
 
 
 ########################################
@@ -962,6 +962,9 @@ META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out
     ({}, [*TRAIN, "nothing.py"], "no config file nothing.py"),
     ({"mine.py": write("dropuot = 0")}, [*TRAIN, "mine.py"], "(from mine.py)"),
     ({"mine.py": write("dropout = (")}, [*TRAIN, "mine.py"], "mine.py, line 1"),
+    ({"mine.py": write("import sys; sys.exit(3)")}, [*TRAIN, "mine.py"], "mine.py, line 1: SystemExit"),
+    ({}, [*TRAIN, "--seed=99999999999999999999"], "seed"),
+    ({}, [*TRAIN, "--out_dir="], "out_dir='' (from --out_dir): must not be empty"),
     ({}, [*TRAIN, "--vocab_size=100"], "less than the 257"),
     ({}, [*TRAIN, "--device=cuda"], "not available"),
     ({}, [*TRAIN, "--wandb=project"], "pip install wandb"),
@@ -1005,6 +1008,8 @@ META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out
     ({}, [*SAMPLE, "--top_k=0"], "--top_k"),
     ({}, [*SAMPLE, "--top_k=258"], "more than the 257"),
     ({}, [*SAMPLE, "--temperature=-1"], "--temperature"),
+    ({}, [*SAMPLE, "--temperature=1e-40"], "--temperature"),
+    ({}, [*SAMPLE, "--seed=99999999999999999999"], "--seed"),
     ({}, [*SAMPLE, "--max_new_tokens=many"], "--max_new_tokens"),
     # prepare
     ({}, PREPARE, "'mine' does not exist"),

@@ -376,7 +376,7 @@ def train(config):
         raise TrainingError(f"the machines have different checkpoints in {out_dir}; put it on a disk that they share")
     steps = count_steps(config)
     if state["step"] >= steps:
-        say(f"{config.out_dir} has finished its {steps:,} steps already")
+        say(f"{config.out_dir} is finished: {state['step']:,} steps are done, {steps:,} were asked for")
         return
 
     # --- batch arithmetic

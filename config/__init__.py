@@ -91,10 +91,10 @@ class Config:
     device: str = option("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
 
     # --- seeds
-    seed: int = option(42, "one seed for all that is random", within="[0, inf)")
-    init_seed: int | None = option(None, "initial weights; None: seed. They depend on nothing else", within="[0, inf)")
-    data_seed: int | None = option(None, "order of shuffled windows; None: seed", within="[0, inf)")
-    dropout_seed: int | None = option(None, "dropout masks; None: seed", within="[0, inf)")
+    seed: int = option(42, "one seed for all that is random", within="[0, 9e18]")
+    init_seed: int | None = option(None, "initial weights; None: seed. They depend on nothing else", within="[0, 9e18]")
+    data_seed: int | None = option(None, "order of shuffled windows; None: seed", within="[0, 9e18]")
+    dropout_seed: int | None = option(None, "dropout masks; None: seed", within="[0, 9e18]")
 
     # --- measuring, saving, logging
     eval_every: int = option(617, "steps between validations; 0: only at the end", within="[0, inf)")
@@ -165,7 +165,7 @@ def read_file(file):
         raise ConfigError(f"there is no config file {file}{nearest(file, there)}")
     try:
         namespace = runpy.run_path(file)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
         what = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"{frame.filename}, line {frame.lineno}: {what}") from None
@@ -210,6 +210,8 @@ def parse(key, value, origin, is_text=False):
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
         raise ConfigError(f"{wrong}: wants {names}, not {type(value).__name__}{what_is_allowed(key)}")
     meta = OPTIONS[key].metadata
+    if value == "" and OPTIONS[key].default != "":
+        raise ConfigError(f"{wrong}: must not be empty")
     if isinstance(value, str) and meta["choices"] and value not in meta["choices"]:
         raise ConfigError(f"{wrong}: not allowed{what_is_allowed(key)}{nearest(value, meta['choices'])}")
     if isinstance(value, (int, float)) and meta["within"] and not lies_within(value, meta["within"]):
