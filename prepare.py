@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import sysconfig
+import tempfile
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -74,13 +75,8 @@ def get_tokenizer(name):
 
 def gpt2_vocabulary_is_cached():
     """Whether tiktoken finds the vocabulary where its tiktoken/load.py looks first."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default_tiktoken_cache()
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
     return all(Path(folder, hashlib.sha1(url.encode()).hexdigest()).exists() for url in GPT2_VOCABULARY)
-
-
-def default_tiktoken_cache():
-    import tempfile
-    return os.path.join(tempfile.gettempdir(), "data-gym-cache")
 
 
 def reachable(host, seconds=1.2):
