@@ -1,18 +1,28 @@
-"""The model: a GPT-2-class language model, its initialisation, its loss, its text, its weights from a checkpoint; and
-where it runs: on which device, in which numbers, in how many processes.
+"""The model: a GPT-2-class language model, its initialisation, its loss, its text, its weights from a checkpoint and from
+and to Hugging Face's layout; and where it runs: on which device, in which numbers, in how many processes.
+
+    python model.py export out/best.pt FOLDER
 
 Shapes in comments: B sequences, T tokens, C = n_embd, V = vocab_size.
 """
 
+import argparse
+import hashlib
+import json
 import math
 import os
+import shutil
+import sys
 import warnings
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+from prepare import END_OF_TEXT, UNKNOWN, DataError, assumed_tokenizer, describe, get_tokenizer, gpt2_vocabulary_files, reachable
 
 
 @dataclass
@@ -149,17 +159,21 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
-        """The model of a checkpoint (a path, or what read_checkpoint returned), in eval mode, on the CPU.
+        """The model of a checkpoint (whatever read_checkpoint takes, or what it returned), in eval mode, on the CPU.
         Raises CheckpointError."""
         if not isinstance(checkpoint, dict):
             checkpoint = read_checkpoint(checkpoint)
         model = cls(GPTConfig.of(checkpoint["config"]))
+        model.take_weights(checkpoint)
+        return model.eval()
+
+    def take_weights(self, checkpoint):
+        """Those of what read_checkpoint returned. Raises CheckpointError."""
         try:
-            model.load_state_dict(checkpoint["model"])
+            self.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
             raise CheckpointError(f"{checkpoint['path']} does not fit its own config ({reason})") from None
-        return model.eval()
 
 
 ########################################
@@ -211,24 +225,328 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint of ours, or one that does not fit, told in one line."""
 
 
-def read_checkpoint(path):
-    """The dict that train.py saved at `path`, tensors on the CPU. Executes nothing from the file. Raises CheckpointError."""
+def read_checkpoint(source, mmap=False):
+    """A checkpoint as a dict, tensors on the CPU: what train.py saved at a path, or weights in Hugging Face's layout as if it
+    had, from a folder or under OpenAI's name (see read_hugging_face). Executes nothing from a file. Raises CheckpointError.
+
+    mmap: leave the tensors on disk until they are used, for whoever wants the config only.
+    """
+    if Path(source).is_dir():
+        return read_hugging_face(Path(source), source)
+    if str(source) in OPENAI_REVISIONS and not Path(source).exists():
+        return read_hugging_face(download(str(source)), source)
+    checkpoint = unpickle(source, mmap)
+    if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
+        raise CheckpointError(f"{source} is no checkpoint of nanolab")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{source} has format {checkpoint['format']}; this nanolab reads format {CHECKPOINT_FORMAT}")
+    return {**checkpoint, "path": str(source)}
+
+
+def unpickle(path, mmap=False):
+    """What torch.save wrote there, tensors on the CPU, if it is of tensors and plain values. Raises CheckpointError."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # on foreign pickles; they are refused below
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # on foreign pickles; they are refused here
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path} is a folder, not a checkpoint") from None
+        openai = f"; OpenAI's weights are {', '.join(OPENAI_REVISIONS)}" if str(path).startswith("gpt") else ""
+        raise CheckpointError(f"there is no checkpoint {path}{openai}") from None
     except PermissionError:
         raise CheckpointError(f"no right to read {path}") from None
     except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
         raise CheckpointError(f"{path} is damaged or no checkpoint of nanolab ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
-        raise CheckpointError(f"{path} is no checkpoint of nanolab")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path} has format {checkpoint['format']}; this nanolab reads format {CHECKPOINT_FORMAT}")
-    return {**checkpoint, "path": str(path)}
+
+
+########################################
+#        Hugging Face: weights in      #
+########################################
+
+# OpenAI's weights, openai-community/NAME on the hub, each at the revision that has model.safetensors.
+OPENAI_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+                    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+                    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+                    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2"}
+
+# What transformers calls a GPT2LMHeadModel's parameters, and what they are called here.
+THEIR_NAMES = {"h.": "blocks.", "c_attn.": "qkv.", "c_proj.": "proj.", "c_fc.": "fc.", "lm_head.": "head."}
+TRANSPOSED = ("qkv.weight", "proj.weight", "fc.weight")  # GPT-2's Conv1D holds (in, out) where Linear holds (out, in)
+
+# Options of a GPT2Config that change what is computed, with the values that GPT computes; the first is GPT2Config's default.
+COMPUTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+SHAPE = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}  # GPT2Config's defaults
+
+GPT2_VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"  # of its items by token id, as JSON
+
+
+def download(name):
+    """OpenAI's weights from the hub, through its cache. -> the folder. Raises CheckpointError, in 2 seconds without network."""
+    import huggingface_hub
+    repository, revision = f"openai-community/{name}", OPENAI_REVISIONS[name]
+    for file in ("config.json", "model.safetensors"):
+        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+        if not isinstance(cached, str) and not os.environ.get("HF_ENDPOINT") and not reachable("huggingface.co"):
+            raise CheckpointError(f"{name} is not on this machine and huggingface.co does not answer: connect once, or give a "
+                                  f"folder with {repository}'s config.json and model.safetensors")
+        try:
+            path = huggingface_hub.hf_hub_download(repository, file, revision=revision)
+        except Exception as error:  # of the network, in the many classes of huggingface_hub and of what it calls
+            raise CheckpointError(f"{file} of {repository} could not be had ({type(error).__name__}: "
+                                  f"{str(error).strip().splitlines()[0]})") from None
+    return Path(path).parent
+
+
+def read_hugging_face(folder, source):
+    """A GPT-2 in Hugging Face's layout, config.json and its weights, as read_checkpoint returns it.
+
+    source: what the user calls it. Nothing is known of its training: step, tokens and seconds are 0, dataset and seed None.
+    Its tokenizer is 'gpt2' if its vocabulary is GPT-2's, or if the folder has none and its size is. Raises CheckpointError,
+    which names what GPT does not compute.
+    """
+    try:
+        theirs = json.loads(Path(folder, "config.json").read_text())
+        model_type = theirs.get("model_type")
+    except FileNotFoundError:
+        model_type = None
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"{folder}/config.json is damaged") from None
+    if model_type is None:
+        best = f"; say {folder}/best.pt" if Path(folder, "best.pt").exists() else ""
+        raise CheckpointError(f"{folder} is a folder, neither a checkpoint nor a model in Hugging Face's layout{best}")
+    shape = {key: theirs.get(key, default) for key, default in SHAPE.items()}
+    for key, value in shape.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{folder}/config.json is damaged: {key}={value!r}")
+    for key, computed in {**COMPUTED, "n_inner": (4 * shape["n_embd"], None)}.items():
+        if theirs.get(key, computed[0]) not in computed:
+            raise CheckpointError(f"{folder} has {key}={theirs[key]!r} in its config.json; nanolab's model has {computed[0]!r}")
+    if shape["n_embd"] % shape["n_head"]:
+        raise CheckpointError(f"{folder}/config.json is damaged: n_embd={shape['n_embd']}, n_head={shape['n_head']}")
+    tied = theirs.get("tie_word_embeddings", True)
+    return {"format": CHECKPOINT_FORMAT, "path": str(source), "model": our_weights(read_weights(folder), tied),
+            "config": {"name": Path(source).resolve().name, "dataset": None, "data_dir": "data", "seed": None, "qkv_bias": True,
+                       "tie_weights": tied, "dropout": theirs.get("resid_pdrop", 0.1), "block_size": shape.pop("n_positions"),
+                       **shape},
+            "tokenizer": tokenizer_of(folder, theirs), "step": 0, "tokens": 0, "seconds": 0.0}
+
+
+def read_weights(folder):
+    """-> {their name: tensor} of a folder's model.safetensors, of its parts, or of its pytorch_model.bin."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    files = list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
+    try:
+        weights = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"the weights in {folder} are damaged ({error})") from None
+    if not files:
+        if not Path(folder, "pytorch_model.bin").exists():
+            raise CheckpointError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        weights = unpickle(Path(folder, "pytorch_model.bin"))
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"{folder} holds something else than weights")
+    return weights
+
+
+def our_weights(theirs, tied):
+    """Their weights by our names, in our orientation."""
+    ours = {}
+    for name, tensor in theirs.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the causal mask, which old files hold as well
+        for their, our in THEIR_NAMES.items():
+            name = name.replace(their, our)
+        ours[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+    if tied and "wte.weight" in ours:
+        ours["head.weight"] = ours["wte.weight"]
+    return ours
+
+
+def tokenizer_of(folder, theirs):
+    try:
+        if Path(folder, "vocab.json").exists():
+            vocabulary = json.loads(Path(folder, "vocab.json").read_text(encoding="utf-8"))
+        elif Path(folder, "tokenizer.json").exists():
+            vocabulary = json.loads(Path(folder, "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        else:
+            return theirs.get("nanolab_tokenizer") or assumed_tokenizer(theirs.get("vocab_size"))
+        items = sorted(vocabulary.items(), key=lambda item: item[1])
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"the tokenizer in {folder} is damaged") from None
+    return "gpt2" if hashlib.sha256(json.dumps(items).encode()).hexdigest() == GPT2_VOCABULARY_SHA256 else UNKNOWN
+
+
+########################################
+#       Hugging Face: weights out      #
+########################################
+
+def export(source, folder):
+    """Writes a checkpoint of ours as a folder that transformers reads as a GPT2LMHeadModel, whole or not at all.
+    Raises CheckpointError, DataError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    if Path(source).is_dir() or source in OPENAI_REVISIONS:
+        raise CheckpointError(f"{source} is no file that train.py saved, such as out/best.pt")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is there and not empty; choose another folder, or remove it")
+    checkpoint = read_checkpoint(source)
+    refuse_what_gpt2_lacks(checkpoint)
+    model = GPT.from_checkpoint(checkpoint)
+    files = {"config.json": as_json(their_config(checkpoint)), "generation_config.json": as_json(end_of_text(checkpoint)),
+             "README.md": model_card(checkpoint, model, folder.name), **tokenizer_files(checkpoint)}
+    unfinished = Path(f"{folder}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        for name, text in files.items():
+            Path(unfinished, name).write_bytes(text)
+        save_file(their_weights(model), unfinished / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")  # or only its owner could read it
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} could not be written ({describe(error)})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_what_gpt2_lacks(checkpoint):
+    """An option of the model that is not among GPT-2's, such as an intervention of your own, cannot be told to transformers."""
+    expressed = {"vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "qkv_bias", "tie_weights", "init"}
+    for field in fields(GPTConfig):
+        value = checkpoint["config"].get(field.name, field.default)
+        if field.name not in expressed and value != field.default:
+            raise CheckpointError(f"{checkpoint['path']} has {field.name}={value!r}, which transformers' GPT-2 cannot express")
+
+
+def as_json(value):
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def their_config(checkpoint):
+    """config.json: what a GPT2Config needs to know, and which tokens these are."""
+    ours = GPTConfig.of(checkpoint["config"])
+    return {"architectures": ["GPT2LMHeadModel"], **{key: values[0] for key, values in COMPUTED.items()},
+            "vocab_size": ours.vocab_size, "n_positions": ours.block_size, "n_embd": ours.n_embd, "n_layer": ours.n_layer,
+            "n_head": ours.n_head, "n_inner": None, "resid_pdrop": ours.dropout, "embd_pdrop": ours.dropout,
+            "attn_pdrop": ours.dropout, "tie_word_embeddings": ours.tie_weights, **end_of_text(checkpoint),
+            "dtype": "float32", "nanolab_tokenizer": checkpoint["tokenizer"]}
+
+
+def end_of_text(checkpoint):
+    """The token that parts documents, so that it begins and ends a text; none where the tokenizer is not known."""
+    token = None if checkpoint["tokenizer"] == UNKNOWN else get_tokenizer(checkpoint["tokenizer"]).eot_token
+    return {"bos_token_id": token, "eos_token_id": token}
+
+
+def their_weights(model):
+    """-> {their name: tensor}. A tied head is left out; QKV biases that the model lacks are zeros, which GPT-2 has always."""
+    theirs = {}
+    for name, tensor in model.state_dict().items():
+        if name == "head.weight" and model.config.tie_weights:
+            continue
+        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        for their, our in THEIR_NAMES.items():
+            name = name.replace(our, their)
+        theirs[name if name.startswith("lm_head.") else f"transformer.{name}"] = tensor.contiguous()
+        if name.endswith("c_attn.weight") and not model.config.qkv_bias:
+            theirs[f"transformer.{name}".replace("weight", "bias")] = torch.zeros(3 * model.config.n_embd)
+    return theirs
+
+
+def tokenizer_files(checkpoint):
+    """-> {file name: its bytes} for transformers' AutoTokenizer, which reads GPT-2's vocabulary but no bytes."""
+    if checkpoint["tokenizer"] != "gpt2":
+        return {}
+    get_tokenizer("gpt2")  # brings the vocabulary to this machine
+    merges, vocabulary = (path.read_bytes() for path in gpt2_vocabulary_files())
+    return {"merges.txt": merges, "vocab.json": vocabulary, "tokenizer_config.json": as_json(
+        {"tokenizer_class": "GPT2Tokenizer", "model_max_length": checkpoint["config"]["block_size"],
+         "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": END_OF_TEXT})}
+
+
+def model_card(checkpoint, model, title):
+    """README.md: what is known of the weights, from the checkpoint, the summary.json of its run and the test result beside it."""
+    config, path = checkpoint["config"], Path(checkpoint["path"])
+    summary = read_json(path.with_name("summary.json"), "machine", "tokens_per_second", "peak_memory_mb", "cost")
+    tests = read_json(path.with_suffix(".test.json"), "checkpoint_sha256", "results")
+    with open(path, "rb") as file:
+        is_of_this = tests.get("checkpoint_sha256") == hashlib.file_digest(file, "sha256").hexdigest()
+    record = {
+        "data": f"`{config['dataset']}`, tokenizer {checkpoint['tokenizer']}, {config['order']} order; sha256 of the training "
+                f"split {checkpoint['data_sha256']}",
+        "started from": config.get("init_from") or f"random weights, {config['init']} initialisation",
+        "training": f"{checkpoint['step']:,} steps of {config['global_batch_size']} x {config['block_size']:,} tokens, "
+                    f"{checkpoint['tokens']:,} tokens",
+        "validation loss": f"{checkpoint['best_val_loss']:.6f} nats per token, the lowest of the run up to this step"
+                           if math.isfinite(checkpoint["best_val_loss"]) else "not measured up to this step",
+        "test loss": "not measured (`python eval.py` does, before an export)",
+        "seeds": ", ".join(f"{key} {config[key]}" for key in ("init_seed", "data_seed", "dropout_seed")),
+        "time": f"{checkpoint['seconds'] / 3600:.2f} hours up to this step",
+        "machine": f"{summary['machine']}, {summary['tokens_per_second']:,} tokens/s, {summary['peak_memory_mb']:,} MB, "
+                   f"${summary['cost']:.2f} for the whole run" if summary else "not recorded: the run has no summary.json",
+        "versions": ", ".join(f"{name} {version}" for name, version in checkpoint["versions"].items()),
+    }
+    if is_of_this:
+        record["test loss"] = "; ".join(f"{test['test_loss']:.6f} nats per token, on {test['tokens']:,} tokens of "
+                                        f"`{test['dataset']}`, amp {test['amp']}" for test in tests["results"])
+    rows = "\n".join(f"| {key} | {value} |" for key, value in record.items())
+    options = "\n".join(f"{key} = {value!r}" for key, value in config.items() if key not in ("out_dir", "data_dir"))
+    return CARD.format(title=title, n_params=model.num_params(), name=config["name"], rows=rows, options=options,
+                       use=USE[checkpoint["tokenizer"]].format(length=min(config["block_size"], 50))).encode()
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+- nanolab
+---
+
+# {title}
+
+A GPT-2 of {n_params:,} parameters, trained with nanolab as the run `{name}`. It continues text; it follows no instructions.
+
+{use}
+
+## How it was made
+
+| | |
+| --- | --- |
+{rows}
+
+Every option of the run:
+
+```python
+{options}
+```
+"""
+
+USE = {"gpt2": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (auto.from_pretrained("THIS FOLDER") for auto in (AutoModelForCausalLM, AutoTokenizer))
+tokens = tokenizer("Every effort moves you", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_length={length})[0]))
+```""", "bytes": """There are no tokenizer files, for its tokens are the bytes of UTF-8 text, and 256 the end of a text:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+tokens = model.generate(torch.tensor([list("Every effort moves you".encode())]), max_length={length})
+print(bytes(token for token in tokens[0].tolist() if token < 256).decode(errors="replace"))
+```""", UNKNOWN: "There are no tokenizer files, for the run's token files did not say which text their tokens stand for."}
+
+
+def read_json(path, *keys):
+    """What a file beside a checkpoint says; nothing if it is not there, or damaged, or lacks one of the keys."""
+    try:
+        content = json.loads(path.read_text())
+        return content if set(keys) <= content.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 ########################################
@@ -304,3 +622,29 @@ def mean_loss(model, windows, n_windows, batch_size, device, dtype=None, rank=0,
         total = total.to(device)
         dist.all_reduce(total)
     return total.item() / n_windows
+
+
+########################################
+#           The command line           #
+########################################
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"model.py: {message}; --help lists what there is\n")
+    parser.add_argument("command", choices=["export"], help="write a checkpoint as a folder for Hugging Face's transformers")
+    parser.add_argument("checkpoint", help="such as out/best.pt")
+    parser.add_argument("folder", help="where to; it must be new or empty")
+    args = parser.parse_args()
+    try:
+        export(args.checkpoint, args.folder)
+    except (CheckpointError, DataError) as error:
+        sys.exit(f"model.py: {error}")
+    except OSError as error:
+        sys.exit(f"model.py: {describe(error)}")
+    except KeyboardInterrupt:
+        sys.exit("model.py: stopped")
+    print(f"{args.folder} is written: config.json, model.safetensors and a model card, which is yours to read first")
+
+
+if __name__ == "__main__":
+    main()

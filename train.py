@@ -31,7 +31,7 @@ import config as configuration
 from config import ConfigError
 from model import (CHECKPOINT_FORMAT, GPT, CheckpointError, DeviceError, GPTConfig, autocast, autocast_dtype, mean_loss,
                    read_checkpoint, start_processes)
-from prepare import DataError, Windows, describe, prepare_stdlib, read_meta, window_ids, write_atomically
+from prepare import NANOGPT, DataError, Windows, describe, prepare_stdlib, read_meta, window_ids, write_atomically
 
 
 class TrainingError(RuntimeError):
@@ -280,12 +280,6 @@ def plot_run(log, path, config):
 #               Resuming               #
 ########################################
 
-# What a resumed run may change: none of these alters what is computed, up to rounding (and, with dropout on, the masks,
-# which are drawn per micro-batch; and the numbers that amp='auto' chooses on another device).
-MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every", "save_every",
-              "log_every", "wandb", "dollars_per_hour", "seed"}
-
-
 def checkpoint_to_resume(config, data_sha256, restarted):
     """The checkpoint in out_dir that the run goes on from, or None to start. Raises ConfigError where the config or the data
     would make it another run, CheckpointError where a file that is no checkpoint stands under the name of one.
@@ -299,6 +293,7 @@ def checkpoint_to_resume(config, data_sha256, restarted):
     found = {}
     for path in files:
         found[path.name] = checkpoint = read_checkpoint(path)
+        fill_in(config, checkpoint)
         if changed := what_changed(checkpoint["config"], vars(config)):
             raise ConfigError(f"{path} belongs to another run: {'; '.join(changed)}")
         if checkpoint["data_sha256"] != data_sha256:
@@ -306,9 +301,33 @@ def checkpoint_to_resume(config, data_sha256, restarted):
     return found.get("last.pt")
 
 
+def fill_in(config, source):
+    """The model's options that init_from leaves open, as a checkpoint has them."""
+    options = GPTConfig.of(source["config"])
+    for key in configuration.OF_THE_SOURCE:
+        if getattr(config, key) is None:
+            setattr(config, key, getattr(options, key))
+
+
+def fit_to_config(source, config, tokenizer):
+    """Makes the weights that init_from names the run's own: cut to its block_size. Raises ConfigError where they are those of
+    another model than the one that was asked for, or of other tokens than the data set's."""
+    options = GPTConfig.of(source["config"])
+    for key in configuration.OF_THE_SOURCE:
+        wanted, there = getattr(config, key), getattr(options, key)
+        if wanted != there and not (key == "block_size" and wanted < there):
+            raise ConfigError(f"{key}={wanted!r} was asked for, but init_from='{config.init_from}' has {key}={there!r}; "
+                              f"leave out one of the two")
+    if source["tokenizer"] != tokenizer:
+        raise ConfigError(f"init_from='{config.init_from}' reads {source['tokenizer']} tokens, but the data set {config.dataset} has "
+                          f"{tokenizer} tokens")
+    if "wpe.weight" in source["model"]:  # or else its weights are refused when they are taken
+        source["model"]["wpe.weight"] = source["model"]["wpe.weight"][:config.block_size]
+
+
 def what_changed(then, now):
     """Options that make another run of it, told one by one."""
-    may_change = MAY_CHANGE
+    may_change = configuration.WITHOUT_EFFECT
     if now["schedule"] == "constant" and not now["warmup_fraction"]:
         may_change = may_change | {"max_tokens", "max_steps"}  # a longer run passes through the same states
     then = {key: then.get(key, option.default) for key, option in configuration.OPTIONS.items()}
@@ -342,24 +361,34 @@ def train(config):
                 prepare_stdlib(config.data_dir)
             if world_size > 1:
                 dist.barrier()
-    meta = read_meta(config.data_dir, config.dataset)
-    config.vocab_size = config.vocab_size or meta["vocab_size"]
+    meta = read_meta(config.data_dir, config.dataset, config.vocab_size)
+    if not config.init_from:
+        config.vocab_size = config.vocab_size or meta["vocab_size"]
+    out_dir = Path(config.out_dir)
+
+    # --- where it starts
+    restarted = over_ranks(dist.ReduceOp.MAX, float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"), device)
+    data_sha256 = meta["splits"]["train"]["sha256"]
+    checkpoint, source = checkpoint_to_resume(config, data_sha256, restarted), None
+    if config.init_from and not checkpoint:
+        source = read_checkpoint(config.init_from)
+        fill_in(config, source)
+        fit_to_config(source, config, meta["tokenizer"])
     if config.vocab_size < meta["vocab_size"]:
         raise ConfigError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {config.dataset}")
-    train_windows = Windows(config.data_dir, config.dataset, "train", config.block_size)
-    val_windows = Windows(config.data_dir, config.dataset, "val", config.block_size)
+    train_windows = Windows(config.data_dir, config.dataset, "train", config.block_size, config.vocab_size)
+    val_windows = Windows(config.data_dir, config.dataset, "val", config.block_size, config.vocab_size)
     n_val_windows = min(max(config.eval_tokens // config.block_size, 1), len(val_windows))
-    out_dir = Path(config.out_dir)
     if is_main:
         out_dir.mkdir(parents=True, exist_ok=True)
 
     # --- model and optimiser
-    restarted = over_ranks(dist.ReduceOp.MAX, float(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"), device)
-    data_sha256 = meta["splits"]["train"]["sha256"]
-    checkpoint = checkpoint_to_resume(config, data_sha256, restarted)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     dtype = autocast_dtype(config.amp, device)
-    raw_model = GPT(GPTConfig.of(vars(config)), seed=config.init_seed).to(device)
+    raw_model = GPT(GPTConfig.of(vars(config)), seed=config.init_seed)
+    if source:
+        raw_model.take_weights(source)
+    raw_model.to(device)
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     # What the run has done so far, kept in every checkpoint.
@@ -403,13 +432,18 @@ def train(config):
         f"{steps * config.global_batch_size / len(train_windows):.2f} epochs; validation on {n_val_windows:,} windows")
     say(f"batch:  {config.global_batch_size} sequences x {config.block_size:,} tokens = {tokens_per_step:,} tokens a step, "
         f"{steps:,} steps; processes {world_size} x micro-steps {micro_steps} x batch_size {config.batch_size}")
+    if meta["source"] == NANOGPT:
+        say(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of {config.vocab_size:,} kinds, tokenizer "
+            f"{meta['tokenizer']}; it has no test split, so eval.py needs another --dataset")
+    if source:
+        say(f"start:  from the weights of {config.init_from}")
     if checkpoint:
         say(f"resume: at step {state['step']:,}")
+    tracker = start_wandb(config, out_dir / "wandb_id", bool(checkpoint)) if is_main and config.wandb else None
     if is_main:
-        tracker = start_wandb(config) if config.wandb else None
         write_atomically(out_dir / "config.json", json.dumps(vars(config), indent=1) + "\n")
         log = start_log(out_dir / "log.jsonl", state["step"])
-    checkpoint = None  # frees its memory
+    checkpoint = source = None  # frees their memory
 
     def record(entry):
         try:
@@ -528,15 +562,17 @@ def train(config):
                 raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
             if stops and not at_end:
                 bar.close()
+                if tracker:
+                    tracker.finish()
                 say(f"stopped after step {step:,} and saved; the same command with --resume goes on from here")
                 return
             if validates or saves:
                 clock = time.perf_counter()
 
     # --- the end
+    if tracker:
+        finish_wandb(tracker, out_dir)
     if is_main:
-        if tracker:
-            tracker.finish()
         tell_what_is_next(out_dir, state)
 
 
@@ -562,12 +598,30 @@ class StopSignal:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def start_wandb(config):
+def start_wandb(config, id_file, resumes):
+    """The run of Weights & Biases to log to; a resumed run goes on in the one that it began, whose id is in id_file.
+    Raises ConfigError, TrainingError."""
     try:
-        import wandb
+        from wandb import init  # not `import wandb`: any folder of that name, such as the one it writes, would do for that
     except ImportError:
         raise ConfigError(f"wandb={config.wandb!r}: the package is not installed; pip install wandb") from None
-    return wandb.init(project=config.wandb, name=config.name, config=vars(config))
+    begun = id_file.read_text() if resumes and id_file.exists() else None
+    try:
+        tracker = init(project=config.wandb, name=config.name, config=vars(config), id=begun, resume="allow", allow_val_change=True)
+    except Exception as error:  # of the network or the account, in the many classes of wandb
+        raise TrainingError(f"Weights & Biases did not start ({str(error).strip().splitlines()[0]}); run `wandb login` first, set "
+                            "WANDB_MODE=offline, or leave out --wandb") from None
+    write_atomically(id_file, tracker.id)
+    return tracker
+
+
+def finish_wandb(tracker, out_dir):
+    """Adds what a run leaves at its end: the plot, unless the disk was full, and summary.json's figures as the run's own."""
+    from wandb import Image
+    if (out_dir / "loss.png").exists():
+        tracker.log({"plot": Image(str(out_dir / "loss.png"))})
+    tracker.summary.update(json.loads((out_dir / "summary.json").read_text()))
+    tracker.finish()
 
 
 def write_summary(config, state, peak_bytes, versions):

@@ -67,6 +67,9 @@ class Config:
     tie_weights: bool = option(False, "the output head is the token embedding's matrix")
     init: str = option("pytorch", "'pytorch': its defaults, as published; 'gpt2': N(0, 0.02), "
                                   "residual projections / sqrt(2 n_layer), biases 0", choices=("pytorch", "gpt2"))
+    init_from: str = option("", "start from weights instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face "
+                                "layout or a checkpoint. Shape, qkv_bias and tie_weights are then its own, unless you set a "
+                                "smaller block_size: that keeps the first positions")
 
     # --- optimiser (AdamW) and schedule
     learning_rate: float = option(4e-4, "peak learning rate", within="(0, inf)")
@@ -102,17 +105,27 @@ class Config:
                               within="[1, inf)")
     save_every: int = option(617, "steps between saves of last.pt; 0: only at the end", within="[0, inf)")
     log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
-    wandb: str = option("", "Weights & Biases project to log to as well (pip install wandb); '': none")
+    wandb: str = option("", "Weights & Biases project to log to as well (pip install wandb; WANDB_MODE=offline "
+                            "keeps it on this machine); '': none")
     dollars_per_hour: float = option(0.0, "price of the machine, for the cost in summary.json", within="[0, inf)")
 
 
 OPTIONS = {f.name: f for f in fields(Config)}
+OF_THE_SOURCE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "tie_weights")
+
+# What does not alter what a run computes, up to rounding (and, with dropout on, the masks, which are drawn per micro-batch;
+# and the numbers that amp='auto' chooses on another device). A resumed run may change it, and runs that differ in nothing else
+# but their seeds are one experiment. `seed` itself acts through the other three only.
+WITHOUT_EFFECT = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every", "save_every",
+                  "log_every", "wandb", "dollars_per_hour", "seed"}
+SEEDS = ("init_seed", "data_seed", "dropout_seed")
 
 
 def load(argv):
     """The Config that files and flags ask for.
 
     argv: the command line without the program's name, e.g. ["config/lab.py", "--seed=2", "--resume"].
+    With init_from, the options OF_THE_SOURCE that nobody set are None: train.py takes them from there.
     Raises ConfigError. `--help` prints every option and exits.
     """
     files, flags = split_command_line(argv)
@@ -123,8 +136,11 @@ def load(argv):
     for key, text in flags:
         values[key], origin[key] = parse(key, text, f"--{key}", is_text=True), f"--{key}"
     config = Config(**values)
+    if config.init_from:
+        for key in set(OF_THE_SOURCE) - origin.keys():
+            setattr(config, key, None)
     check_combinations(config, origin)
-    for key in ("init_seed", "data_seed", "dropout_seed"):
+    for key in SEEDS:
         if getattr(config, key) is None:
             setattr(config, key, config.seed)
     return config
@@ -237,12 +253,15 @@ def check_combinations(config, origin):
     def said(key):
         return f"{key}={getattr(config, key)!r} (from {origin.get(key, 'the default')})"
 
-    if config.n_embd % config.n_head:
+    if config.n_embd and config.n_head and config.n_embd % config.n_head:
         raise ConfigError(f"{said('n_embd')} is not divisible by {said('n_head')}"
                           f"; n_head could be {divisors_near(config.n_embd, config.n_head)}")
     if config.batch_size != "auto" and config.global_batch_size % config.batch_size:
         raise ConfigError(f"{said('global_batch_size')} is not divisible by {said('batch_size')}"
                           f"; batch_size could be {divisors_near(config.global_batch_size, config.batch_size)}")
+    for key in ("init", "init_seed"):
+        if config.init_from and key in origin:
+            raise ConfigError(f"{said(key)} is of random weights, but {said('init_from')} starts from others; leave one of them out")
 
 
 def divisors_near(total, wanted):

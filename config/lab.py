@@ -1,5 +1,5 @@
-# The small CPU study: every intervention on a 4 x 128 byte-level model of Python's own library, in under three minutes on
-# one core. It sets the shape and the budget only; all else is the baseline's, so that config/interventions/ stack on it:
+# The small CPU study: every intervention on a 4 x 128 byte-level model of Python's own library, in about two minutes on one
+# core. It sets the shape and the budget only; all else is the baseline's, so that config/interventions/ stack on it:
 #
 #     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
 
@@ -12,10 +12,10 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 64
-batch_size = 16
-global_batch_size = 16
-max_steps = 1000
+batch_size = 8
+global_batch_size = 8
+max_tokens = 614_400
 
-eval_every = 250
-eval_tokens = 65_536
-save_every = 250
+eval_every = 300
+eval_tokens = 32_768
+save_every = 600
