@@ -271,13 +271,15 @@ def scaled(value, factor):
 #              Statistics              #
 ########################################
 
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)  # of Gauss-Legendre quadrature on [-1, 1]
+
+
 def incomplete_beta(x, a, b):
     """The regularised incomplete beta function I_x(a, b), from which the t and F distributions follow, by Gauss-Legendre
     quadrature over the angle whose squared sine is x. To about 1e-9 where 2a is whole, as it is here."""
-    nodes, weights = np.polynomial.legendre.leggauss(200)
     end = math.asin(math.sqrt(x))
-    angles = end * (nodes + 1) / 2
-    area = np.sum(weights * np.sin(angles) ** (2 * a - 1) * np.cos(angles) ** (2 * b - 1)) * end / 2
+    angles = end * (NODES + 1) / 2
+    area = np.sum(WEIGHTS * np.sin(angles) ** (2 * a - 1) * np.cos(angles) ** (2 * b - 1)) * end / 2
     return 2 * area * math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
 
 
