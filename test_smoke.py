@@ -206,11 +206,11 @@ def test_each_intervention_changes_its_own_keys():
         assert changed == expected[file.stem]
 
 
-def test_local_and_cloud_are_one_run():
-    local, cloud = (vars(config.load([f"config/{name}.py"])) for name in ("local_3090", "cloud"))
-    assert {key for key in local if local[key] != cloud[key]} == {"name", "batch_size"}
-    assert train.count_micro_steps(config.load(["config/local_3090.py"]), 1) == 16
-    assert train.count_micro_steps(config.load(["config/cloud.py"]), 8) == 1
+@pytest.mark.parametrize("on_one, on_eight", [("local_3090", "cloud"), ("modern_3090", "modern_cloud")])
+def test_local_and_cloud_are_one_run(on_one, on_eight):
+    local, cloud = (config.load([f"config/{name}.py"]) for name in (on_one, on_eight))
+    assert {key for key in config.OPTIONS if getattr(local, key) != getattr(cloud, key)} == {"name", "batch_size"}
+    assert (train.count_micro_steps(local, 1), train.count_micro_steps(cloud, 8)) == (16, 1)
 
 
 def test_schedule_is_the_published_one():
