@@ -91,19 +91,20 @@ def make_optimizer(model, config):
     """
     matrices = {name: p for name, p in model.named_parameters()
                 if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
-    fused = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
+    stacked = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
     single = [p for name, p in matrices.items() if not name.endswith("qkv.weight")]
     rest = [p for name, p in model.named_parameters() if name not in matrices]
     decays = [p for p in rest if config.decay == "all" or p.ndim >= 2]
     others = [p for p in rest if config.decay == "matrices" and p.ndim < 2]
-    owned = [id(p) for part in (fused, single, decays, others) for p in part]
+    owned = [id(p) for part in (stacked, single, decays, others) for p in part]
     assert sorted(owned) == sorted(id(p) for p in model.parameters()), "each parameter has exactly one owner"
     groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True,
                               betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         return adamw
-    return Together(Muon([{"params": fused, "pieces": 3}, {"params": single}], config.learning_rate, config.weight_decay), adamw)
+    muon = Muon([{"params": stacked, "pieces": 3}, {"params": single}], config.learning_rate, config.weight_decay)
+    return Together(muon, adamw)
 
 
 class Muon(torch.optim.Optimizer):
