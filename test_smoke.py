@@ -87,10 +87,14 @@ def losses(folder):
 
 
 def equal_weights(one, other):
-    one, other = read_checkpoint(one), read_checkpoint(other)
-    return all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"]) and all(
-        torch.equal(value, other["optimizer"]["state"][i][key])
-        for i, moments in one["optimizer"]["state"].items() for key, value in moments.items())
+    """Of two checkpoints, with the optimisers' moments."""
+    def tensors(path):
+        checkpoint = read_checkpoint(path)
+        optimizers = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"], list) else [checkpoint["optimizer"]]
+        return [*checkpoint["model"].values(),
+                *(value for each in optimizers for moments in each["state"].values() for value in moments.values())]
+    one, other = tensors(one), tensors(other)
+    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 ########################################
@@ -191,7 +195,8 @@ def test_each_intervention_changes_its_own_keys():
         "schedule_learning_rate": {"learning_rate": 1.4e-3, "schedule": "cosine", "warmup_fraction": 0.05},
         "weight_decay_gpt2": {"weight_decay": 0.01}, "weight_decay_cerebras": {"weight_decay": 0.33724},
         "weight_tying": {"tie_weights": True}, "weight_tying_gpt2_init": {"tie_weights": True, "init": "gpt2"},
-        "no_amp": {"amp": "off", "tf32": False}}
+        "no_amp": {"amp": "off", "tf32": False}, "muon": {"optimizer": "muon"},
+        "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05}}
     files = sorted((HERE / "config" / "interventions").glob("*.py"))
     assert {file.stem for file in files} == set(expected)
     default = vars(config.load([]))
@@ -201,11 +206,11 @@ def test_each_intervention_changes_its_own_keys():
         assert changed == expected[file.stem]
 
 
-def test_local_and_cloud_are_one_run():
-    local, cloud = (vars(config.load([f"config/{name}.py"])) for name in ("local_3090", "cloud"))
-    assert {key for key in local if local[key] != cloud[key]} == {"name", "batch_size"}
-    assert train.count_micro_steps(config.load(["config/local_3090.py"]), 1) == 16
-    assert train.count_micro_steps(config.load(["config/cloud.py"]), 8) == 1
+@pytest.mark.parametrize("on_one, on_eight", [("local_3090", "cloud"), ("modern_3090", "modern_cloud")])
+def test_local_and_cloud_are_one_run(on_one, on_eight):
+    local, cloud = (config.load([f"config/{name}.py"]) for name in (on_one, on_eight))
+    assert {key for key in config.OPTIONS if getattr(local, key) != getattr(cloud, key)} == {"name", "batch_size"}
+    assert (train.count_micro_steps(local, 1), train.count_micro_steps(cloud, 8)) == (16, 1)
 
 
 def test_schedule_is_the_published_one():
@@ -222,6 +227,13 @@ def test_schedule_is_the_published_one():
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1.2e-4)
         optimizer.step()
         scheduler.step()
+
+
+def test_wsd_schedule(small_run):
+    """In the log of 20 steps: 4 of warm-up, the peak until step 14, a straight line over the last 5 down to a tenth."""
+    folder = small_run("run", "--max_steps=20", "--schedule=wsd", "--warmup_fraction=0.2", "--cooldown_fraction=0.25")
+    rates = [entry["lr"] for entry in train.read_log(folder / "log.jsonl")[0]]
+    assert rates == pytest.approx([1e-8, 2.5e-4, 5e-4, 7.5e-4, *[1e-3] * 11, 8.2e-4, 6.4e-4, 4.6e-4, 2.8e-4, 1e-4], rel=1e-4)
 
 
 ########################################
@@ -387,10 +399,10 @@ def test_damaged_token_file_is_refused(tmp_path, data_dir):
 #               Training               #
 ########################################
 
-@pytest.mark.parametrize("order", ["sequential", "shuffled"])
-def test_any_split_is_the_same_run(small_run, data_dir, tmp_path, order):
+@pytest.mark.parametrize("order, optimizer", [("sequential", "adamw"), ("shuffled", "muon")])
+def test_any_split_is_the_same_run(small_run, data_dir, tmp_path, order, optimizer):
     """1 process x 8 sequences, 2, 4 and 8 micro-steps, 2 and 4 processes, two machines: one loss curve over 50 steps."""
-    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}"]
+    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}", f"--optimizer={optimizer}"]
     command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags]
     whole = small_run("whole", *flags)
     others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in (4, 2, 1)]
@@ -479,11 +491,12 @@ def stop_at(step, number=signal.SIGINT):
     return learning_rate_at
 
 
-@pytest.mark.parametrize("amp", ["off", "float16"])
-def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp):
+@pytest.mark.parametrize("amp, optimizer, schedule", [("off", "adamw", "cosine"), ("float16", "adamw", "cosine"),
+                                                      ("float16", "muon", "wsd")])
+def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer, schedule):
     """Stopped after any step and resumed, with dropout and a shuffled order, over epoch borders: bit for bit the run that
     would have been, and a log without gaps or repeats."""
-    flags = [*tiny_data, "--schedule=cosine", "--eval_every=4", "--max_steps=12", f"--amp={amp}"]
+    flags = [*tiny_data, f"--schedule={schedule}", "--eval_every=4", "--max_steps=12", f"--amp={amp}", f"--optimizer={optimizer}"]
     whole = small_run("whole", *flags)
     assert read_checkpoint(whole / "last.pt")["step"] == 12 and int(losses(whole)[0]) == 5
     for step in (0, 4, 7, 10):
@@ -663,7 +676,7 @@ def test_torchrun_restarts_resume(small_run, tmp_path, tiny_data):
 
 
 @pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
-                                  "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0"])
+                                  "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon"])
 def test_resume_refuses_another_run(finished_run, flag):
     key = flag[2:].split("=")[0]
     with pytest.raises(config.ConfigError, match=f"belongs to another run: .*{'init_seed' if key == 'seed' else key} was .*, is "):
@@ -717,6 +730,45 @@ def test_decay_groups():
         assert len(groups) == n_groups and groups[0]["weight_decay"] == 0.3
         assert decay == "all" or all(p.ndim < 2 for p in groups[1]["params"]) and groups[1]["weight_decay"] == 0
         assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_each_parameter_has_one_optimizer(monkeypatch):
+    """Muon has the blocks' matrices, AdamW the rest, a tied head once; a parameter without an owner stops the run."""
+    model = GPT(GPTConfig(vocab_size=11, block_size=4, n_layer=2, n_head=1, n_embd=4, qkv_bias=True, tie_weights=True))
+    options = config.load(["--optimizer=muon", "--decay=matrices"])
+    muon, adamw = train.make_optimizer(model, options).parts
+    names = {p: name for name, p in model.named_parameters()}
+    owned = [[names[p] for group in part.param_groups for p in group["params"]] for part in (muon, adamw)]
+    matrices = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}
+    assert set(owned[0]) == matrices and len(owned[0]) == 8
+    assert sorted(owned[1]) == sorted(set(names.values()) - matrices) and "wte.weight" in owned[1]
+    monkeypatch.setattr(model, "parameters", lambda: [*names, nn.Parameter(torch.zeros(2))])
+    with pytest.raises(AssertionError, match="one owner"):
+        train.make_optimizer(model, options)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 1e-2)])
+def test_muon_is_torchs(monkeypatch, dtype, tolerance):
+    """As torch.optim.Muon in its bfloat16, as on a GPU, and with that taken away, for every shape; Q, K and V stacked are
+    each by itself."""
+    monkeypatch.setattr(train, "autocast_dtype", lambda amp, device: dtype)
+    if not dtype:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    draw = torch.Generator().manual_seed(1)
+    shapes = [(24, 8), (8, 24), (8, 8), (8, 8), (8, 8)]
+    theirs = [nn.Parameter(torch.randn(shape, generator=draw)) for shape in shapes]
+    ours = [nn.Parameter(p.detach().clone()) for p in theirs[:2]] + [nn.Parameter(torch.cat([p.detach() for p in theirs[2:]]))]
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    muon = train.Muon([{"params": ours[:2]}, {"params": ours[2:], "pieces": 3}], lr=0.1, weight_decay=0.3)
+    for _ in range(5):
+        for p in theirs:
+            p.grad = torch.randn(p.shape, generator=draw)
+        for p, grad in zip(ours, [*(p.grad for p in theirs[:2]), torch.cat([p.grad for p in theirs[2:]])]):
+            p.grad = grad.clone()
+        reference.step()
+        muon.step()
+    for our, their in zip(ours, [*theirs[:2], torch.cat(theirs[2:])], strict=True):
+        assert torch.allclose(our, their, rtol=0, atol=tolerance)
 
 
 NAN_ON_ONE_RANK = """
@@ -1466,6 +1518,7 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
     ({}, [*TRAIN, "--n_head=3"], "not divisible"),
     ({}, [*TRAIN, "--batch_size=3"], "2 or 4"),
     ({}, [*TRAIN, "--schedule=linear"], "'cosine'"),
+    ({}, [*TRAIN, "--schedule=wsd", "--warmup_fraction=0.5", "--cooldown_fraction=0.6"], "more than the whole run"),
     ({}, [*TRAIN, "nothing.py"], "no config file nothing.py"),
     ({"mine.py": write("dropuot = 0")}, [*TRAIN, "mine.py"], "(from mine.py)"),
     ({"mine.py": write("dropout = (")}, [*TRAIN, "mine.py"], "mine.py, line 1"),

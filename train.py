@@ -60,19 +60,24 @@ def count_steps(config):
 def learning_rate_at(step, steps, config):
     """The learning rate of step 0 ... steps - 1.
 
-    Linear warm-up over the first warmup_fraction of the steps, from 1e-5 of the peak; then constant, or one half cosine
-    that reaches min_lr_ratio x peak at the last step. The published runs (part 32e) chained torch's LinearLR and
-    CosineAnnealingLR, which would reach the minimum one step after the last: at 33,165 steps the rates differ by 1.2e-4 of
-    themselves at most.
+    Linear warm-up over the first warmup_fraction of the steps, from 1e-5 of the peak; then constant; or down to min_lr_ratio x
+    peak, which the last step has: by one half cosine, or ('wsd') in a straight line over the last cooldown_fraction of the
+    steps (Hu et al., "MiniCPM", 2024; Haegele et al., "Scaling laws and compute-optimal training beyond fixed training
+    durations", 2024). The published runs (part 32e) chained torch's LinearLR and CosineAnnealingLR, which would reach the
+    minimum one step after the last: at 33,165 steps the rates differ by 1.2e-4 of themselves at most.
     """
     warmup_steps = int(config.warmup_fraction * steps + 1e-9)
     if step < warmup_steps:
         return config.learning_rate * (1e-5 + (1 - 1e-5) * step / warmup_steps)
     if config.schedule == "constant":
         return config.learning_rate
-    progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
+    if config.schedule == "cosine":
+        progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        height = min((steps - 1 - step) / max(int(config.cooldown_fraction * steps + 1e-9), 1), 1.0)
     lowest = config.learning_rate * config.min_lr_ratio
-    return lowest + (config.learning_rate - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+    return lowest + (config.learning_rate - lowest) * height
 
 
 ########################################
@@ -80,13 +85,89 @@ def learning_rate_at(step, steps, config):
 ########################################
 
 def make_optimizer(model, config):
-    """AdamW. decay='all': one group, as published; 'matrices': only 2-D weights decay, not biases and LayerNorms."""
-    decays = [p for p in model.parameters() if config.decay == "all" or p.ndim >= 2]
-    others = [p for p in model.parameters() if config.decay == "matrices" and p.ndim < 2]
+    """AdamW of all parameters; or, with optimizer='muon', Muon of the matrices in the blocks and AdamW of all others.
+
+    decay='all': every parameter decays, as published; 'matrices': only 2-D weights, not biases and norms.
+    """
+    matrices = {name: p for name, p in model.named_parameters()
+                if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
+    stacked = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
+    single = [p for name, p in matrices.items() if not name.endswith("qkv.weight")]
+    rest = [p for name, p in model.named_parameters() if name not in matrices]
+    decays = [p for p in rest if config.decay == "all" or p.ndim >= 2]
+    others = [p for p in rest if config.decay == "matrices" and p.ndim < 2]
+    owned = [id(p) for part in (stacked, single, decays, others) for p in part]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters()), "each parameter has exactly one owner"
     groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
-    assert len(decays) + len(others) == len(list(model.parameters())), "each parameter belongs to one group"
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True,
-                             betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True,
+                              betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
+    if config.optimizer == "adamw":
+        return adamw
+    muon = Muon([{"params": stacked, "pieces": 3}, {"params": single}], config.learning_rate, config.weight_decay)
+    return Together(muon, adamw)
+
+
+class Muon(torch.optim.Optimizer):
+    """Descends along the nearest orthogonal matrix to the (Nesterov) momentum of each weight matrix (Jordan et al., "Muon: An
+    optimizer for hidden layers in neural networks", 2024).
+
+    The update's root mean square is 0.2 for every shape, about AdamW's, so that one learning rate and one weight decay serve
+    both (Liu et al., "Muon is scalable for LLM training", 2025, section 2.2). It is torch.optim.Muon with adjust_lr_fn=
+    "match_rms_adamw", but for two things: the numbers it computes in follow the device, and a group whose parameters are
+    "pieces" matrices stacked in one, such as Q, K and V, has each orthogonalised by itself, as Jordan found better.
+    """
+
+    def __init__(self, groups, lr, weight_decay, momentum=0.95):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "pieces": 1})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                direction = p.grad.lerp(momentum, group["momentum"]).unflatten(0, (group["pieces"], -1))
+                size = 0.2 * max(direction.shape[1:]) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonal(direction).flatten(0, 1), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrices):
+    """(n, rows, columns) -> for each matrix U S V' about U V': its singular values pushed to between 0.7 and 1.2 by five
+    Newton-Schulz iterations with Jordan's coefficients; in 16 bits where the device computes in them."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1
+    x = x.to(autocast_dtype("auto", x.device) or x.dtype)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Together:
+    """Optimisers of different parameters, which step, save and load as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self):
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states):
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
 
 
 def seed_dropout(dropout_seed, step, micro_batch):
@@ -518,7 +599,7 @@ def train(config):
                 scaler.step(optimizer)
                 skipped_in_a_row = 0
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            raw_model.zero_grad(set_to_none=True)
             state["step"] += 1
             state["tokens"] += tokens_per_step
             at_end = state["step"] == steps

@@ -71,12 +71,16 @@ class Config:
                                 "layout or a checkpoint. Shape, qkv_bias and tie_weights are then its own, unless you set a "
                                 "smaller block_size: that keeps the first positions")
 
-    # --- optimiser (AdamW) and schedule
+    # --- optimiser and schedule
+    optimizer: str = option("adamw", "'muon': Muon for the 2-D weights inside the blocks, AdamW for all others; learning_rate "
+                                     "and weight_decay are of both", choices=("adamw", "muon"))
     learning_rate: float = option(4e-4, "peak learning rate", within="(0, inf)")
-    schedule: str = option("constant", "after the warm-up: constant, or one half cosine to min_lr_ratio x peak "
-                                       "at the last step", choices=("constant", "cosine"))
+    schedule: str = option("constant", "after the warm-up: constant; one half cosine to min_lr_ratio x peak at the last step; or "
+                                       "'wsd': constant, then a straight line to there", choices=("constant", "cosine", "wsd"))
     warmup_fraction: float = option(0.0, "share of the steps (rounded down) that warm up linearly", within="[0, 1)")
-    min_lr_ratio: float = option(0.1, "where the cosine ends, as a share of the peak", within="[0, 1]")
+    cooldown_fraction: float = option(0.2, "share of the steps (rounded down, at least one) that wsd's straight line takes",
+                                      within="(0, 1]")
+    min_lr_ratio: float = option(0.1, "where cosine and wsd end, as a share of the peak", within="[0, 1]")
     weight_decay: float = option(0.1, "decoupled weight decay", within="[0, inf)")
     decay: str = option("all", "what decays: every parameter, as published, or only the 2-D weights",
                         choices=("all", "matrices"))
@@ -259,6 +263,8 @@ def check_combinations(config, origin):
     if config.batch_size != "auto" and config.global_batch_size % config.batch_size:
         raise ConfigError(f"{said('global_batch_size')} is not divisible by {said('batch_size')}"
                           f"; batch_size could be {divisors_near(config.global_batch_size, config.batch_size)}")
+    if config.schedule == "wsd" and config.warmup_fraction + config.cooldown_fraction > 1:
+        raise ConfigError(f"{said('warmup_fraction')} and {said('cooldown_fraction')} are more than the whole run together")
     for key in ("init", "init_seed"):
         if config.init_from and key in origin:
             raise ConfigError(f"{said(key)} is of random weights, but {said('init_from')} starts from others; leave one of them out")
