@@ -112,7 +112,7 @@ class Muon(torch.optim.Optimizer):
     optimizer for hidden layers in neural networks", 2024).
 
     The update's root mean square is 0.2 for every shape, about AdamW's, so that one learning rate and one weight decay serve
-    both (Liu et al., "Muon is scalable for LLM training", 2025, section 2.2). It is torch.optim.Muon with adjust_lr_fn=
+    both (Liu et al., "Muon is scalable for LLM training", 2025). It is torch.optim.Muon with adjust_lr_fn=
     "match_rms_adamw", but for two things: the numbers it computes in follow the device, and a group whose parameters are
     "pieces" matrices stacked in one, such as Q, K and V, has each orthogonalised by itself, as Jordan found better.
     """
