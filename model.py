@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from prepare import END_OF_TEXT, UNKNOWN, DataError, assumed_tokenizer, describe, get_tokenizer, gpt2_vocabulary_files, reachable
 
@@ -56,10 +57,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x):
+    def forward(self, x, cache=None, start=0):
+        """(B, T, C) -> (B, T, C). cache, start: as for GPT.hidden; cache is this layer's keys and values."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        if cache is not None:
+            cache[:, :, :, start:start + T] = torch.stack((k, v))
+            k, v = cache[:, :, :, :start + T]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -70,7 +75,26 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+        return GeluLinear.apply(self.fc(x), self.proj.weight, self.proj.bias)
+
+
+class GeluLinear(torch.autograd.Function):
+    """F.linear(F.gelu(x, approximate="tanh"), weight, bias), which keeps x for the backward pass and computes its GELU anew there:
+    of 16 numbers that a block would keep for each of a token's n_embd, 4 are saved."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = bias.dtype
+        return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x, approximate="tanh")
+        rows, activation = grad.flatten(0, -2), F.gelu(x, approximate="tanh").flatten(0, -2).to(grad.dtype)
+        return grad_x, (rows.T @ activation).to(weight.dtype), rows.sum(0, dtype=ctx.bias_dtype)
 
 
 class Block(nn.Module):
@@ -82,10 +106,67 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = x + self.dropout(self.attn(self.ln_1(x)))
+    def forward(self, x, cache=None, start=0):
+        x = x + self.dropout(self.attn(self.ln_1(x), cache, start))
         x = x + self.dropout(self.mlp(self.ln_2(x)))
         return x
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy in nats of `hidden @ weight.T`, (N, C) x (V, C), against N token ids, without ever holding all N x V
+    logits: they are made for some rows at a time, turned into their gradient on the spot, and let go. So the gradients are
+    ready when the forward pass ends, and the backward pass only scales them, in float32: where a float16 loss is scaled,
+    the scale comes before anything is rounded to 16 bits again.
+
+    Under autocast the matrix products are in its type and the sums in float32. In 16 bits the vocabulary is padded to a
+    multiple of 64, which GPUs multiply faster; the padded logits never reach the softmax.
+
+    Why not torch's own, F.linear_cross_entropy(..., options=LinearCrossEntropyOptions())? In torch 2.13 on one CPU thread,
+    1024 x 384 x 50257 in float32, it took 10.1 s for forward and backward; this takes 2.1 s, F.cross_entropy(F.linear(...)) 3.5 s.
+    """
+    CHUNK = 2**25  # logits at a time, 128 MiB in float32: large enough for the matrix products, small beside a model
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, wants_gradient):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        V, C = weight.shape
+        padding = -V % 64 if dtype.itemsize == 2 else 0
+        head = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
+        rows = max(HeadLoss.CHUNK // V, 1)
+        loss = torch.zeros((), device=hidden.device)
+        minus_one = loss - 1
+        if wants_gradient:
+            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), rows):
+            chunk, target = hidden[start:start + rows].to(dtype), targets[start:start + rows, None]
+            logits = chunk @ head.T
+            log_probabilities = logits[:, :V].float().log_softmax(dim=-1)
+            loss -= log_probabilities.gather(1, target).sum()
+            if wants_gradient:
+                grad = log_probabilities.exp_().scatter_add_(1, target, minus_one.expand_as(target))
+                grad = F.pad(grad.to(dtype), (0, padding)) if padding else grad.to(dtype)
+                grad_hidden[start:start + rows] = grad @ head
+                grad_weight += (grad.T @ chunk)[:V]
+        if wants_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.n_rows = len(hidden)
+        return loss / len(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        scale = grad_loss / ctx.n_rows
+        return *(grad.mul_(scale) for grad in ctx.saved_tensors), None, None
+
+
+def draw(logits, top_k, generator):
+    """One token id for each row of (B, V) logits. top_k, generator: as for GPT.stream."""
+    if top_k is not None:
+        logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+    generators = generator if isinstance(generator, list) else [generator]
+    rows = logits.softmax(dim=-1).chunk(len(generators))
+    return torch.cat([torch.multinomial(p, 1, generator=own) for p, own in zip(rows, generators)]).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -107,20 +188,29 @@ class GPT(nn.Module):
             self.head.weight = self.wte.weight
         initialise(self, torch.Generator().manual_seed(seed))
 
-    def hidden(self, tokens):
-        """(B, T) token ids -> (B, T, C), what the output head reads. T is at most block_size."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def hidden(self, tokens, cache=None, start=0):
+        """(B, T) token ids -> (B, T, C), what the output head reads. They stand at positions start ... start + T - 1, at most
+        block_size in all.
+
+        cache: of new_cache; holds what was read before `start` and takes up these tokens. With a start above 0, T is 1.
+        """
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.wte(tokens) + self.wpe(positions))
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache[i], start)
         return self.ln_f(x)
+
+    def new_cache(self, B):
+        """Room for the keys and values of B sequences in every block: (n_layer, 2, B, heads, block_size, C / heads)."""
+        config = self.config
+        return self.wte.weight.new_empty(config.n_layer, 2, B, config.n_head, config.block_size, config.n_embd // config.n_head)
 
     def forward(self, tokens, targets=None):
         """Without targets: the (B, T, V) logits. With targets (B, T): the mean cross-entropy in nats, a scalar."""
         x = self.hidden(tokens)
         if targets is None:
             return self.head(x)
-        return F.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), torch.is_grad_enabled())
 
     def num_params(self):
         """Trainable parameters; a tied matrix counts once."""
@@ -136,21 +226,21 @@ class GPT(nn.Module):
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Yields the next token ids of B sequences, (B,) at a time, max_new_tokens times.
 
-        tokens: (B, T) prompts, T of any length; the model reads the last block_size tokens of what there is.
+        tokens: (B, T) prompts, T of any length; the model reads the last block_size tokens of them. Each new token is read
+        once, beside the cached keys and values of those before it. When the block_size positions are used up, the older half of
+        them is forgotten and the newer half read again from position 0, so that a token costs about the same at any length.
         temperature: 0 takes the likeliest token; top_k: draw from the k likeliest only.
-        generator: the torch.Generator to draw from, on the model's device.
+        generator: the torch.Generator to draw from, on the model's device; or one for each sequence, in a list.
         """
+        context, start, cache = tokens[:, -self.config.block_size:], 0, self.new_cache(len(tokens))
         for _ in range(max_new_tokens):
-            x = self.hidden(tokens[:, -self.config.block_size:])
+            if context.shape[1] > self.config.block_size:
+                context, start = context[:, -((self.config.block_size + 1) // 2):], 0
+            x = self.hidden(context[:, start:], cache, start)
+            start = context.shape[1]
             logits = self.head(x[:, -1])  # (B, V)
-            if temperature == 0:
-                token = logits.argmax(dim=-1)
-            else:
-                logits = logits.float() / temperature
-                if top_k is not None:
-                    logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
-                token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
-            tokens = torch.cat((tokens, token[:, None]), dim=1)
+            token = logits.argmax(dim=-1) if temperature == 0 else draw(logits.float() / temperature, top_k, generator)
+            context = torch.cat((context, token[:, None]), dim=1)
             yield token
 
     def generate(self, tokens, max_new_tokens, **how):

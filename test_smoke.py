@@ -1363,6 +1363,7 @@ def test_newcomer(tmp_path, data_dir):
     split = call("eval.py", "--ckpt", tmp_path / "out/best.pt", "--batch_size=50", "--json", tmp_path / "split.json", processes=2)
     assert split.returncode == 0, split.stderr
     assert json.loads((tmp_path / "split.json").read_text())["runs"][0]["test_loss"] == pytest.approx(facts["test_loss"], abs=1e-6)
+    facts = json.loads((tmp_path / "split.json").read_text())["runs"][0]  # which the table finds beside the checkpoint
     table = call("eval.py", "--ckpt", tmp_path / "out/best.pt", tmp_path / "out/last.pt", "--baseline=quickstart", "--markdown")
     assert table.stdout.startswith("| experiment") and f"| {facts['test_loss']:.6f}" in table.stdout
 
