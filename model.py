@@ -15,12 +15,15 @@ import shutil
 import sys
 import warnings
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 from prepare import END_OF_TEXT, UNKNOWN, DataError, assumed_tokenizer, describe, get_tokenizer, gpt2_vocabulary_files, reachable
 
@@ -37,6 +40,13 @@ class GPTConfig:
     qkv_bias: bool = False
     tie_weights: bool = False
     init: str = "pytorch"
+    norm: str = "layernorm"
+    position: str = "learned"
+    qk_norm: bool = False
+    activation: str = "gelu"
+    logit_softcap: float = 0.0
+    zero_init: bool = False
+    value_residual: bool = False
 
     @classmethod
     def of(cls, options):
@@ -48,6 +58,44 @@ class GPTConfig:
 #             Architecture             #
 ########################################
 
+def unchanged(x, *_):
+    return x
+
+
+def rms_norm(x):
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5)
+
+
+def swiglu(x):
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+# What the switches of GPTConfig choose from, once, when a model is made.
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # RMSNorm: Zhang and Sennrich, 2019; a gain, no bias
+ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"),
+               "relu2": lambda x: F.relu(x).square(),  # So et al., "Primer", 2021
+               "swiglu": swiglu}  # Shazeer, "GLU variants improve transformer", 2020
+
+
+class Rope(nn.Module):
+    """Rotary position embedding (Su et al., "RoFormer", 2021): turns number i and number i + D/2 of the D that a head has
+    as if they were a point in the plane, by an angle of position x 10000^(-2i/D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_embd // config.n_head
+        angles = torch.outer(torch.arange(config.block_size), 10000 ** (-torch.arange(0, D, 2) / D))
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, x, start):
+        """(B, heads, T, D), the first of the T at position `start`."""
+        cos, sin = (table[start:start + x.shape[2]] for table in (self.cos, self.sin))
+        one, other = x.chunk(2, dim=-1)
+        return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1).type_as(x)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -55,37 +103,130 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.qk_norm = rms_norm if config.qk_norm else unchanged  # before the rotation or after it is the same
+        self.rotate = Rope(config) if config.position == "rope" else unchanged
+        self.value_share = nn.Parameter(torch.empty(())) if config.value_residual else None
 
-    def forward(self, x):
+    def forward(self, x, first_values=None, cache=None, start=0):
+        """(B, T, C) -> (B, T, C), and this block's values. first_values: those of the first block, None in it.
+        cache, start: as for GPT.hidden; cache is this layer's keys and values."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, heads, T, C/heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        q, k = (self.rotate(self.qk_norm(x), start) for x in (q, k))
+        if self.value_share is not None:
+            v = v + self.value_share * ((v if first_values is None else first_values) - v)
+        values = v
+        if cache is not None:
+            cache[:, :, :, start:start + T] = torch.stack((k, v))
+            k, v = cache[:, :, :, :start + T]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C)), values
 
 
 class MLP(nn.Module):
+    """4 C wide; with SwiGLU, which has three matrices, 8/3 C (a multiple of 8), so that the number of parameters stays."""
+    KEPT = 2**22  # numbers, 16 MiB in float32
+
     def __init__(self, config):
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        gates = config.activation == "swiglu"
+        width = 8 * max(round(config.n_embd / 3), 1) if gates else 4 * config.n_embd
+        self.fc = nn.Linear(config.n_embd, 2 * width if gates else width)
+        self.proj = nn.Linear(width, config.n_embd)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
-        return self.proj(F.gelu(self.fc(x), approximate="tanh"))
+        """Where it is large, the output of the activation is not kept for the backward pass but computed anew: it would be a
+        quarter of what a block keeps. The product with proj is not computed again, for nothing of it is kept."""
+        x = self.fc(x)
+        if torch.is_grad_enabled() and x.numel() > MLP.KEPT:
+            return recompute_in_backward(self.down, x, use_reentrant=False, preserve_rng_state=False)
+        return self.down(x)
+
+    def down(self, x):
+        return self.proj(self.activation(x))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_1 = NORMS[config.norm](config.n_embd, eps=1e-5)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_2 = NORMS[config.norm](config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x):
-        x = x + self.dropout(self.attn(self.ln_1(x)))
+    def forward(self, x, first_values=None, cache=None, start=0):
+        """As Attention: -> x after this block, and this block's values."""
+        y, values = self.attn(self.ln_1(x), first_values, cache, start)
+        x = x + self.dropout(y)
         x = x + self.dropout(self.mlp(self.ln_2(x)))
-        return x
+        return x, values
+
+
+def soften(logits, cap):
+    """Bends logits smoothly into (-cap, cap), as Gemma 2 does (Gemma Team, 2024); a cap of 0 leaves them."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy in nats of soften(hidden @ weight.T, softcap), (N, C) x (V, C), against N token ids, without ever holding all N x V
+    logits: they are made for some rows at a time, turned into their gradient on the spot, and let go. So the gradients are
+    ready when the forward pass ends, and the backward pass only scales them, in float32: where a float16 loss is scaled,
+    the scale comes before anything is rounded to 16 bits again.
+
+    Under autocast the matrix products are in its type and the sums in float32. In 16 bits the vocabulary is padded to a
+    multiple of 64, which GPUs multiply faster; the padded logits never reach the softmax.
+
+    Why not torch's own, F.linear_cross_entropy(..., options=LinearCrossEntropyOptions())? In torch 2.13 on one CPU thread,
+    1024 x 384 x 50257 in float32, forward and backward took it 9.2 s of processor time; this takes 1.9 s, and so does
+    F.linear_cross_entropy without options, which holds all logits.
+    """
+    CHUNK = 2**25  # logits at a time, 128 MiB in float32: large enough for the matrix products, small beside a model
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, softcap, wants_gradient):
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        V, C = weight.shape
+        padding = -V % 64 if dtype.itemsize == 2 else 0
+        head = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
+        rows = max(HeadLoss.CHUNK // V, 1)
+        loss = torch.zeros((), device=hidden.device)
+        minus_one = loss - 1
+        if wants_gradient:
+            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), rows):
+            chunk, target = hidden[start:start + rows].to(dtype), targets[start:start + rows, None]
+            logits = soften((chunk @ head.T)[:, :V].float(), softcap)
+            log_probabilities = logits.log_softmax(dim=-1)
+            loss -= log_probabilities.gather(1, target).sum()
+            if wants_gradient:
+                grad = log_probabilities.exp_().scatter_add_(1, target, minus_one.expand_as(target))
+                if softcap:
+                    grad *= 1 - (logits / softcap).square()  # the derivative of soften
+                grad = F.pad(grad.to(dtype), (0, padding)) if padding else grad.to(dtype)
+                grad_hidden[start:start + rows] = grad @ head
+                grad_weight += (grad.T @ chunk)[:V]
+        if wants_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.n_rows = len(hidden)
+        return loss / len(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        scale = grad_loss / ctx.n_rows
+        return *(grad.mul_(scale) for grad in ctx.saved_tensors), None, None, None
+
+
+def draw(logits, top_k, generator):
+    """One token id for each row of (B, V) logits. top_k, generator: as for GPT.stream."""
+    if top_k is not None:
+        logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+    generators = generator if isinstance(generator, list) else [generator]
+    rows = logits.softmax(dim=-1).chunk(len(generators))
+    return torch.cat([torch.multinomial(p, 1, generator=own) for p, own in zip(rows, generators)]).squeeze(1)
 
 
 class GPT(nn.Module):
@@ -98,29 +239,45 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.ln_f = NORMS[config.norm](config.n_embd, eps=1e-5)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.wte.weight
         initialise(self, torch.Generator().manual_seed(seed))
 
-    def hidden(self, tokens):
-        """(B, T) token ids -> (B, T, C), what the output head reads. T is at most block_size."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.dropout(self.wte(tokens) + self.wpe(positions))
-        for block in self.blocks:
-            x = block(x)
+    def hidden(self, tokens, cache=None, start=0):
+        """(B, T) token ids -> (B, T, C), what the output head reads. They stand at positions start ... start + T - 1, at most
+        block_size in all.
+
+        cache: of new_cache; holds what was read before `start` and takes up these tokens. With a start above 0, T is 1.
+        """
+        x = self.wte(tokens)
+        if self.wpe is not None:
+            x = x + self.wpe(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        x, first_values = self.dropout(x), None
+        for block, cache_of_block in zip(self.blocks, cache if cache is not None else [None] * len(self.blocks)):
+            x, values = block(x, first_values, cache_of_block, start)
+            first_values = values if first_values is None else first_values
         return self.ln_f(x)
+
+    def new_cache(self, B):
+        """Room for the keys and values of B sequences in every block: (n_layer, 2, B, heads, block_size, C / heads)."""
+        config = self.config
+        return self.wte.weight.new_empty(config.n_layer, 2, B, config.n_head, config.block_size, config.n_embd // config.n_head)
 
     def forward(self, tokens, targets=None):
         """Without targets: the (B, T, V) logits. With targets (B, T): the mean cross-entropy in nats, a scalar."""
         x = self.hidden(tokens)
         if targets is None:
-            return self.head(x)
-        return F.linear_cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten())
+            return self.logits(x)
+        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.logit_softcap,
+                              torch.is_grad_enabled())
+
+    def logits(self, x):
+        return soften(self.head(x), self.config.logit_softcap)
 
     def num_params(self):
         """Trainable parameters; a tied matrix counts once."""
@@ -136,21 +293,21 @@ class GPT(nn.Module):
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Yields the next token ids of B sequences, (B,) at a time, max_new_tokens times.
 
-        tokens: (B, T) prompts, T of any length; the model reads the last block_size tokens of what there is.
+        tokens: (B, T) prompts, T of any length; the model reads the last block_size tokens of them. Each new token is read
+        once, beside the cached keys and values of those before it. When the block_size positions are used up, the older half of
+        them is forgotten and the newer half read again from position 0, so that a token costs about the same at any length.
         temperature: 0 takes the likeliest token; top_k: draw from the k likeliest only.
-        generator: the torch.Generator to draw from, on the model's device.
+        generator: the torch.Generator to draw from, on the model's device; or one for each sequence, in a list.
         """
+        context, start, cache = tokens[:, -self.config.block_size:], 0, self.new_cache(len(tokens))
         for _ in range(max_new_tokens):
-            x = self.hidden(tokens[:, -self.config.block_size:])
-            logits = self.head(x[:, -1])  # (B, V)
-            if temperature == 0:
-                token = logits.argmax(dim=-1)
-            else:
-                logits = logits.float() / temperature
-                if top_k is not None:
-                    logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
-                token = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
-            tokens = torch.cat((tokens, token[:, None]), dim=1)
+            if context.shape[1] > self.config.block_size:
+                context, start = context[:, -((self.config.block_size + 1) // 2):], 0
+            x = self.hidden(context[:, start:], cache, start)
+            start = context.shape[1]
+            logits = self.logits(x[:, -1])  # (B, V)
+            token = logits.argmax(dim=-1) if temperature == 0 else draw(logits.float() / temperature, top_k, generator)
+            context = torch.cat((context, token[:, None]), dim=1)
             yield token
 
     def generate(self, tokens, max_new_tokens, **how):
@@ -187,7 +344,7 @@ def initialise(model, generator):
     'pytorch' draws in the order of the published code's constructors, so that a seed gives the published runs' very
     weights. Q, K and V biases are drawn last: switching them on leaves every other weight as it was.
     """
-    as_pytorch = model.config.init == "pytorch"
+    as_pytorch, zero_init = model.config.init == "pytorch", model.config.zero_init
     residual_scale = (2 * model.config.n_layer) ** -0.5  # GPT-2 keeps the residual stream's variance level with depth
     parameters = dict(model.named_parameters())
     for name in sorted(parameters, key=lambda name: name.endswith("qkv.bias")):
@@ -197,6 +354,8 @@ def initialise(model, generator):
                 nn.init.ones_(p)
             case ["ln_1" | "ln_2" | "ln_f", "bias"]:
                 nn.init.zeros_(p)
+            case ["attn", "value_share"]:
+                p.fill_(0.5)
             case ["wte" | "wpe", "weight"]:
                 nn.init.normal_(p, std=1.0 if as_pytorch else 0.02, generator=generator)
             case ["qkv" | "proj" | "fc" | "head", "weight"] if as_pytorch:
@@ -212,6 +371,8 @@ def initialise(model, generator):
                 nn.init.zeros_(p)
             case _:
                 raise ValueError(f"no initialisation rule matches the parameter {name}")
+        if zero_init and ".proj." in name:  # drawn all the same, so that the others are as they were
+            nn.init.zeros_(p)
 
 
 ########################################

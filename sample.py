@@ -1,4 +1,4 @@
-"""Text from a checkpoint, streamed as it is made.
+"""Text from a checkpoint: one streamed as it is made, several made side by side.
 
     python sample.py
     python sample.py --ckpt out/best.pt --prompt "def main():" --num_samples 3 --temperature 0.8 --top_k 50
@@ -15,16 +15,27 @@ from model import GPT, CheckpointError, DeviceError, pick_device, read_checkpoin
 from prepare import END_OF_TEXT, DataError, get_tokenizer
 
 
-def stream_text(model, tokenizer, args, device, generator):
-    """Yields the continuation of the prompt piece by piece, up to an end-of-text token. A character of several tokens comes
-    when it is whole."""
-    tokens = torch.tensor([tokenizer.encode(args.prompt, allowed_special={END_OF_TEXT})], device=device)
+def print_stream(steps, tokenizer):
+    """Prints one text as it is made, up to an end-of-text token. A character of several tokens comes when it is whole."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in model.stream(tokens, args.max_new_tokens, args.temperature, args.top_k, generator):
-        if token.item() == tokenizer.eot_token:
+    for step in steps:
+        if step.item() == tokenizer.eot_token:
             break
-        yield decoder.decode(bytes_of(tokenizer, token.item()))
-    yield decoder.decode(b"", final=True)
+        print(decoder.decode(bytes_of(tokenizer, step.item())), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def print_together(steps, tokenizer, prompt, num_samples):
+    """Prints several texts, made side by side, each up to an end-of-text token, when the last of them is made."""
+    texts, ended = [prompt.encode()] * num_samples, [False] * num_samples
+    for step in steps:
+        for i, token in enumerate(step.tolist()):
+            ended[i] |= token == tokenizer.eot_token
+            texts[i] += b"" if ended[i] else bytes_of(tokenizer, token)
+        if all(ended):
+            break
+    for i, text in enumerate(texts):
+        print(f"--- sample {i + 1}\n{text.decode(errors='replace')}")
 
 
 def bytes_of(tokenizer, token):
@@ -39,7 +50,7 @@ def parse_arguments():
     parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help lists what there is\n")
     parser.add_argument("--ckpt", default="out/best.pt", help="default: %(default)s")
     parser.add_argument("--prompt", default="Every effort moves you", help="default: %(default)s")
-    parser.add_argument("--num_samples", type=int, default=1)
+    parser.add_argument("--num_samples", type=int, default=1, help="sample i draws with seed + i - 1, whatever their number")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token")
     parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
@@ -66,14 +77,14 @@ def sample(args):
     tokenizer = get_tokenizer(checkpoint["tokenizer"])
     device = pick_device(args.device)
     model = GPT.from_checkpoint(checkpoint).to(device)
-    for i in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- sample {i + 1}")
+    prompt = torch.tensor([tokenizer.encode(args.prompt, allowed_special={END_OF_TEXT})], device=device)
+    generators = [torch.Generator(device).manual_seed(args.seed + i) for i in range(args.num_samples)]
+    steps = model.stream(prompt.repeat(args.num_samples, 1), args.max_new_tokens, args.temperature, args.top_k, generators)
+    if args.num_samples == 1:
         print(args.prompt, end="", flush=True)
-        generator = torch.Generator(device).manual_seed(args.seed + i)
-        for piece in stream_text(model, tokenizer, args, device, generator):
-            print(piece, end="", flush=True)
-        print()
+        print_stream(steps, tokenizer)
+    else:
+        print_together(steps, tokenizer, args.prompt, args.num_samples)
 
 
 def main():

@@ -147,6 +147,95 @@ def test_model_sees_the_past_only():
     assert difference[:10].max() < 1e-5 < difference[10:].min()
 
 
+@pytest.mark.parametrize("dtype, scale, tolerance", [(torch.float32, 1, 1e-5), (torch.bfloat16, 1, 0.03), (torch.float16, 2**12, 0.003)])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_and_gradients_are_the_plain_ones(monkeypatch, dtype, scale, tolerance, softcap, tied):
+    """In chunks, with activations computed anew, in 16 bits (on a vocabulary that is no multiple of 64), scaled or compiled:
+    what cross_entropy of all the logits gives in float32; and no tensor of all logits is kept."""
+    monkeypatch.setattr(model.HeadLoss, "CHUNK", 500)
+    monkeypatch.setattr(model.MLP, "KEPT", 0)
+    gpt = GPT(GPTConfig(vocab_size=301, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0, init="gpt2", tie_weights=tied,
+                        logit_softcap=softcap))
+    nn.init.normal_(gpt.head.weight, std=0.5, generator=torch.Generator().manual_seed(2))  # logits that the cap bends
+    tokens = torch.randint(301, (8, 17), generator=torch.Generator().manual_seed(1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    plain = nn.functional.cross_entropy(gpt(inputs).flatten(0, 1), targets.flatten())
+    plain.backward()
+    expected = {name: p.grad for name, p in gpt.named_parameters()}
+    for loss_of in (gpt, torch.compile(gpt, backend="aot_eager")):
+        gpt.zero_grad()
+        kept = []
+        with (torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t),
+              torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)):
+            loss = loss_of(inputs, targets)
+        (loss * scale).backward()
+        assert loss.item() == pytest.approx(plain.item(), rel=tolerance / 10) and max(kept) < 8 * 16 * 301
+        for name, p in gpt.named_parameters():
+            assert (p.grad / scale - expected[name]).norm() <= tolerance * expected[name].norm(), name
+    with torch.no_grad():
+        assert gpt.eval()(inputs, targets).item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+GPT2_FLAGS = {"qkv_bias": (False, True), "tie_weights": (False, True), "init": ("gpt2", "pytorch"), "dropout": (0.0, 0.1)}
+MODERN_FLAGS = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "qk_norm": (False, True),
+                "activation": ("gelu", "relu2", "swiglu"), "logit_softcap": (0.0, 9.0), "zero_init": (False, True),
+                "value_residual": (False, True)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_flags_in_any_combination(small_run, tmp_path, seed):
+    """Drawn at random: a run learns and resumes exactly, generates with the cache what it would without one, in 16 bits as well,
+    and is exported as the same model or refused by the name of a flag."""
+    rng = np.random.default_rng(seed)
+    chosen = {key: values[rng.integers(len(values))] for key, values in (GPT2_FLAGS | MODERN_FLAGS).items()}
+    if seed == 0:  # one without the modern ones
+        chosen |= {key: values[0] for key, values in MODERN_FLAGS.items()}
+    flags = ["--n_layer=3", "--block_size=11", *(f"--{key}={value}" for key, value in chosen.items())]
+    whole, parts = small_run("whole", "--max_steps=4", *flags), small_run("parts", "--max_steps=2", *flags)
+    small_run("parts", "--max_steps=4", "--resume", *flags)
+    assert equal_weights(whole / "last.pt", parts / "last.pt")
+    gpt = GPT.from_checkpoint(whole / "best.pt")
+    untrained = GPT(gpt.config)
+    assert all(p.equal(untrained.get_parameter(name)) is False for name, p in gpt.named_parameters()), "every parameter learns"
+
+    prompt = torch.randint(257, (3, 1 + 2 * seed), generator=torch.Generator().manual_seed(seed))  # also beyond the context
+    text = gpt.generate(prompt, 30, temperature=0)
+    read = prompt[:, -11:]
+    for token in text[:, prompt.shape[1]:].T:
+        read = read if read.shape[1] <= 11 else read[:, -6:]  # the rule of stream
+        logits = gpt(read)[:, -1]
+        likeliest = logits.max(dim=-1).values
+        assert (logits.gather(1, token[:, None])[:, 0] >= likeliest - 1e-5 * likeliest.abs()).all()
+        read = torch.cat((read, token[:, None]), dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = gpt(text[:, :11], text[:, 1:12])
+        assert gpt.generate(prompt, 15).shape[1] == prompt.shape[1] + 15
+    loss.backward()
+    assert loss.item() == pytest.approx(gpt(text[:, :11], text[:, 1:12]).item(), rel=0.05)
+    assert all(p.grad.isfinite().all() for p in gpt.parameters())
+
+    modern = [key for key, values in MODERN_FLAGS.items() if chosen[key] != values[0]]
+    if modern:
+        with pytest.raises(CheckpointError, match=f"best.pt has ({'|'.join(modern)})=.*, which transformers' GPT-2"):
+            model.export(whole / "best.pt", tmp_path / "folder")
+    else:
+        from transformers import AutoModelForCausalLM
+        model.export(whole / "best.pt", tmp_path / "folder")
+        assert_same_logits(gpt, AutoModelForCausalLM.from_pretrained(tmp_path / "folder").eval())
+
+
+def test_a_sample_depends_on_its_own_seed(small_run, monkeypatch, capsys):
+    run = small_run("run", "--max_steps=1")
+    how = ["--ckpt", run / "best.pt", "--prompt=def main", "--max_new_tokens=60", "--device=cpu"]
+    run_main(monkeypatch, "sample", *how, "--num_samples=3", "--seed=1")
+    together = re.split(r"^--- sample \d\n", capsys.readouterr().out, flags=re.M)[1:]
+    for i, text in enumerate(together):
+        run_main(monkeypatch, "sample", *how, f"--seed={1 + i}")
+        assert capsys.readouterr().out == text
+    assert len(set(together)) == 3
+
+
 ########################################
 #                Config                #
 ########################################
@@ -196,7 +285,10 @@ def test_each_intervention_changes_its_own_keys():
         "weight_decay_gpt2": {"weight_decay": 0.01}, "weight_decay_cerebras": {"weight_decay": 0.33724},
         "weight_tying": {"tie_weights": True}, "weight_tying_gpt2_init": {"tie_weights": True, "init": "gpt2"},
         "no_amp": {"amp": "off", "tf32": False}, "muon": {"optimizer": "muon"},
-        "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05}}
+        "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05},
+        "rmsnorm": {"norm": "rmsnorm"}, "rope": {"position": "rope"}, "qk_norm": {"qk_norm": True}, "relu2": {"activation": "relu2"},
+        "swiglu": {"activation": "swiglu"}, "logit_softcap": {"logit_softcap": 30.0}, "zero_init": {"zero_init": True},
+        "value_residual": {"value_residual": True}}
     files = sorted((HERE / "config" / "interventions").glob("*.py"))
     assert {file.stem for file in files} == set(expected)
     default = vars(config.load([]))
@@ -1265,7 +1357,7 @@ def test_start_from_weights(tmp_path, data_dir):
 
     whole = run("whole", "--block_size=24")
     options = read_checkpoint(whole / "last.pt")["config"]
-    assert [options[key] for key in config.OF_THE_SOURCE] == [24, 257, 2, 4, 32, True, True]
+    assert [options[key] for key in config.OF_THE_SOURCE] == [24, 257, 2, 4, 32, True, True, "layernorm", "learned", False, "gelu", 0.0, False]
     inputs, targets = prepare.Windows(data_dir, "stdlib", "train", 24).batch(range(8))
     with torch.no_grad():
         assert losses(whole)[0] == pytest.approx(GPT.from_checkpoint(source)(inputs, targets).item(), abs=1e-5)
@@ -1415,6 +1507,7 @@ def test_newcomer(tmp_path, data_dir):
     split = call("eval.py", "--ckpt", tmp_path / "out/best.pt", "--batch_size=50", "--json", tmp_path / "split.json", processes=2)
     assert split.returncode == 0, split.stderr
     assert json.loads((tmp_path / "split.json").read_text())["runs"][0]["test_loss"] == pytest.approx(facts["test_loss"], abs=1e-6)
+    facts = json.loads((tmp_path / "split.json").read_text())["runs"][0]  # which the table finds beside the checkpoint
     table = call("eval.py", "--ckpt", tmp_path / "out/best.pt", tmp_path / "out/last.pt", "--baseline=quickstart", "--markdown")
     assert table.stdout.startswith("| experiment") and f"| {facts['test_loss']:.6f}" in table.stdout
 

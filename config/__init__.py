@@ -67,8 +67,17 @@ class Config:
     tie_weights: bool = option(False, "the output head is the token embedding's matrix")
     init: str = option("pytorch", "'pytorch': its defaults, as published; 'gpt2': N(0, 0.02), "
                                   "residual projections / sqrt(2 n_layer), biases 0", choices=("pytorch", "gpt2"))
+    norm: str = option("layernorm", "layernorm, or rmsnorm: a gain, no mean taken off and no bias", choices=("layernorm", "rmsnorm"))
+    position: str = option("learned", "a learned embedding for each position, or rope: q and k are rotated by it",
+                           choices=("learned", "rope"))
+    qk_norm: bool = option(False, "q and k of each head are divided by their root mean square")
+    activation: str = option("gelu", "of the MLP: gelu, relu2 (the square of relu), or swiglu (gated, 8/3 instead of 4 n_embd wide)",
+                             choices=("gelu", "relu2", "swiglu"))
+    logit_softcap: float = option(0.0, "bends logits x into cap * tanh(x / cap); 0: leaves them", within="[0, inf)")
+    zero_init: bool = option(False, "weights and biases of the residual projections start at 0")
+    value_residual: bool = option(False, "each block's attention values are mixed with the first block's; the share is learned")
     init_from: str = option("", "start from weights instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face "
-                                "layout or a checkpoint. Shape, qkv_bias and tie_weights are then its own, unless you set a "
+                                "layout or a checkpoint. Shape and architecture are then its own, unless you set a "
                                 "smaller block_size: that keeps the first positions")
 
     # --- optimiser and schedule
@@ -115,7 +124,8 @@ class Config:
 
 
 OPTIONS = {f.name: f for f in fields(Config)}
-OF_THE_SOURCE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "tie_weights")
+OF_THE_SOURCE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "tie_weights", "norm", "position", "qk_norm",
+                 "activation", "logit_softcap", "value_residual")
 
 # What does not alter what a run computes, up to rounding (and, with dropout on, the masks, which are drawn per micro-batch;
 # and the numbers that amp='auto' chooses on another device). A resumed run may change it, and runs that differ in nothing else
@@ -265,7 +275,10 @@ def check_combinations(config, origin):
                           f"; batch_size could be {divisors_near(config.global_batch_size, config.batch_size)}")
     if config.schedule == "wsd" and config.warmup_fraction + config.cooldown_fraction > 1:
         raise ConfigError(f"{said('warmup_fraction')} and {said('cooldown_fraction')} are more than the whole run together")
-    for key in ("init", "init_seed"):
+    if config.position == "rope" and config.n_embd and config.n_head and config.n_embd // config.n_head % 2:
+        raise ConfigError(f"{said('position')} turns pairs of numbers, but {said('n_embd')} and {said('n_head')} give each head "
+                          f"{config.n_embd // config.n_head}")
+    for key in ("init", "init_seed", "zero_init"):
         if config.init_from and key in origin:
             raise ConfigError(f"{said(key)} is of random weights, but {said('init_from')} starts from others; leave one of them out")
 
