@@ -827,8 +827,9 @@ def test_decay_groups():
 def test_each_parameter_has_one_optimizer(monkeypatch):
     """Muon has the blocks' matrices, AdamW the rest, a tied head once; a parameter without an owner stops the run."""
     model = GPT(GPTConfig(vocab_size=11, block_size=4, n_layer=2, n_head=1, n_embd=4, qkv_bias=True, tie_weights=True))
-    options = config.load(["--optimizer=muon", "--decay=matrices"])
+    options = config.load(["--optimizer=muon", "--decay=matrices", "--activation=swiglu"])
     muon, adamw = train.make_optimizer(model, options).parts
+    assert {group["pieces"]: len(group["params"]) for group in muon.param_groups} == {3: 2, 1: 4, 2: 2}
     names = {p: name for name, p in model.named_parameters()}
     owned = [[names[p] for group in part.param_groups for p in group["params"]] for part in (muon, adamw)]
     matrices = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc", "mlp.proj")}

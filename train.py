@@ -91,19 +91,22 @@ def make_optimizer(model, config):
     """
     matrices = {name: p for name, p in model.named_parameters()
                 if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2}
-    stacked = [p for name, p in matrices.items() if name.endswith("qkv.weight")]
-    single = [p for name, p in matrices.items() if not name.endswith("qkv.weight")]
+    stacked = {"qkv.weight": 3, "fc.weight": 2 if config.activation == "swiglu" else 1}  # matrices in one weight
+    by_pieces = {}
+    for name, p in matrices.items():
+        by_pieces.setdefault(stacked.get(name.split(".", 3)[-1], 1), []).append(p)
     rest = [p for name, p in model.named_parameters() if name not in matrices]
     decays = [p for p in rest if config.decay == "all" or p.ndim >= 2]
     others = [p for p in rest if config.decay == "matrices" and p.ndim < 2]
-    owned = [id(p) for part in (stacked, single, decays, others) for p in part]
+    owned = [id(p) for part in (*by_pieces.values(), decays, others) for p in part]
     assert sorted(owned) == sorted(id(p) for p in model.parameters()), "each parameter has exactly one owner"
     groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True,
                               betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay)
     if config.optimizer == "adamw":
         return adamw
-    muon = Muon([{"params": stacked, "pieces": 3}, {"params": single}], config.learning_rate, config.weight_decay)
+    muon = Muon([{"params": params, "pieces": pieces} for pieces, params in by_pieces.items()],
+                config.learning_rate, config.weight_decay)
     return Together(muon, adamw)
 
 
@@ -114,7 +117,7 @@ class Muon(torch.optim.Optimizer):
     The update's root mean square is 0.2 for every shape, about AdamW's, so that one learning rate and one weight decay serve
     both (Liu et al., "Muon is scalable for LLM training", 2025). It is torch.optim.Muon with adjust_lr_fn=
     "match_rms_adamw", but for two things: the numbers it computes in follow the device, and a group whose parameters are
-    "pieces" matrices stacked in one, such as Q, K and V, has each orthogonalised by itself, as Jordan found better.
+    "pieces" matrices stacked in one, such as Q, K and V, has each orthogonalised by itself.
     """
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95):
