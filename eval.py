@@ -154,7 +154,8 @@ def find_runs(words):
 
 
 def is_folder_of_runs(word):
-    return os.path.isdir(word) and not any(Path(word, name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
+    weights = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin")  # of a model in Hugging Face's layout
+    return os.path.isdir(word) and not any(any(Path(word).glob(name)) for name in weights)
 
 
 def has_ended(path):

@@ -1110,7 +1110,10 @@ def test_eval_and_sample_take_hugging_face(tmp_path, gpt2_data, monkeypatch, cap
         expected = nn.functional.cross_entropy(theirs(inputs).logits.flatten(0, 1), targets.flatten()).item()
     assert content["test_loss"] == pytest.approx(expected, abs=1e-4)
     assert {file.name for file in tmp_path.iterdir()} == {"theirs", "result.json"}, "nothing is left beside it"
+    as_parts(tmp_path / "theirs")  # are a model too, and no folder of runs
     capsys.readouterr()
+    run_main(monkeypatch, "eval", "--ckpt", tmp_path / "theirs", "--dataset=words", f"--data_dir={gpt2_data}", "--device=cpu")
+    assert f"{content['test_loss']:.6f} nats" in capsys.readouterr().out
     run_main(monkeypatch, "sample", "--ckpt", tmp_path / "theirs", "--prompt=Every effort", "--temperature=0", "--max_new_tokens=9",
              "--device=cpu")
     tokens = torch.tensor([prepare.get_tokenizer("gpt2").encode("Every effort")])
