@@ -1296,8 +1296,8 @@ def test_published_token_files(tmp_path, published_tokens, monkeypatch):
 #        Trackers and notebooks        #
 ########################################
 
-def test_wandb(small_run, monkeypatch):
-    """Config, every number of the log, the plot and the summary; a resumed run goes on in the run that it began."""
+def test_wandb(small_run, monkeypatch, capsys):
+    """Config, every number of the log, the plot, the summary and the test loss; a resumed run goes on in the run that it began."""
     runs = []
 
     class Run:
@@ -1326,6 +1326,13 @@ def test_wandb(small_run, monkeypatch):
     assert second.summary == json.loads((folder / "summary.json").read_text())
     small_run("other", "--wandb=project", "--max_steps=1")
     assert runs[2].options["id"] is None
+    for _ in range(2):  # the second time it is known, and not told again
+        run_main(monkeypatch, "eval", "--ckpt", folder / "best.pt", "--device=cpu", "--json", folder / "result.json")
+    loss = json.loads((folder / "result.json").read_text())["runs"][0]["test_loss"]
+    assert len(runs) == 4 and (runs[3].options["id"], runs[3].summary, runs[3].finished) == ("id0", {"best_test_loss": loss}, True)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    run_main(monkeypatch, "eval", "--ckpt", folder / "last.pt", "--device=cpu")
+    assert "test loss could not be added to Weights & Biases" in capsys.readouterr().err
 
 
 def test_notebook(small_run, data_dir, tmp_path):
