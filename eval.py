@@ -70,7 +70,20 @@ def evaluate(path, args, device, rank, world_size):
               "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"], "config": unlike_the_defaults(config)}
     if rank == 0 and is_run:
         keep(path, {**kept, "results": [*kept["results"], result]})
+        if config.get("wandb") and dataset == config["dataset"]:
+            tell_wandb(path, config, loss)
     return {**result, **effort(path, checkpoint)}
+
+
+def tell_wandb(path, config, loss):
+    """Adds the test loss to the run of Weights & Biases that train.py logged to, if it can."""
+    try:
+        from wandb import init
+        tracker = init(project=config["wandb"], id=Path(path).with_name("wandb_id").read_text(), resume="allow")
+        tracker.summary.update({f"{Path(path).stem}_test_loss": loss})
+        tracker.finish()
+    except Exception as error:  # not installed, another machine, the network, the account: the result is kept here all the same
+        print(f"{path}: the test loss could not be added to Weights & Biases ({type(error).__name__})", file=sys.stderr)
 
 
 def from_rank_0(compute, world_size):
@@ -154,7 +167,8 @@ def find_runs(words):
 
 
 def is_folder_of_runs(word):
-    return os.path.isdir(word) and not any(Path(word, name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
+    weights = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin")  # of a model in Hugging Face's layout
+    return os.path.isdir(word) and not any(any(Path(word).glob(name)) for name in weights)
 
 
 def has_ended(path):

@@ -1255,7 +1255,10 @@ def test_eval_and_sample_take_hugging_face(tmp_path, gpt2_data, monkeypatch, cap
         expected = nn.functional.cross_entropy(theirs(inputs).logits.flatten(0, 1), targets.flatten()).item()
     assert content["test_loss"] == pytest.approx(expected, abs=1e-4)
     assert {file.name for file in tmp_path.iterdir()} == {"theirs", "result.json"}, "nothing is left beside it"
+    as_parts(tmp_path / "theirs")  # are a model too, and no folder of runs
     capsys.readouterr()
+    run_main(monkeypatch, "eval", "--ckpt", tmp_path / "theirs", "--dataset=words", f"--data_dir={gpt2_data}", "--device=cpu")
+    assert f"{content['test_loss']:.6f} nats" in capsys.readouterr().out
     run_main(monkeypatch, "sample", "--ckpt", tmp_path / "theirs", "--prompt=Every effort", "--temperature=0", "--max_new_tokens=9",
              "--device=cpu")
     tokens = torch.tensor([prepare.get_tokenizer("gpt2").encode("Every effort")])
@@ -1438,8 +1441,8 @@ def test_published_token_files(tmp_path, published_tokens, monkeypatch):
 #        Trackers and notebooks        #
 ########################################
 
-def test_wandb(small_run, monkeypatch):
-    """Config, every number of the log, the plot and the summary; a resumed run goes on in the run that it began."""
+def test_wandb(small_run, monkeypatch, capsys):
+    """Config, every number of the log, the plot, the summary and the test loss; a resumed run goes on in the run that it began."""
     runs = []
 
     class Run:
@@ -1468,6 +1471,13 @@ def test_wandb(small_run, monkeypatch):
     assert second.summary == json.loads((folder / "summary.json").read_text())
     small_run("other", "--wandb=project", "--max_steps=1")
     assert runs[2].options["id"] is None
+    for _ in range(2):  # the second time it is known, and not told again
+        run_main(monkeypatch, "eval", "--ckpt", folder / "best.pt", "--device=cpu", "--json", folder / "result.json")
+    loss = json.loads((folder / "result.json").read_text())["runs"][0]["test_loss"]
+    assert len(runs) == 4 and (runs[3].options["id"], runs[3].summary, runs[3].finished) == ("id0", {"best_test_loss": loss}, True)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    run_main(monkeypatch, "eval", "--ckpt", folder / "last.pt", "--device=cpu")
+    assert "test loss could not be added to Weights & Biases" in capsys.readouterr().err
 
 
 def test_notebook(small_run, data_dir, tmp_path):
