@@ -18,6 +18,7 @@ import platform
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,24 @@ def save_checkpoint(path, checkpoint):
         unfinished.unlink(missing_ok=True)
         tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept", file=sys.stderr)
         return False
+
+
+def copied(checkpoint, buffers):
+    """A copy of a checkpoint, to be written while the training changes what it was made of.
+
+    buffers: {place of a tensor in memory: its copy on the CPU}, filled by the first call and used again by the next ones, for
+    fresh memory takes the system longer than the copy. Tied weights have one place, so they stay one in the file.
+    """
+    if isinstance(checkpoint, dict):
+        return {key: copied(value, buffers) for key, value in checkpoint.items()}
+    if isinstance(checkpoint, list):
+        return [copied(value, buffers) for value in checkpoint]
+    if not isinstance(checkpoint, torch.Tensor):
+        return checkpoint
+    place = (checkpoint.data_ptr(), checkpoint.shape)
+    if place not in buffers:
+        buffers[place] = torch.empty_like(checkpoint, device="cpu")
+    return buffers[place].copy_(checkpoint)
 
 
 def start_log(path, step):
@@ -453,11 +472,18 @@ def train(config):
         if tracker:
             tracker.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
 
-    def save(name):
-        return save_checkpoint(out_dir / name, {
-            "format": CHECKPOINT_FORMAT, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), **state, "config": vars(config), "tokenizer": meta["tokenizer"],
-            "data_sha256": data_sha256, "launch": launch(), "versions": versions})
+    def as_checkpoint():
+        return {"format": CHECKPOINT_FORMAT, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), **state, "config": vars(config), "tokenizer": meta["tokenizer"],
+                "data_sha256": data_sha256, "launch": launch(), "versions": versions}
+
+    def write(name, checkpoint):
+        """Writes a file, in the writer's thread. -> whether it could. The best validation loss is that of a best.pt that is there."""
+        best = checkpoint["val_loss"] if name == "best.pt" else checkpoint["best_val_loss"]
+        could = save_checkpoint(out_dir / name, {**checkpoint, "best_val_loss": best})
+        if could:
+            state["best_val_loss"] = checkpoint["best_val_loss"] = best
+        return could
 
     def load_micro_batch(step, micro_step):
         """This rank's inputs and targets. Micro-step `micro_steps` is micro-step 0 of the next step."""
@@ -470,6 +496,8 @@ def train(config):
     parameters = list(raw_model.parameters())
     foreach = device.type != "mps"  # which lacks those kernels
     skipped_in_a_row = 0
+    writer = ThreadPoolExecutor(max_workers=1)  # saves beside the training, one file after the other
+    writing, buffers = writer.submit(bool), {}  # the last thing it was asked to do: nothing yet
     seconds_before, started = state["seconds"], time.perf_counter()
     batch = load_micro_batch(state["step"], 0)
     clock, plotted, since_log, is_first = started, started, (0, 0.0), True
@@ -477,8 +505,8 @@ def train(config):
         torch.cuda.reset_peak_memory_stats(device)
     raw_model.train()
 
-    with tqdm(total=steps, initial=state["step"], unit="step", disable=not is_main,
-              mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+    with writer, tqdm(total=steps, initial=state["step"], unit="step", disable=not is_main,
+                      mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
         while state["step"] < steps:
             step = state["step"]
             lr = learning_rate_at(step, steps, config)
@@ -489,7 +517,8 @@ def train(config):
             for micro_step in range(micro_steps):
                 if world_size > 1:  # gradients are averaged over the ranks in the last backward pass only; set before forward
                     model.require_backward_grad_sync = micro_step == micro_steps - 1
-                seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
+                if config.dropout:
+                    seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
                 with autocast(dtype, device):
                     loss = model(*batch)
                 batch = load_micro_batch(step, micro_step + 1)  # read while the device computes
@@ -510,6 +539,7 @@ def train(config):
                 state["skipped"] += 1
                 skipped_in_a_row += 1
                 if skipped_in_a_row == 20:
+                    writing.result()
                     raise TrainingError(bad_numbers(raw_model, step, out_dir / "last.pt"))
             else:
                 clipped = 0 < config.grad_clip < norm
@@ -529,6 +559,8 @@ def train(config):
             if not is_first:  # a first step compiles, allocates, warms up
                 state["timed_tokens"] += tokens_per_step
                 state["timed_seconds"] += now - clock
+            elif is_main and min(config.eval_every or steps, config.save_every or steps) < steps:
+                writing = writer.submit(copied, as_checkpoint(), buffers)  # the first save finds its buffers made
             clock, is_first = now, False
             if is_main and (step % config.log_every == 0 or at_end):
                 rate, since_log = since_log[0] / since_log[1], (0, 0.0)
@@ -541,25 +573,34 @@ def train(config):
             # --- validate and save: outside the training clock, and without a trace in the training
             validates = at_end or config.eval_every and state["step"] % config.eval_every == 0
             saves = at_end or stops or config.save_every and state["step"] % config.save_every == 0
+            is_best = False
             if validates:
                 val_loss = mean_loss(raw_model, val_windows, n_val_windows, config.batch_size, device, dtype, rank, world_size)
                 state["val_loss"], state["seconds"] = val_loss, seconds_before + time.perf_counter() - started
+                writing.result()  # and with it whether the best so far has its file
                 is_best = val_loss < state["best_val_loss"]
                 if is_main:
                     tqdm.write(f"step {state['step']:,}: validation loss {val_loss:.4f}" + ", the best so far" * is_best)
                     record({"step": state["step"], "tokens": state["tokens"], "val_loss": val_loss})
+            if is_main and (is_best or saves):
+                writing.result()
+                checkpoint = as_checkpoint()
+                if not (at_end or stops):  # then training waits, and needs no copy
+                    checkpoint = copied(checkpoint, buffers)
                 if is_best:
-                    best_before, state["best_val_loss"] = state["best_val_loss"], val_loss
-                    if is_main and not save("best.pt"):
-                        state["best_val_loss"] = best_before
-            if at_end and is_main:  # before the last checkpoint, which says that the run is finished
-                log.close()
-                write_summary(config, state, peak_memory(device), versions)
-            if saves and is_main and (at_end or time.perf_counter() - plotted > 60):
-                plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
-                plotted = time.perf_counter()
-            if saves and is_main and not save("last.pt") and (at_end or stops):
-                raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
+                    writing = writer.submit(write, "best.pt", checkpoint)
+                if at_end:  # before the last checkpoint, which says that the run is finished
+                    writing.result()
+                    log.close()
+                    write_summary(config, state, peak_memory(device), versions)
+                if saves and (at_end or time.perf_counter() - plotted > 60):
+                    plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
+                    plotted = time.perf_counter()
+                if saves:
+                    writing = writer.submit(write, "last.pt", checkpoint)
+                if (at_end or stops) and not writing.result():
+                    raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
+                checkpoint = None
             if stops and not at_end:
                 bar.close()
                 if tracker:
