@@ -142,8 +142,8 @@ def trial_fits(model, windows, size, device, dtype):
             loss.backward()
         del held
         return True
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on the CPU
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError, OSError) as error:  # of torch, of numpy, of the map of the token file
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return False
     finally:
