@@ -887,6 +887,38 @@ def test_batch_size_auto(small_run):
     assert losses(auto) == losses(small_run("eight"))
 
 
+def training_memory(batch_size, **options):
+    """Bytes that a training step in bfloat16 autocast holds at the end of its forward pass: weights, gradients, AdamW's moments
+    and what is kept for backward, counted on tensors without content. What one layer needs in passing comes on top."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "initialise", lambda *args: None)
+        gpt = GPT(GPTConfig(dropout=0.0, **options))
+        tokens = torch.zeros(batch_size, gpt.config.block_size, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            loss = gpt(tokens, tokens)
+        for p in gpt.parameters():  # counted with their gradients and moments
+            kept.pop(p.untyped_storage()._cdata, None)
+        assert loss.ndim == 0
+        return 16 * gpt.num_params() + sum(storage.nbytes() for storage in kept.values())
+
+
+def test_what_fits_is_the_readmes_table():
+    """The README's batch sizes by card: the largest whose training_memory is at most 90 % of it."""
+    one, two = training_memory(1), training_memory(2)
+    assert training_memory(4) == one + 3 * (two - one), "it grows by the same for each sequence"
+    fits = {card: int((0.9 * card * 2**30 - one) // (two - one)) + 1 for card in (8, 12, 16, 24, 40, 80)}
+    rows = re.findall(r"^\| (\d+) GiB \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert {int(card): int(size) for card, size in rows} == fits, f"{one / 2**20:.0f} MiB, {(two - one) / 2**20:.0f} MiB more for each sequence"
+
+
 LIMIT_MEMORY = """
 import resource
 real = train.largest_batch_size

@@ -699,10 +699,9 @@ def tokens_per_second(state):
 
 def tell_the_end(out_dir, state, flops_per_token, peak, peak_bytes, keeps):
     rate = tokens_per_second(state)
-    share = state["timed_outside"] / state["timed_seconds"] if state["timed_seconds"] else math.nan
+    beside = f"; {state['timed_outside'] / state['timed_seconds']:.2%} of the time outside forward, backward and optimiser (data, log)" if state["timed_seconds"] else ""
     print(f"speed:  {rate:,.0f} tokens/s, {rate * flops_per_token / 1e9:,.1f} GFLOP/s of the {peak / 1e9:,.1f} of matrix products "
-          f"here ({rate * flops_per_token / peak:.1%}); peak memory {peak_bytes / 2**20:,.0f} MB; {share:.2%} of the time outside "
-          "forward, backward and optimiser (data, log)")
+          f"here ({rate * flops_per_token / peak:.1%}); peak memory {peak_bytes / 2**20:,.0f} MB" + beside)
     if keeps:
         print(f"done:   {state['tokens']:,} tokens in {state['seconds']:,.0f} s; validation loss {state['val_loss']:.4f}, "
               f"best {state['best_val_loss']:.4f}")
