@@ -1482,7 +1482,7 @@ def test_newcomer(tmp_path, data_dir):
     assert split.returncode == 0, split.stderr
     assert json.loads((tmp_path / "split.json").read_text())["runs"][0]["test_loss"] == pytest.approx(facts["test_loss"], abs=1e-6)
     table = call("eval.py", "--ckpt", tmp_path / "out/best.pt", tmp_path / "out/last.pt", "--baseline=quickstart", "--markdown")
-    assert table.stdout.startswith("| experiment") and f"| {facts['test_loss']:.6f}" in table.stdout
+    assert table.stdout.startswith("| experiment") and f" {facts['test_loss']:.6f} |" in table.stdout
 
     prompt = "def prompt_longer_than_the_context(" + "argument, " * 10
     texts = [call("sample.py", "--ckpt", tmp_path / "out/best.pt", "--prompt", prompt, "--max_new_tokens=80", "--num_samples=2",

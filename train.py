@@ -699,7 +699,8 @@ def tokens_per_second(state):
 
 def tell_the_end(out_dir, state, flops_per_token, peak, peak_bytes, keeps):
     rate = tokens_per_second(state)
-    beside = f"; {state['timed_outside'] / state['timed_seconds']:.2%} of the time outside forward, backward and optimiser (data, log)" if state["timed_seconds"] else ""
+    beside = "" if not state["timed_seconds"] else (f"; {state['timed_outside'] / state['timed_seconds']:.2%} of the time outside "
+                                                    "forward, backward and optimiser (data, log)")
     print(f"speed:  {rate:,.0f} tokens/s, {rate * flops_per_token / 1e9:,.1f} GFLOP/s of the {peak / 1e9:,.1f} of matrix products "
           f"here ({rate * flops_per_token / peak:.1%}); peak memory {peak_bytes / 2**20:,.0f} MB" + beside)
     if keeps:
