@@ -131,9 +131,17 @@ def dtype_for(tokenizer):
 NANOGPT = "nanoGPT's prepare.py"
 
 
+RANDOM = "random"  # the data set that is no files: random tokens, always the same, to time a model with
+RANDOM_TOKENS = 2**20 + 1
+
+
 def read_meta(data_dir, dataset, vocab_size=0):
     """meta.json of a data set; with vocab_size, also of one as nanoGPT's prepare.py leaves it, which has none: only train.bin
     and val.bin, uint16. Raises DataError."""
+    if dataset == RANDOM:
+        split = {"tokens": RANDOM_TOKENS, "sha256": ""}
+        return {"tokenizer": UNKNOWN, "vocab_size": vocab_size or 50257, "dtype": "int64", "eot_id": None, "source": RANDOM,
+                "splits": {"train": split, "val": split}, "plan": None}
     if not dataset:
         raise DataError("these weights belong to no data set of nanolab: choose one with --dataset")
     path = Path(data_dir, dataset, "meta.json")
@@ -191,11 +199,13 @@ class Windows:
         self.again = f"delete {self.path.parent} and make it again with prepare.py"
         if meta["source"] == NANOGPT:
             self.again = "it needs uint16 tokens and the right --vocab_size"
-        if split not in meta["splits"] or not self.path.is_file():
+        is_random = meta["source"] == RANDOM
+        if split not in meta["splits"] or not is_random and not self.path.is_file():
             raise DataError(f"the data set {self.path.parent} has no {split} split ({self.path}); {self.again}")
         self.n_tokens = meta["splits"][split]["tokens"]
+        self.random = np.random.default_rng(0).integers(self.vocab_size, size=self.n_tokens) if is_random else None
         expected = self.n_tokens * self.dtype.itemsize
-        if self.path.stat().st_size != expected:
+        if not is_random and self.path.stat().st_size != expected:
             raise DataError(f"{self.path} has {self.path.stat().st_size:,} bytes, its meta.json says {expected:,}; {self.again}")
         if len(self) < 1:
             raise DataError(f"{self.path} has {self.n_tokens:,} tokens, less than one window of {block_size + 1:,}; "
@@ -208,7 +218,7 @@ class Windows:
         """Windows `ids` -> inputs and targets, each (len(ids), block_size) int64 on `device`, a torch.device or its name."""
         import torch
         # A map that lives for one batch gives its pages back: resident memory does not grow with the corpus.
-        tokens = np.memmap(self.path, dtype=self.dtype, mode="r")
+        tokens = np.memmap(self.path, dtype=self.dtype, mode="r") if self.random is None else self.random
         windows = np.stack([tokens[i * self.block_size:(i + 1) * self.block_size + 1] for i in ids]).astype(np.int64)
         if windows.max() >= self.vocab_size:
             raise DataError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of {self.vocab_size}; "

@@ -711,7 +711,8 @@ def test_asked_to_stop_in_one_rank(tmp_path, data_dir, where, who, number):
              "--eval_every=5", "--save_every=5"]
     result = call(script, *flags, processes=2, WHERE=where, WHO=str(who), SIGNAL=number)
     assert result.returncode == 0, result.stderr
-    assert "--resume" in result.stdout and read_checkpoint(tmp_path / "out/last.pt")["step"] == 6
+    step = read_checkpoint(tmp_path / "out/last.pt")["step"]  # a save goes on beside the steps after it
+    assert "--resume" in result.stdout and step == len(losses(tmp_path / "out")) and 6 <= step <= (6 if where == "validation" else 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -943,6 +944,45 @@ def test_full_disk_in_training(small_run, tiny_data, capsys):
     assert_same_run(small_run("whole", *flags, "--max_steps=20"), folder)
 
 
+def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
+    """Steps go on while a file is written, and none of them gets into it; the end waits for the last one."""
+    flags = [*tiny_data, "--max_steps=12", "--eval_every=4"]
+    real, slow = train.save_checkpoint, []
+
+    def save_slowly(path, checkpoint):
+        log = path.parent / "log.jsonl"
+        before = len(log.read_text().splitlines())
+        end = time.monotonic() + 20
+        while checkpoint["step"] < 12 and len(log.read_text().splitlines()) < before + 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        slow.append((path.name, checkpoint["step"], len(log.read_text().splitlines()) - before))
+        return real(path, checkpoint)
+
+    whole = small_run("whole", *flags, "--save_every=0")
+    monkeypatch.setattr(train, "save_checkpoint", save_slowly)
+    slowly = small_run("slowly", *flags, "--save_every=4")
+    monkeypatch.undo()
+    assert_same_run(whole, slowly)
+    assert [at for at in slow if at[:2] == ("best.pt", 4)][0][2] >= 3, slow
+
+
+def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
+    """The best validation loss is that of a best.pt that is there, in the run and in the last.pt saved with it."""
+    real, saved = train.save_checkpoint, []
+
+    def save(path, checkpoint):
+        if path.name == "best.pt" and checkpoint["step"] == 4:
+            return False
+        saved.append((path.name, checkpoint["step"], checkpoint["best_val_loss"]))
+        return real(path, checkpoint)
+
+    val_losses = iter([3.0, 3.5, 4.0])
+    monkeypatch.setattr(train, "mean_loss", lambda *args: next(val_losses))
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    small_run("run", *tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=4")
+    assert saved == [("last.pt", 4, math.inf), ("best.pt", 8, 3.5), ("last.pt", 8, 3.5), ("last.pt", 12, 3.5)]
+
+
 def test_full_disk_and_kill_in_prepare(tmp_path, monkeypatch):
     """prepare.py stops with what it has, whatever stops it, and then makes the bytes that it would have made."""
     rows = write_texts(tmp_path / "mine", "abcd")
@@ -990,6 +1030,84 @@ def test_batch_size_auto(small_run):
     auto = small_run("auto", "--batch_size=auto")
     assert read_checkpoint(auto / "last.pt")["config"]["batch_size"] == 8
     assert losses(auto) == losses(small_run("eight"))
+
+
+def training_memory(batch_size, **options):
+    """Bytes that a training step in bfloat16 autocast holds at the end of its forward pass: weights, gradients, AdamW's moments
+    and what is kept for backward, counted on tensors without content. What one layer needs in passing comes on top."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "initialise", lambda *args: None)
+        gpt = GPT(GPTConfig(dropout=0.0, **options))
+        tokens = torch.zeros(batch_size, gpt.config.block_size, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            loss = gpt(tokens, tokens)
+        for p in gpt.parameters():  # counted with their gradients and moments
+            kept.pop(p.untyped_storage()._cdata, None)
+        assert loss.ndim == 0
+        return 16 * gpt.num_params() + sum(storage.nbytes() for storage in kept.values())
+
+
+def test_what_fits_is_the_readmes_table():
+    """The README's batch sizes by card: the largest whose training_memory is at most 90 % of it."""
+    one, two = training_memory(1), training_memory(2)
+    assert training_memory(4) == one + 3 * (two - one), "it grows by the same for each sequence"
+    fits = {card: int((0.9 * card * 2**30 - one) // (two - one)) + 1 for card in (8, 12, 16, 24, 40, 80)}
+    rows = re.findall(r"^\| (\d+) GiB \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert {int(card): int(size) for card, size in rows} == fits, f"{one / 2**20:.0f} MiB, {(two - one) / 2**20:.0f} MiB more for each sequence"
+
+
+LIMIT_MEMORY = """
+import resource
+real = train.largest_batch_size
+
+def largest_batch_size(*args):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, resource.RLIM_INFINITY))
+    try:
+        return real(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+train.largest_batch_size = largest_batch_size
+train.main()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="only Linux limits a process's memory")
+def test_batch_size_auto_under_a_limit(small_run, tmp_path, data_dir):
+    """With too little memory for its whole share a process takes less at once, and the run stays the same."""
+    flags = ["--n_embd=128", "--block_size=128", "--global_batch_size=64", "--max_steps=2"]
+    script = write_script(tmp_path / "limit.py", LIMIT_MEMORY)
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'auto'}", *flags,
+                  "--batch_size=auto")
+    assert result.returncode == 0, result.stderr
+    assert 1 <= read_checkpoint(tmp_path / "auto/last.pt")["config"]["batch_size"] < 64
+    assert losses(tmp_path / "auto") == pytest.approx(losses(small_run("whole", *flags, "--batch_size=64")), rel=1e-5)
+
+
+def test_bench(tmp_path):
+    """Random tokens need no file; a second run takes the place of the first; the last line says how fast, and what it took beside."""
+    flags = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=32", "--vocab_size=300", "--max_steps=30", "--batch_size=8",
+             "--global_batch_size=8", "--device=cpu"]
+    for _ in range(2):
+        result = call("train.py", "config/bench.py", *flags, f"--data_dir={tmp_path / 'none'}", f"--out_dir={tmp_path / 'out'}")
+        assert result.returncode == 0, result.stderr
+    numbers = re.search(r"speed:  ([\d,.]+) tokens/s, ([\d.]+) GFLOP/s of the ([\d.,]+) .* \(([\d.]+)%\); peak memory ([\d,]+) MB; "
+                        r"([\d.]+)% of the time outside", result.stdout)
+    rate, done, peak, share, megabytes, outside = (float(number.replace(",", "")) for number in numbers.groups())
+    assert done == pytest.approx(rate * GPT(GPTConfig(300, 32, 2, 2, 64)).flops_per_token() / 1e9, rel=0.05, abs=0.06)
+    assert share == pytest.approx(100 * done / peak, rel=0.1, abs=0.2) and 50 < megabytes < 4000 and 0 < outside < 20
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["log.jsonl", "summary.json"]
+    one, other = (prepare.Windows(tmp_path, "random", "train", 32, 300).batch([0, 5])[0] for _ in range(2))
+    assert torch.equal(one, other) and one.max() < 300
 
 
 def test_global_batch_that_does_not_divide():
@@ -1520,7 +1638,7 @@ def test_newcomer(tmp_path, data_dir):
     assert json.loads((tmp_path / "split.json").read_text())["runs"][0]["test_loss"] == pytest.approx(facts["test_loss"], abs=1e-6)
     facts = json.loads((tmp_path / "split.json").read_text())["runs"][0]  # which the table finds beside the checkpoint
     table = call("eval.py", "--ckpt", tmp_path / "out/best.pt", tmp_path / "out/last.pt", "--baseline=quickstart", "--markdown")
-    assert table.stdout.startswith("| experiment") and f"| {facts['test_loss']:.6f}" in table.stdout
+    assert table.stdout.startswith("| experiment") and f" {facts['test_loss']:.6f} |" in table.stdout
 
     prompt = "def prompt_longer_than_the_context(" + "argument, " * 10
     texts = [call("sample.py", "--ckpt", tmp_path / "out/best.pt", "--prompt", prompt, "--max_new_tokens=80", "--num_samples=2",

@@ -18,6 +18,7 @@ import platform
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ import config as configuration
 from config import ConfigError
 from model import (CHECKPOINT_FORMAT, GPT, CheckpointError, DeviceError, GPTConfig, autocast, autocast_dtype, mean_loss,
                    read_checkpoint, start_processes)
-from prepare import NANOGPT, DataError, Windows, describe, prepare_stdlib, read_meta, window_ids, write_atomically
+from prepare import NANOGPT, RANDOM, DataError, Windows, describe, prepare_stdlib, read_meta, window_ids, write_atomically
 
 
 class TrainingError(RuntimeError):
@@ -225,8 +226,8 @@ def trial_fits(model, windows, size, device, dtype):
             loss.backward()
         del held
         return True
-    except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on the CPU
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError, OSError) as error:  # of torch, of numpy, of the map of the token file
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return False
     finally:
@@ -253,19 +254,19 @@ def peak_memory(device):
 
 def matmul_peak(device, dtype):
     """Floating-point operations per second that this device reaches here and now in square matrix products: what mfu is
-    measured against, on any device, without a table of cards."""
+    measured against, on any device, without a table of cards. The best of what half a second allows, the first left out."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
     if dtype and device.type == "cpu":
         a = a[:128]  # CPUs without 16-bit units would take minutes
-    best = math.inf
-    for _ in range(8):
+    times, end = [], time.perf_counter() + 0.5
+    while len(times) < 3 or time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
         a @ a.T
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * len(a) * len(a) * size / best
+        times.append(time.perf_counter() - start)
+    return 2 * len(a) * len(a) * size / min(times[1:])
 
 
 def synchronize(device):
@@ -292,6 +293,24 @@ def save_checkpoint(path, checkpoint):
         unfinished.unlink(missing_ok=True)
         tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept", file=sys.stderr)
         return False
+
+
+def copied(checkpoint, buffers):
+    """A copy of a checkpoint, to be written while the training changes what it was made of.
+
+    buffers: {place of a tensor in memory: its copy on the CPU}, filled by the first call and used again by the next ones, for
+    fresh memory takes the system longer than the copy. Tied weights have one place, so they stay one in the file.
+    """
+    if isinstance(checkpoint, dict):
+        return {key: copied(value, buffers) for key, value in checkpoint.items()}
+    if isinstance(checkpoint, list):
+        return [copied(value, buffers) for value in checkpoint]
+    if not isinstance(checkpoint, torch.Tensor):
+        return checkpoint
+    place = (checkpoint.data_ptr(), checkpoint.shape)
+    if place not in buffers:
+        buffers[place] = torch.empty_like(checkpoint, device="cpu")
+    return buffers[place].copy_(checkpoint)
 
 
 def start_log(path, step):
@@ -445,6 +464,7 @@ def train(config):
                 prepare_stdlib(config.data_dir)
             if world_size > 1:
                 dist.barrier()
+    keeps = config.dataset != RANDOM  # such weights are worth no file
     meta = read_meta(config.data_dir, config.dataset, config.vocab_size)
     if not config.init_from:
         config.vocab_size = config.vocab_size or meta["vocab_size"]
@@ -476,14 +496,14 @@ def train(config):
     optimizer = make_optimizer(raw_model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     # What the run has done so far, kept in every checkpoint.
-    state = {"step": 0, "tokens": 0, "seconds": 0.0, "timed_tokens": 0, "timed_seconds": 0.0, "skipped": 0, "val_loss": None,
-             "best_val_loss": math.inf}
+    state = {"step": 0, "tokens": 0, "seconds": 0.0, "timed_tokens": 0, "timed_seconds": 0.0, "timed_outside": 0.0, "skipped": 0,
+             "val_loss": None, "best_val_loss": math.inf}
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty where the run was not in float16 before
             scaler.load_state_dict(checkpoint["scaler"])
-        state = {key: checkpoint[key] for key in state}
+        state |= {key: checkpoint[key] for key in state if key in checkpoint}
     first, last = (over_ranks(reduce, float(state["step"]), device) for reduce in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
     if first != last:
         raise TrainingError(f"the machines have different checkpoints in {out_dir}; put it on a disk that they share")
@@ -503,7 +523,7 @@ def train(config):
         model = torch.compile(model)
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True)
+                                        gradient_as_bucket_view=True, broadcast_buffers=False)
     peak = over_ranks(dist.ReduceOp.SUM, matmul_peak(device, dtype), device)
     mfu_per_token_rate = raw_model.flops_per_token() / peak
 
@@ -525,7 +545,8 @@ def train(config):
         say(f"resume: at step {state['step']:,}")
     tracker = start_wandb(config, out_dir / "wandb_id", bool(checkpoint)) if is_main and config.wandb else None
     if is_main:
-        write_atomically(out_dir / "config.json", json.dumps(vars(config), indent=1) + "\n")
+        if keeps:  # by which eval.py knows a run
+            write_atomically(out_dir / "config.json", json.dumps(vars(config), indent=1) + "\n")
         log = start_log(out_dir / "log.jsonl", state["step"])
     checkpoint = source = None  # frees their memory
 
@@ -537,11 +558,18 @@ def train(config):
         if tracker:
             tracker.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
 
-    def save(name):
-        return save_checkpoint(out_dir / name, {
-            "format": CHECKPOINT_FORMAT, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(), **state, "config": vars(config), "tokenizer": meta["tokenizer"],
-            "data_sha256": data_sha256, "launch": launch(), "versions": versions})
+    def as_checkpoint():
+        return {"format": CHECKPOINT_FORMAT, "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), **state, "config": vars(config), "tokenizer": meta["tokenizer"],
+                "data_sha256": data_sha256, "launch": launch(), "versions": versions}
+
+    def write(name, checkpoint):
+        """Writes a file, in the writer's thread. -> whether it could. The best validation loss is that of a best.pt that is there."""
+        best = checkpoint["val_loss"] if name == "best.pt" else checkpoint["best_val_loss"]
+        could = save_checkpoint(out_dir / name, {**checkpoint, "best_val_loss": best})
+        if could:
+            state["best_val_loss"] = checkpoint["best_val_loss"] = best
+        return could
 
     def load_micro_batch(step, micro_step):
         """This rank's inputs and targets. Micro-step `micro_steps` is micro-step 0 of the next step."""
@@ -554,15 +582,17 @@ def train(config):
     parameters = list(raw_model.parameters())
     foreach = device.type != "mps"  # which lacks those kernels
     skipped_in_a_row = 0
+    writer = ThreadPoolExecutor(max_workers=1)  # saves beside the training, one file after the other
+    writing, buffers = writer.submit(bool), {}  # the last thing it was asked to do: nothing yet
     seconds_before, started = state["seconds"], time.perf_counter()
     batch = load_micro_batch(state["step"], 0)
-    clock, plotted, since_log, is_first = started, started, (0, 0.0), True
+    clock, plotted, since_log, is_first, outside = started, started, (0, 0.0), True, 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     raw_model.train()
 
-    with tqdm(total=steps, initial=state["step"], unit="step", disable=not is_main,
-              mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
+    with writer, tqdm(total=steps, initial=state["step"], unit="step", disable=not is_main,
+                      mininterval=0.5 if sys.stderr.isatty() else 10.0) as bar:
         while state["step"] < steps:
             step = state["step"]
             lr = learning_rate_at(step, steps, config)
@@ -573,10 +603,13 @@ def train(config):
             for micro_step in range(micro_steps):
                 if world_size > 1:  # gradients are averaged over the ranks in the last backward pass only; set before forward
                     model.require_backward_grad_sync = micro_step == micro_steps - 1
-                seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
+                if config.dropout:
+                    seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
                 with autocast(dtype, device):
                     loss = model(*batch)
+                loading = time.perf_counter()
                 batch = load_micro_batch(step, micro_step + 1)  # read while the device computes
+                outside += time.perf_counter() - loading
                 scaler.scale(loss / micro_steps).backward()
                 loss_sum += loss.detach()
 
@@ -594,6 +627,7 @@ def train(config):
                 state["skipped"] += 1
                 skipped_in_a_row += 1
                 if skipped_in_a_row == 20:
+                    writing.result()
                     raise TrainingError(bad_numbers(raw_model, step, out_dir / "last.pt"))
             else:
                 clipped = 0 < config.grad_clip < norm
@@ -613,7 +647,10 @@ def train(config):
             if not is_first:  # a first step compiles, allocates, warms up
                 state["timed_tokens"] += tokens_per_step
                 state["timed_seconds"] += now - clock
-            clock, is_first = now, False
+                state["timed_outside"] += outside
+            elif is_main and keeps and min(config.eval_every or steps, config.save_every or steps) < steps:
+                writing = writer.submit(copied, as_checkpoint(), buffers)  # the first save finds its buffers made
+            clock, is_first, outside = now, False, 0.0
             if is_main and (step % config.log_every == 0 or at_end):
                 rate, since_log = since_log[0] / since_log[1], (0, 0.0)
                 record({"step": step, "tokens": state["tokens"], "loss": loss, "lr": lr, "grad_norm": norm, "clipped": clipped,
@@ -624,40 +661,51 @@ def train(config):
 
             # --- validate and save: outside the training clock, and without a trace in the training
             validates = at_end or config.eval_every and state["step"] % config.eval_every == 0
-            saves = at_end or stops or config.save_every and state["step"] % config.save_every == 0
+            saves = keeps and (at_end or stops or config.save_every and state["step"] % config.save_every == 0)
+            is_best = False
             if validates:
                 val_loss = mean_loss(raw_model, val_windows, n_val_windows, config.batch_size, device, dtype, rank, world_size)
                 state["val_loss"], state["seconds"] = val_loss, seconds_before + time.perf_counter() - started
-                is_best = val_loss < state["best_val_loss"]
+                writing.result()  # and with it whether the best so far has its file
+                is_best = keeps and val_loss < state["best_val_loss"]
                 if is_main:
                     tqdm.write(f"step {state['step']:,}: validation loss {val_loss:.4f}" + ", the best so far" * is_best)
                     record({"step": state["step"], "tokens": state["tokens"], "val_loss": val_loss})
+            if is_main and (is_best or saves or at_end):
+                writing.result()
+                checkpoint = as_checkpoint()
+                if not (at_end or stops):  # then training waits, and needs no copy
+                    checkpoint = copied(checkpoint, buffers)
                 if is_best:
-                    best_before, state["best_val_loss"] = state["best_val_loss"], val_loss
-                    if is_main and not save("best.pt"):
-                        state["best_val_loss"] = best_before
-            if at_end and is_main:  # before the last checkpoint, which says that the run is finished
-                log.close()
-                write_summary(config, state, peak_memory(device), versions)
-            if saves and is_main and (at_end or time.perf_counter() - plotted > 60):
-                plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
-                plotted = time.perf_counter()
-            if saves and is_main and not save("last.pt") and (at_end or stops):
-                raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
+                    writing = writer.submit(write, "best.pt", checkpoint)
+                if at_end:  # before the last checkpoint, which says that the run is finished
+                    writing.result()
+                    log.close()
+                    write_summary(config, state, peak_memory(device), versions)
+                if saves and (at_end or time.perf_counter() - plotted > 60):
+                    plot_run(out_dir / "log.jsonl", out_dir / "loss.png", config)
+                    plotted = time.perf_counter()
+                if saves:
+                    writing = writer.submit(write, "last.pt", checkpoint)
+                if saves and (at_end or stops) and not writing.result():
+                    raise TrainingError(f"the last steps are lost: {out_dir / 'last.pt'} could not be saved")
+                checkpoint = None
             if stops and not at_end:
                 bar.close()
                 if tracker:
                     tracker.finish()
-                say(f"stopped after step {step:,} and saved; the same command with --resume goes on from here")
+                say(f"stopped after step {step:,}" + " and saved; the same command with --resume goes on from here" * keeps)
                 return
             if validates or saves:
                 clock = time.perf_counter()
+            else:
+                outside = time.perf_counter() - now
 
     # --- the end
     if tracker:
         finish_wandb(tracker, out_dir)
     if is_main:
-        tell_what_is_next(out_dir, state)
+        tell_the_end(out_dir, state, raw_model.flops_per_token(), peak, peak_memory(device), keeps)
 
 
 def bad_numbers(model, step, last):
@@ -714,8 +762,18 @@ def write_summary(config, state, peak_bytes, versions):
         "name": config.name, "steps": state["step"], "tokens": state["tokens"], "final_val_loss": finite(state["val_loss"]),
         "best_val_loss": finite(state["best_val_loss"]), "skipped_steps": state["skipped"], "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens_per_second(state), 1), "peak_memory_mb": round(peak_bytes / 2**20),
-        "cost": round(seconds / 3600 * config.dollars_per_hour, 2), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "cost": round(seconds / 3600 * config.dollars_per_hour, 2), "machine": machine(),
         "versions": versions}, indent=1) + "\n")
+
+
+def machine():
+    """What the run ran on: its GPUs, or its processor."""
+    if torch.cuda.is_available():
+        return f"{dist.get_world_size() if dist.is_initialized() else 1} x {torch.cuda.get_device_name()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {os.cpu_count()} cores"
 
 
 def tokens_per_second(state):
@@ -723,11 +781,17 @@ def tokens_per_second(state):
     return state["timed_tokens"] / state["timed_seconds"] if state["timed_tokens"] else state["tokens"] / state["seconds"]
 
 
-def tell_what_is_next(out_dir, state):
-    print(f"done:   {state['tokens']:,} tokens in {state['seconds']:,.0f} s, {tokens_per_second(state):,.0f} tokens/s; "
-          f"validation loss {state['val_loss']:.4f}, best {state['best_val_loss']:.4f}")
-    where = "" if str(out_dir) == "out" else f" --ckpt {out_dir / 'best.pt'}"
-    print(f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n        python sample.py{where}")
+def tell_the_end(out_dir, state, flops_per_token, peak, peak_bytes, keeps):
+    rate = tokens_per_second(state)
+    beside = "" if not state["timed_seconds"] else (f"; {state['timed_outside'] / state['timed_seconds']:.2%} of the time outside "
+                                                    "forward, backward and optimiser (data, log)")
+    print(f"speed:  {rate:,.0f} tokens/s, {rate * flops_per_token / 1e9:,.1f} GFLOP/s of the {peak / 1e9:,.1f} of matrix products "
+          f"here ({rate * flops_per_token / peak:.1%}); peak memory {peak_bytes / 2**20:,.0f} MB" + beside)
+    if keeps:
+        print(f"done:   {state['tokens']:,} tokens in {state['seconds']:,.0f} s; validation loss {state['val_loss']:.4f}, "
+              f"best {state['best_val_loss']:.4f}")
+        where = "" if str(out_dir) == "out" else f" --ckpt {out_dir / 'best.pt'}"
+        print(f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n        python sample.py{where}")
 
 
 def main():

@@ -40,7 +40,8 @@ class Config:
     resume: bool = option(False, "continue from out_dir/last.pt if it is there, start if not")
 
     # --- data
-    dataset: str = option("fineweb", "name of the data set: token files are in data_dir/dataset/")
+    dataset: str = option("fineweb", "name of the data set: token files are in data_dir/dataset/. random: tokens without "
+                                       "files, for timing; no weights are kept")
     data_dir: str = option("data", "folder of the data sets")
     order: str = option("sequential", "windows as they lie in the file, or in a seeded permutation, a new one each epoch",
                         choices=("sequential", "shuffled"))
