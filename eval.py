@@ -679,7 +679,7 @@ def plot_curves(experiments, baseline, path):
 
 def read_curves(run):
     """(tokens in millions, training loss as a mean over a fiftieth of the run, tokens of validations, validation losses)."""
-    log = Path(run.get("path", run["name"])).with_name("log.jsonl")
+    log = Path(run.get("path", f"{run['name']}/best.pt")).with_name("log.jsonl")
     try:
         entries = [json.loads(line) for line in log.read_text().splitlines()]
     except (OSError, ValueError):
