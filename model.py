@@ -188,7 +188,7 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, softcap, wants_gradient):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        V, C = weight.shape
+        V = len(weight)
         padding = -V % 64 if dtype.itemsize == 2 else 0
         head = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
         rows = max(HeadLoss.CHUNK // V, 1)
