@@ -127,15 +127,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                direction = p.grad.lerp(momentum, group["momentum"]).unflatten(0, (group["pieces"], -1))
-                size = 0.2 * max(direction.shape[1:]) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonal(direction).flatten(0, 1), alpha=-group["lr"] * size)
+            params, grads = group["params"], [p.grad for p in group["params"]]
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            directions = torch._foreach_lerp(grads, momenta, group["momentum"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for shape in {p.shape for p in params}:  # all matrices of one shape at once
+                alike = [i for i, p in enumerate(params) if p.shape == shape]
+                stack = torch.stack([directions[i] for i in alike])
+                pieces = stack.view(len(alike) * group["pieces"], -1, shape[1])
+                size = 0.2 * max(pieces.shape[1:]) ** 0.5
+                torch._foreach_add_([params[i] for i in alike], list(orthogonal(pieces).reshape(stack.shape)),
+                                    alpha=-group["lr"] * size)
 
 
 def orthogonal(matrices):
