@@ -6,7 +6,7 @@
 # - learning_rate 1.4e-3 is the published stack's, found at this very size and batch with AdamW (Giles Thomas, part 32e).
 # - Muon takes the same, and the same weight decay, for its updates have AdamW's size, a root mean square of 0.2, at any width
 #   (Liu et al., "Muon is scalable for LLM training", 2025). In the lab its best rate was twice AdamW's: 2.8e-3 is next to try.
-# - warm-up and decay are shares of the run, so that they scale with it; a fifth for the decay is Haegele et al.'s (2024).
+# - warm-up and cosine are shares of the run, so that they scale with it.
 # - rope's base of 10,000 is RoFormer's (Su et al., 2021), for contexts of this length.
 #
 # To report a result: summary.json and `python eval.py --ckpt out/best.pt --json result.json` with the seed and the card.
