@@ -7,6 +7,7 @@ Shapes in comments: B sequences, T tokens, C = n_embd, V = vocab_size.
 """
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -52,6 +53,48 @@ class GPTConfig:
     def of(cls, options):
         """From a mapping that holds these options among others, such as vars(config) or a checkpoint's config."""
         return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
+
+
+########################################
+#          Products of matrices        #
+########################################
+
+# Whether torch's library for matrix products, Intel's MKL, leaves half of this CPU idle: on AMD's it does not use AVX-512.
+# oneDNN does, to which torch sends convolutions. So a product is said there as a convolution of 1 x 1: the same sums to
+# rounding, in half the time on Zen 5 (torch 2.13, float32).
+CPUINFO = Path("/proc/cpuinfo")
+MKL_IDLES = (torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+             and CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text())
+
+
+def as_images(x):
+    """(..., C) as images with C channels, (n, C, height, width), in place: 16 of two columns if the rows divide. With fewer,
+    torch does not send a single thread's convolution to oneDNN; of one column, torch.compile takes it for another layout."""
+    n, width = (1, 1) if x.numel() // x.shape[-1] % 32 else (16, 2)
+    return x.reshape(n, -1, width, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias: (..., C), (D, C) and (D,) -> (..., D)."""
+    if x.device.type != "cpu" or not MKL_IDLES:
+        return F.linear(x, weight, bias)
+    y = F.conv2d(as_images(x), weight.view(*weight.shape, 1, 1), bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
+
+
+def linear_backward(grad, x, weight):
+    """What autograd would find for linear(x, weight): of x (N, C), weight (D, C) and the gradient of their product, (N, D),
+    the gradients of x and weight."""
+    if x.device.type != "cpu" or not MKL_IDLES:
+        return grad @ weight, grad.T @ x
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        as_images(grad), as_images(x), weight.view(*weight.shape, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+    return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight.view(weight.shape)
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 ########################################
@@ -101,8 +144,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.proj = Linear(config.n_embd, config.n_embd)
         self.qk_norm = rms_norm if config.qk_norm else unchanged  # before the rotation or after it is the same
         self.rotate = Rope(config) if config.position == "rope" else unchanged
         self.value_share = nn.Parameter(torch.empty(())) if config.value_residual else None
@@ -131,8 +174,8 @@ class MLP(nn.Module):
         super().__init__()
         gates = config.activation == "swiglu"
         width = 8 * max(round(config.n_embd / 3), 1) if gates else 4 * config.n_embd
-        self.fc = nn.Linear(config.n_embd, 2 * width if gates else width)
-        self.proj = nn.Linear(width, config.n_embd)
+        self.fc = Linear(config.n_embd, 2 * width if gates else width)
+        self.proj = Linear(width, config.n_embd)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
@@ -176,29 +219,35 @@ class HeadLoss(torch.autograd.Function):
     scaled, the scale comes before anything is rounded to 16 bits again.
 
     Under autocast the matrix products are in its type and the sums in float32. In 16 bits the vocabulary is padded to a
-    multiple of 64, which GPUs multiply faster; the padded logits never reach the softmax.
+    multiple of 64, which GPUs multiply faster; the padded logits never reach the softmax. A CPU takes the vocabulary in slices,
+    of which what it reads and writes stays in its cache.
 
     Why not torch's own, F.linear_cross_entropy(..., options=LinearCrossEntropyOptions())? In torch 2.13 on one CPU thread,
     1024 x 384 x 50257 in float32, forward and backward took it 9.2 s of processor time; this took 2.1 s (medians of 3).
     """
     CHUNK = 2**25  # logits at a time, 128 MiB in float32: large enough for the matrix products, small beside a model
+    SLICE = 1024  # token ids at a time on a CPU
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, wants_gradient):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         N, V = len(hidden), len(weight)
-        padding = -V % 64 if dtype.itemsize == 2 else 0
-        head = F.pad(weight.to(dtype), (0, 0, 0, padding)) if padding else weight.to(dtype)
-        rows = min(max(HeadLoss.CHUNK // V, 1), N)
-        room = hidden.new_empty(rows, V + padding, dtype=dtype)  # one for all: fresh memory costs a CPU more than the softmax
+        width = HeadLoss.SLICE if device == "cpu" else V
+        slices = [slice(first, min(first + width, V)) for first in range(0, V, width)]
+        heads = [pad(weight[ids].to(dtype)) for ids in slices]
+        rows = min(max(HeadLoss.CHUNK // V // 32 * 32, 32), N)
+        room = hidden.new_empty(rows, V, dtype=torch.float32)  # one for all: fresh memory costs a CPU more than the softmax
         loss = torch.zeros((), device=hidden.device)
         minus_one = loss - 1
         if wants_gradient:
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for start in range(0, N, rows):
             chunk, target = hidden[start:start + rows].to(dtype), targets[start:start + rows, None]
-            logits = soften(torch.mm(chunk, head.T, out=room[:len(chunk)])[:, :V].float(), softcap)
+            logits = room[:len(chunk)]
+            for ids, head in zip(slices, heads):
+                logits[:, ids] = linear(chunk, head)[:, :ids.stop - ids.start]
+            logits = soften(logits, softcap)
             top, own = logits.amax(dim=-1, keepdim=True), logits.gather(1, target)
             slope = 1 - (logits / softcap).square() if softcap and wants_gradient else None  # the derivative of soften
             probabilities = torch.softmax(logits, dim=-1, out=logits)
@@ -207,12 +256,10 @@ class HeadLoss(torch.autograd.Function):
                 grad = probabilities.scatter_add_(1, target, minus_one.expand_as(target))
                 if softcap:
                     grad *= slope
-                grad = F.pad(grad.to(dtype), (0, padding)) if padding else grad.to(dtype)
-                grad_hidden[start:start + rows] = grad @ head
-                if dtype == weight.dtype:
-                    grad_weight.addmm_(grad.T, chunk)
-                else:
-                    grad_weight += (grad.T @ chunk)[:V]
+                for ids, head in zip(slices, heads):
+                    grad_chunk, grad_head = linear_backward(pad(grad[:, ids].to(dtype), dim=1), chunk, head)
+                    grad_hidden[start:start + rows] += grad_chunk
+                    grad_weight[ids] += grad_head[:ids.stop - ids.start]
         if wants_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.n_rows = N
@@ -223,6 +270,12 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         scale = grad_loss / ctx.n_rows
         return *(grad.mul_(scale) for grad in ctx.saved_tensors), None, None, None
+
+
+def pad(x, dim=0):
+    """In 16 bits, x with zeros up to a multiple of 64 along dim 0 or 1 of two; else x."""
+    lacking = -x.shape[dim] % 64
+    return F.pad(x, (0, lacking) if dim else (0, 0, 0, lacking)) if x.dtype.itemsize == 2 and lacking else x
 
 
 def draw(logits, top_k, generator):
@@ -248,7 +301,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = NORMS[config.norm](config.n_embd, eps=1e-5)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.wte.weight
         initialise(self, torch.Generator().manual_seed(seed))
@@ -742,6 +795,8 @@ def start_processes(wanted_device="auto"):
     device = pick_device(wanted_device, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if "RANK" not in os.environ:
         return device, 0, 1
     if device.type == "mps":
@@ -754,6 +809,15 @@ def start_processes(wanted_device="auto"):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
                             device_id=device if device.type == "cuda" else None)
     return device, rank, world_size
+
+
+def keep_freed_memory():
+    """Makes glibc keep the memory that is freed in a step for the next one. By itself it returns large blocks, and the end of
+    its heap, to the system, which hands them out again page by page, filled with zeros."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not so on a Mac
+        for parameter, n_bytes in ((-3, 2**30), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(parameter, n_bytes)
 
 
 def autocast_dtype(amp, device):

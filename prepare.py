@@ -207,6 +207,7 @@ class Windows:
         expected = self.n_tokens * self.dtype.itemsize
         if not is_random and self.path.stat().st_size != expected:
             raise DataError(f"{self.path} has {self.path.stat().st_size:,} bytes, its meta.json says {expected:,}; {self.again}")
+        self.file = None if is_random else open(self.path, "rb", buffering=0)
         if len(self) < 1:
             raise DataError(f"{self.path} has {self.n_tokens:,} tokens, less than one window of {block_size + 1:,}; "
                             "use more text or a smaller --block_size")
@@ -217,9 +218,14 @@ class Windows:
     def batch(self, ids, device="cpu"):
         """Windows `ids` -> inputs and targets, each (len(ids), block_size) int64 on `device`, a torch.device or its name."""
         import torch
-        # A map that lives for one batch gives its pages back: resident memory does not grow with the corpus.
-        tokens = np.memmap(self.path, dtype=self.dtype, mode="r") if self.random is None else self.random
-        windows = np.stack([tokens[i * self.block_size:(i + 1) * self.block_size + 1] for i in ids]).astype(np.int64)
+        windows = np.empty((len(ids), self.block_size + 1), self.dtype)
+        for window, i in zip(windows, ids):
+            if self.random is not None:
+                window[:] = self.random[i * self.block_size:(i + 1) * self.block_size + 1]
+            # Read, not mapped: the pages of a map would count as this process's memory, and it costs a small model's step 3 %.
+            elif os.preadv(self.file.fileno(), [window], i * self.block_size * self.dtype.itemsize) < window.nbytes:
+                raise DataError(f"{self.path} has become shorter since the run began; {self.again}")
+        windows = windows.astype(np.int64)
         if windows.max() >= self.vocab_size:
             raise DataError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of {self.vocab_size}; "
                             f"{self.again}")

@@ -153,7 +153,8 @@ def test_model_sees_the_past_only():
 def test_loss_and_gradients_are_the_plain_ones(monkeypatch, dtype, scale, tolerance, softcap, tied):
     """In chunks, with activations computed anew, in 16 bits (on a vocabulary that is no multiple of 64), scaled or compiled:
     what cross_entropy of all the logits gives in float32; and no tensor of all logits is kept."""
-    monkeypatch.setattr(model.HeadLoss, "CHUNK", 500)
+    monkeypatch.setattr(model.HeadLoss, "CHUNK", 301 * 40)
+    monkeypatch.setattr(model.HeadLoss, "SLICE", 128)
     monkeypatch.setattr(model.MLP, "KEPT", 0)
     gpt = GPT(GPTConfig(vocab_size=301, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0, init="gpt2", tie_weights=tied,
                         logit_softcap=softcap))
@@ -175,6 +176,26 @@ def test_loss_and_gradients_are_the_plain_ones(monkeypatch, dtype, scale, tolera
             assert (p.grad / scale - expected[name]).norm() <= tolerance * expected[name].norm(), name
     with torch.no_grad():
         assert gpt.eval()(inputs, targets).item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (3, 7), (4, 64)])  # one image of one column, and sixteen of two
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_products_are_the_same_by_either_library(monkeypatch, rows, dtype, tolerance):
+    """Whichever CPU this is: a product as a convolution is F.linear's, and so are its gradients."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias, grad = (torch.randn(*shape, generator=draw).to(dtype).requires_grad_()
+                             for shape in ((*rows, 48), (80, 48), (80,), (*rows, 80)))
+    answers = {}
+    for idles in (False, True):
+        monkeypatch.setattr(model, "MKL_IDLES", idles)
+        y = model.linear(x, weight, bias)
+        own = model.linear_backward(grad.detach().flatten(0, 1), x.detach().flatten(0, 1), weight.detach())
+        answers[idles] = (y, *torch.autograd.grad(y, (x, weight, bias), grad), *own)
+    for one, other in zip(answers[False], answers[True], strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        assert (one - other).norm() <= tolerance * one.norm()
+    for of_autograd, own in zip(answers[True][1:3], answers[True][4:]):
+        assert (of_autograd.reshape(own.shape) - own).norm() <= tolerance * own.norm()
 
 
 GPT2_FLAGS = {"qkv_bias": (False, True), "tie_weights": (False, True), "init": ("gpt2", "pytorch"), "dropout": (0.0, 0.1)}
@@ -484,8 +505,11 @@ def test_damaged_token_file_is_refused(tmp_path, data_dir):
     folder.mkdir()
     for file in (data_dir / "stdlib").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
+    opened = prepare.Windows(tmp_path, "torn", "train", 16)
     with open(folder / "train.bin", "ab") as file:
         file.truncate(1000)
+    with pytest.raises(prepare.DataError, match="has become shorter"):
+        opened.batch([0, len(opened) - 1])
     result = call("train.py", *SMALL, "--dataset=torn", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out")
     assert result.returncode == 1 and "train.bin has 1,000 bytes" in result.stderr and "Traceback" not in result.stderr
 

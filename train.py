@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import config as configuration
 from config import ConfigError
-from model import (CHECKPOINT_FORMAT, GPT, CheckpointError, DeviceError, GPTConfig, autocast, autocast_dtype, mean_loss,
-                   read_checkpoint, start_processes)
+from model import (CHECKPOINT_FORMAT, GPT, CheckpointError, DeviceError, GPTConfig, autocast, autocast_dtype, linear,
+                   mean_loss, read_checkpoint, start_processes)
 from prepare import NANOGPT, RANDOM, DataError, Windows, describe, prepare_stdlib, read_meta, window_ids, write_atomically
 
 
@@ -232,7 +232,7 @@ def trial_fits(model, windows, size, device, dtype):
             loss.backward()
         del held
         return True
-    except (RuntimeError, MemoryError, OSError) as error:  # of torch, of numpy, of the map of the token file
+    except (RuntimeError, MemoryError, OSError) as error:  # of torch, of numpy, of the token file
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return False
@@ -269,7 +269,7 @@ def matmul_peak(device, dtype):
     while len(times) < 3 or time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
-        a @ a.T
+        linear(a, a)
         synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * len(a) * len(a) * size / min(times[1:])
