@@ -423,15 +423,8 @@ def parquet_rows(path, start, stop, text_column):
 #       The split by hash of text      #
 ########################################
 
-def text_hash(text):
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def scan(job, numbered_part):
-    """Of each document of a part, its hash and its size in bytes. -> (n,) uint64, (n,) int64."""
-    texts = job.documents(numbered_part[1])
-    rows = [(text_hash(text), len(text.encode())) for text in texts]
-    return np.array([hash_ for hash_, _ in rows], np.uint64), np.array([size for _, size in rows], np.int64)
+def text_hash(data):
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 def hash_cuts(hashes, sizes):
@@ -461,44 +454,43 @@ def hash_cuts(hashes, sizes):
 @dataclass
 class Job:
     """What the processes need to know to tokenise a part."""
-    name: str  # the split that all documents go to, where there are no `cuts`
+    name: str
     folder: str
     plan: str  # its beginning is in the names of the numbered files, which a killed run's last processes may still write
     tokenizer: str
     text_column: str = "text"
     longest: int = 2**20  # characters of a document in a text file, before it is cut
-    cuts: tuple = ()  # hash_cuts
+
+    def path(self, index):
+        return Path(self.folder, "parts", f"{self.plan[:8]}-{self.name}-{index:06d}.npz")
 
     def documents(self, part):
-        """The texts of a part. Raises DataError where one is not text."""
+        """The texts of a part, each with its bytes. Raises DataError where one is not text."""
         for piece in part:
             for text in documents(piece, self.text_column, self.longest):
                 try:
-                    if text.encode():  # an empty document teaches nothing
-                        yield text
+                    if data := text.encode():  # an empty document teaches nothing
+                        yield text, data
                 except (AttributeError, UnicodeEncodeError):  # a number; half of a surrogate pair, such as JSON's "\\ud800"
                     raise DataError(f"{piece[0]} has a '{self.text_column}' that is not text: {str(text)[:60]!r}") from None
 
-    def split_of(self, text):
-        if not self.cuts:
-            return self.name
-        hash_ = text_hash(text)
-        return "test" if hash_ <= self.cuts[0] else "val" if hash_ <= self.cuts[1] else "train"
-
 
 def tokenise(job, numbered_part):
-    """Tokenises part (index, pieces) into a numbered file, one array per split, unless that is there. -> its path."""
+    """Tokenises part (index, pieces) into a numbered file, unless that is there: the tokens of its documents, and of each
+    document how many these are, its size in bytes and its hash. -> the file's path."""
     index, part = numbered_part
-    path = Path(job.folder, "parts", f"{job.plan[:8]}-{job.name}-{index:06d}.npz")
+    path = job.path(index)
     if path.exists():
         return path
     tokenizer = get_tokenizer(job.tokenizer)
-    tokens = {}
-    for text in job.documents(part):
-        tokens.setdefault(job.split_of(text), []).append(encode(tokenizer, text))
+    tokens, facts = [np.empty(0, np.uint32)], []
+    for text, data in job.documents(part):
+        tokens.append(encode(tokenizer, text))
+        facts.append((len(tokens[-1]), len(data), text_hash(data)))
+    lengths, sizes, hashes = np.array(facts, np.uint64).reshape(-1, 3).T
     unfinished = path.with_suffix(f".{os.getpid()}")
     with open(unfinished, "wb") as file:
-        np.savez(file, **{split: np.concatenate(arrays).astype(dtype_for(tokenizer)) for split, arrays in tokens.items()})
+        np.savez(file, tokens=np.concatenate(tokens).astype(dtype_for(tokenizer)), lengths=lengths, sizes=sizes, hashes=hashes)
     os.replace(unfinished, path)
     return path
 
@@ -529,23 +521,24 @@ def end_with_parent():
 
 
 class Progress:
-    """How far a data set is: parts done of each job, tokens in each split's unfinished file. Saved after every part, so
-    that the same command goes on after a kill; another plan starts over."""
+    """How far a data set is: parts done of each job, tokens in each split's unfinished file, hash_cuts once they are known.
+    Saved after every part, so that the same command goes on after a kill; another plan starts over."""
 
     def __init__(self, folder, plan):
         self.path, self.plan = Path(folder, "progress.json"), plan
-        self.parts, self.tokens = {}, {}
+        self.parts, self.tokens, self.cuts = {}, {}, None
         Path(folder, "parts").mkdir(parents=True, exist_ok=True)
         saved = json.loads(self.path.read_text()) if self.path.exists() else {}
         if saved.get("plan") == plan:
-            self.parts, self.tokens = saved["parts"], saved["tokens"]
+            self.parts, self.tokens, self.cuts = saved["parts"], saved["tokens"], saved["cuts"]
         else:
             for part in Path(folder, "parts").iterdir():
                 part.unlink()
             self.save()
 
     def save(self):
-        write_atomically(self.path, json.dumps({"plan": self.plan, "parts": self.parts, "tokens": self.tokens}))
+        write_atomically(self.path, json.dumps({"plan": self.plan, "parts": self.parts, "tokens": self.tokens,
+                                                 "cuts": self.cuts}))
 
 
 def describe(error):
@@ -565,31 +558,34 @@ def unfinished_file(folder, split):
     return Path(folder, f"{split}.bin.unfinished")
 
 
-def tokenise_parts(job, parts, progress, bar, workers, limit=sys.maxsize):
-    """Tokenises parts and appends them, in order, to their splits' unfinished files, which end after `limit` tokens."""
-    todo = list(enumerate(parts))[progress.parts.get(job.name, 0):]
-    paths = map_parts(functools.partial(tokenise, job), todo, workers)
-    for index, _ in todo:
+def append_parts(job, paths, progress, bar=None, limit=sys.maxsize):
+    """Appends numbered files, in order, to the unfinished file of their job; or, where cuts are known, each document to that
+    of its split. It ends after `limit` tokens."""
+    for path in paths:
         if progress.tokens.get(job.name, 0) >= limit:
             break
-        path = next(paths)
         with np.load(path) as arrays:
-            for split, tokens in arrays.items():
-                append(job.folder, split, tokens[:limit - progress.tokens.get(split, 0)], progress, bar)
-        progress.parts[job.name] = index + 1
+            tokens = arrays["tokens"]
+            if progress.cuts:
+                split = np.searchsorted(np.array(progress.cuts, np.uint64), arrays["hashes"]).repeat(arrays["lengths"].astype(np.int64))
+                for number, name in enumerate(("test", "val", "train")):
+                    append(job.folder, name, tokens[split == number], progress)
+            else:
+                append(job.folder, job.name, tokens[:limit - progress.tokens.get(job.name, 0)], progress)
+        if bar is not None:
+            bar.update(len(tokens))
+        progress.parts[job.name] = progress.parts.get(job.name, 0) + 1
         progress.save()
         path.unlink()
-    paths.close()
 
 
-def append(folder, split, tokens, progress, bar):
+def append(folder, split, tokens, progress):
     """Puts tokens at the end of a split's unfinished file. It is the caller who saves the progress."""
     done = progress.tokens.get(split, 0)
     with open(unfinished_file(folder, split), "ab") as file:
         file.truncate(done * tokens.itemsize)  # what a killed run appended after its last save goes
         file.write(tokens)
     progress.tokens[split] = done + len(tokens)
-    bar.update(len(tokens))
 
 
 def finish(folder, tokenizer_name, source, plan):
@@ -633,17 +629,22 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source):
 def tokenise_text(files, folder, tokenizer, text_column, workers, source, plan):
     sized_pieces = [piece for file in files for piece in pieces_of(file)]
     parts = group_into_parts(sized_pieces)
+    n_bytes = sum(size for _, size in sized_pieces)
     # No document of a text file is longer than 1 % of the corpus, or val and test could not be 1 % each.
-    longest = min(max(sum(size for _, size in sized_pieces) // 100, 2**14), 2**20)
+    longest = min(max(n_bytes // 100, 2**14), 2**20)
     job = Job("text", str(folder), plan, tokenizer, text_column, longest)
-    scanned = list(tqdm(map_parts(functools.partial(scan, job), list(enumerate(parts)), workers), "reading", len(parts),
-                        disable=None))  # None: where it would not be seen
-    hashes, sizes = (np.concatenate(arrays) for arrays in zip(*scanned or [scan(job, (0, []))]))
-    job.cuts = hash_cuts(hashes, sizes)
-    n_tokens = sizes.sum() // (1 if tokenizer == "bytes" else 2) + len(sizes)  # English has 4.5 bytes a token, code 2
+    n_tokens = n_bytes // (1 if tokenizer == "bytes" else 2) + 1  # English has 4.5 bytes a token, code 2
     progress = Progress(folder, plan)
     with progress_bar(folder, n_tokens, tokenizer, progress) as bar:
-        tokenise_parts(job, parts, progress, bar, workers)
+        if not progress.cuts:  # which need every document's hash
+            facts = [(np.empty(0, np.uint64), np.empty(0, np.uint64))]
+            for path in map_parts(functools.partial(tokenise, job), list(enumerate(parts)), workers):
+                with np.load(path) as arrays:
+                    facts.append((arrays["hashes"], arrays["sizes"]))
+                    bar.update(int(arrays["lengths"].sum()))
+            progress.cuts = hash_cuts(*map(np.concatenate, zip(*facts)))
+            progress.save()
+        append_parts(job, map(job.path, range(progress.parts.get("text", 0), len(parts))), progress)
     finish(folder, tokenizer, source, plan)
 
 
@@ -661,15 +662,21 @@ def tokenise_fineweb(files, folder, tokenizer, workers, source, plan, train_toke
     train_pieces, heldout_pieces = split_rows([piece for file in files for piece in pieces_of(file)], heldout)
     heldout_end = test_offset + test_tokens + 1
     progress = Progress(folder, plan)
+
+    def tokenise_rows(name, pieces, limit):
+        job = Job(name, str(folder), plan, tokenizer)
+        todo = list(enumerate(group_into_parts(pieces)))[progress.parts.get(name, 0):]
+        paths = map_parts(functools.partial(tokenise, job), todo, workers)
+        append_parts(job, paths, progress, bar, limit)
+        paths.close()
+
     with progress_bar(folder, train_tokens + heldout_end, tokenizer, progress) as bar:
-        tokenise_parts(Job("heldout", str(folder), plan, tokenizer), group_into_parts(heldout_pieces), progress, bar, workers,
-                       limit=heldout_end)
+        tokenise_rows("heldout", heldout_pieces, heldout_end)
         there = progress.tokens.get("heldout", 0)
         if there < heldout_end:
             raise DataError(f"the last {heldout:.2%} of the rows have {there:,} tokens, and test ends at {heldout_end:,}; "
                             "use a smaller --test_offset and --test_tokens or a larger --heldout")
-        tokenise_parts(Job("train", str(folder), plan, tokenizer), group_into_parts(train_pieces), progress, bar, workers,
-                       limit=train_tokens + 1)
+        tokenise_rows("train", train_pieces, train_tokens + 1)
         if not progress.tokens.get("train"):
             raise DataError(f"with --heldout={heldout} no row is left for training")
     stream = np.memmap(unfinished_file(folder, "heldout"), dtype_for(get_tokenizer(tokenizer)), mode="r")
@@ -717,7 +724,8 @@ def prepare_published_tokens(source, folder, train_tokens, test_offset, test_tok
                     tokens = open_tokens(file)[place:min(place + 2**23, stop)]  # anew: memory does not grow with the file
                     if tokens.max() >= n_vocab:
                         raise DataError(f"{file} has the token {tokens.max()}, beyond GPT-2's vocabulary of {n_vocab}")
-                    append(folder, split, tokens, progress, bar)
+                    append(folder, split, tokens, progress)
+                    bar.update(len(tokens))
                     progress.save()
         finish(folder, "gpt2", "gpjt/fineweb-gpt2-tokens", plan)
 
@@ -764,7 +772,8 @@ def is_made(folder, plan):
 def progress_bar(folder, n_tokens, tokenizer, progress):
     """Says what is to come, and sees that the disk has room for it."""
     done = sum(progress.tokens.values())
-    needed = max(int(n_tokens - done), 0) * dtype_for(get_tokenizer(tokenizer)).itemsize * 1.05
+    in_parts = sum(part.stat().st_size for part in Path(folder, "parts").iterdir())
+    needed = max(int(n_tokens - done) * dtype_for(get_tokenizer(tokenizer)).itemsize - in_parts, 0) * 1.05
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(f"{folder} needs about {needed / 1e6:,.0f} MB more and its disk has {free / 1e6:,.0f} MB free; "

@@ -1020,21 +1020,25 @@ def test_full_disk_and_kill_in_prepare(tmp_path, monkeypatch):
         prepare.prepare_text(files, tmp_path / name, "bytes", "text", 1, "mine")
 
     make("whole")
-    with no_file_larger_than(4000), pytest.raises(OSError):
+    with no_file_larger_than((tmp_path / "whole" / "train.bin").stat().st_size // 2), pytest.raises(OSError):
         make("full")
     done = json.loads((tmp_path / "full" / "progress.json").read_text())["parts"]["text"]
     assert 0 < done and not (tmp_path / "full" / "meta.json").exists()
-    tokenised = []
-    real = prepare.tokenise
-    monkeypatch.setattr(prepare, "tokenise", lambda job, part: tokenised.append(part[0]) or real(job, part))
-    make("full")
-    assert tokenised[0] == done, "finished parts are not repeated"
-    for name in ("write_atomically", "finish"):  # killed within the last acts
+    kills = {"encode": 20, "hash_cuts": 0, "append": 7, "write_atomically": 3, "finish": 0}  # after how many calls
+    for name, calls in kills.items():
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(prepare, name, stop_after(getattr(prepare, name), 3 if name == "write_atomically" else 0))
+            patch.setattr(prepare, name, stop_after(getattr(prepare, name), calls))
             make(f"killed in {name}")
-        make(f"killed in {name}")
-    for name in ("full", "killed in write_atomically", "killed in finish"):
+    tokenised = []
+    real = prepare.encode
+    monkeypatch.setattr(prepare, "encode", lambda tokenizer, text: tokenised.append(text) or real(tokenizer, text))
+    make("killed in encode")
+    assert len(rows) - 20 <= len(tokenised) < len(rows), "finished parts are not repeated"
+    tokenised.clear()
+    for name in ("full", *(f"killed in {name}" for name in kills)):
+        make(name)
+    assert not tokenised
+    for name in ("full", *(f"killed in {name}" for name in kills)):
         for split in ("train", "val", "test"):
             assert (tmp_path / name / f"{split}.bin").read_bytes() == (tmp_path / "whole" / f"{split}.bin").read_bytes()
         assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["meta.json", "test.bin", "train.bin", "val.bin"]
