@@ -263,16 +263,20 @@ def matmul_peak(device, dtype):
     measured against, on any device, without a table of cards. The best of what half a second allows, the first left out."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
-    if dtype and device.type == "cpu":
-        a = a[:128]  # CPUs without 16-bit units would take minutes
-    times, end = [], time.perf_counter() + 0.5
-    while len(times) < 3 or time.perf_counter() < end:
+
+    def seconds(rows):
         synchronize(device)
         start = time.perf_counter()
-        linear(a, a)
+        linear(rows, a)
         synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 2 * len(a) * len(a) * size / min(times[1:])
+        return time.perf_counter() - start
+
+    # A CPU without 16-bit units would take seconds for each.
+    rows = a[:128] if device.type == "cpu" and seconds(a[:128]) > 0.05 else a
+    times, end = [], time.perf_counter() + 0.5
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append(seconds(rows))
+    return 2 * len(rows) * size * size / min(times[1:])
 
 
 def synchronize(device):
