@@ -88,7 +88,8 @@ def linear_backward(grad, x, weight):
     if x.device.type != "cpu" or not MKL_IDLES:
         return grad @ weight, grad.T @ x
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        as_images(grad), as_images(x), weight.view(*weight.shape, 1, 1), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+        as_images(grad), as_images(x), weight.view(*weight.shape, 1, 1), bias_sizes=None, stride=[1, 1], padding=[0, 0],
+        dilation=[1, 1], transposed=False, output_padding=[0, 0], groups=1, output_mask=[True, True, False])
     return grad_x.permute(0, 2, 3, 1).reshape(x.shape), grad_weight.view(weight.shape)
 
 

@@ -993,6 +993,27 @@ def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
     assert [at for at in slow if at[:2] == ("best.pt", 4)][0][2] >= 3, slow
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_the_thread_that_saves_starts_no_others():
+    """torch's copy in a second thread brings it OpenMP helpers of its own, and then everybody's sleep between two products."""
+    code = """if True:
+        import os, threading, torch, train
+        tensor = torch.ones(2**22)
+        torch.empty_like(tensor).copy_(tensor)
+        before, found = len(os.listdir("/proc/self/task")), []
+        for how in ([train.copy_alone], []):
+            def save():
+                train.copied({"model": tensor}, {}, *how)
+                found.append(len(os.listdir("/proc/self/task")))
+            thread = threading.Thread(target=save)
+            thread.start()
+            thread.join()
+        print(before, *found)"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    before, alone, in_parallel = map(int, result.stdout.split())
+    assert alone == before + 1 < in_parallel
+
+
 def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
     """The best validation loss is that of a best.pt that is there, in the run and in the last.pt saved with it."""
     real, saved = train.save_checkpoint, []

@@ -305,22 +305,29 @@ def save_checkpoint(path, checkpoint):
         return False
 
 
-def copied(checkpoint, buffers):
+def copied(checkpoint, buffers, copy=torch.Tensor.copy_):
     """A copy of a checkpoint, to be written while the training changes what it was made of.
 
     buffers: {place of a tensor in memory: its copy on the CPU}, filled by the first call and used again by the next ones, for
     fresh memory takes the system longer than the copy. Tied weights have one place, so they stay one in the file.
     """
     if isinstance(checkpoint, dict):
-        return {key: copied(value, buffers) for key, value in checkpoint.items()}
+        return {key: copied(value, buffers, copy) for key, value in checkpoint.items()}
     if isinstance(checkpoint, list):
-        return [copied(value, buffers) for value in checkpoint]
+        return [copied(value, buffers, copy) for value in checkpoint]
     if not isinstance(checkpoint, torch.Tensor):
         return checkpoint
     place = (checkpoint.data_ptr(), checkpoint.shape)
     if place not in buffers:
         buffers[place] = torch.empty_like(checkpoint, device="cpu")
-    return buffers[place].copy_(checkpoint)
+    copy(buffers[place], checkpoint)
+    return buffers[place]
+
+
+def copy_alone(buffer, tensor):
+    """Copies in one thread. If another than the main thread ever computes in parallel, there are more OpenMP threads than cores,
+    and all of them sleep from then on where they would spin: a small model's steps take twice as long."""
+    np.copyto(buffer.numpy(), tensor.cpu().numpy())
 
 
 def start_log(path, step):
@@ -467,7 +474,7 @@ def train(config):
 
     if device.type == "cpu" and config.device == "auto":
         say("no GPU found, falling back to the CPU: right for small models such as config/quickstart.py, "
-            "but a GPT-2-small run takes two cores most of a year (config/bench.py: about 140 tokens/s)")
+            "but a GPT-2-small run takes two cores a hundred days (config/bench.py: 370 tokens/s at best)")
     if config.dataset == "stdlib":
         for is_my_turn in (is_main, os.environ.get("LOCAL_RANK", "0") == "0"):  # then machines that do not share its disk
             if is_my_turn and not Path(config.data_dir, "stdlib", "meta.json").exists():
@@ -659,7 +666,7 @@ def train(config):
                 state["timed_seconds"] += now - clock
                 state["timed_outside"] += outside
             elif is_main and keeps and min(config.eval_every or steps, config.save_every or steps) < steps:
-                writing = writer.submit(copied, as_checkpoint(), buffers)  # the first save finds its buffers made
+                writing = writer.submit(copied, as_checkpoint(), buffers, copy_alone)  # the first save finds its buffers made
             clock, is_first, outside = now, False, 0.0
             if is_main and (step % config.log_every == 0 or at_end):
                 rate, since_log = since_log[0] / since_log[1], (0, 0.0)
