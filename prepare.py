@@ -529,7 +529,7 @@ class Progress:
         self.parts, self.tokens, self.cuts = {}, {}, None
         Path(folder, "parts").mkdir(parents=True, exist_ok=True)
         saved = json.loads(self.path.read_text()) if self.path.exists() else {}
-        if saved.get("plan") == plan:
+        if saved.get("plan") == plan and "cuts" in saved:  # without: left by a nanolab whose parts were of another kind
             self.parts, self.tokens, self.cuts = saved["parts"], saved["tokens"], saved["cuts"]
         else:
             for part in Path(folder, "parts").iterdir():
@@ -567,9 +567,10 @@ def append_parts(job, paths, progress, bar=None, limit=sys.maxsize):
         with np.load(path) as arrays:
             tokens = arrays["tokens"]
             if progress.cuts:
-                split = np.searchsorted(np.array(progress.cuts, np.uint64), arrays["hashes"]).repeat(arrays["lengths"].astype(np.int64))
+                split_of = np.searchsorted(np.array(progress.cuts, np.uint64), arrays["hashes"])  # each document
+                split_of = split_of.repeat(arrays["lengths"].astype(np.int64))  # each token
                 for number, name in enumerate(("test", "val", "train")):
-                    append(job.folder, name, tokens[split == number], progress)
+                    append(job.folder, name, tokens[split_of == number], progress)
             else:
                 append(job.folder, job.name, tokens[:limit - progress.tokens.get(job.name, 0)], progress)
         if bar is not None:

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -986,9 +987,18 @@ def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
         return real(path, checkpoint)
 
     whole = small_run("whole", *flags, "--save_every=0")
+    copied, beside = train.copied, []
+
+    def watch(*args):
+        if threading.current_thread() is not threading.main_thread():
+            beside.append(args[2:])
+        return copied(*args)
+
+    monkeypatch.setattr(train, "copied", watch)
     monkeypatch.setattr(train, "save_checkpoint", save_slowly)
     slowly = small_run("slowly", *flags, "--save_every=4")
     monkeypatch.undo()
+    assert beside and set(beside) == {(train.copy_alone,)}, "see test_the_thread_that_saves_starts_no_others"
     assert_same_run(whole, slowly)
     assert [at for at in slow if at[:2] == ("best.pt", 4)][0][2] >= 3, slow
 
@@ -1012,6 +1022,23 @@ def test_the_thread_that_saves_starts_no_others():
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     before, alone, in_parallel = map(int, result.stdout.split())
     assert alone == before + 1 < in_parallel
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads a process's memory as Linux shows it")
+def test_freed_memory_is_kept():
+    code = """if True:
+        import torch, model
+        def left_by_a_large_tensor():
+            memory = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+            before = memory()
+            torch.ones(2**26)  # 256 MiB
+            return memory() - before
+        given_back = left_by_a_large_tensor()
+        model.start_processes("cpu")
+        print(given_back, left_by_a_large_tensor())"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert given_back < 2**26 < 2**27 < kept
 
 
 def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
