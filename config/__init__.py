@@ -1,8 +1,8 @@
-"""Every option of nanolab, in one place: what it is called, what it defaults to, what it means.
+"""Every option of nanolab, in one place: its name, its default, its meaning.
 
     python train.py [FILE.py ...] [--key=value ...]
 
-A config file is Python that assigns values; files apply in order, flags win over files. So an experiment is a stack:
+A config file is Python that assigns values. Files apply in order, and flags win over files, so an experiment is a stack:
 
     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
 
@@ -22,9 +22,7 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-
-class ConfigError(ValueError):
-    """A mistake in a config file or a flag, told in one line: the key, where it came from, what is allowed."""
+from nanolab.common import UserError
 
 
 def option(default, meaning, *, choices=(), within=""):
@@ -33,15 +31,55 @@ def option(default, meaning, *, choices=(), within=""):
 
 
 @dataclass
-class Config:
+class GPTConfig:
+    """The options that make a model. A new one is named here and nowhere else."""
+
+    # --- shape
+    vocab_size: int = option(50257, "tokens in the vocabulary", within="[1, inf)")
+    block_size: int = option(1024, "context length, tokens", within="[1, inf)")
+    n_layer: int = option(12, "transformer blocks", within="[1, inf)")
+    n_head: int = option(12, "attention heads per block", within="[1, inf)")
+    n_embd: int = option(768, "width of the residual stream", within="[1, inf)")
+
+    # --- interventions
+    dropout: float = option(0.1, "after the embeddings, on attention weights, on both residual branches", within="[0, 1)")
+    qkv_bias: bool = option(False, "bias on Q, K and V (attention output, MLP and LayerNorm always have theirs)")
+    tie_weights: bool = option(False, "the output head shares the token embedding's matrix")
+    init: str = option("pytorch", "'pytorch': its defaults, as published; 'gpt2': N(0, 0.02), "
+                                  "residual projections / sqrt(2 n_layer), biases 0", choices=("pytorch", "gpt2"))
+    norm: str = option("layernorm", "layernorm, or rmsnorm: a gain, no mean subtracted and no bias",
+                       choices=("layernorm", "rmsnorm"))
+    position: str = option("learned", "a learned embedding for each position, or rope: q and k are rotated by it",
+                           choices=("learned", "rope"))
+    qk_norm: bool = option(False, "q and k of each head are divided by their root mean square")
+    activation: str = option("gelu", "of the MLP: gelu, relu2 (ReLU squared), or swiglu (gated, 8/3 instead of 4 n_embd wide)",
+                             choices=("gelu", "relu2", "swiglu"))
+    logit_softcap: float = option(0.0, "logits x become cap * tanh(x / cap); 0: unchanged", within="[0, inf)")
+    zero_init: bool = option(False, "weights and biases of the residual projections start at 0")
+    value_residual: bool = option(False, "each block's attention values are mixed with the first block's, in a learned share")
+
+    @classmethod
+    def from_options(cls, options):
+        """From a mapping that holds these options among others, such as vars(config) or a checkpoint's config."""
+        return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
+
+
+@dataclass
+class Config(GPTConfig):
+    """Every option of a run: the model's, which it inherits, and the rest."""
+
+    vocab_size: int = option(0, "tokens in the vocabulary; 0: that of the data set", within="[0, inf)")
+    init_from: str = option("", "start from weights instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face "
+                                "layout or a checkpoint. Shape and architecture are then its own, unless you set a "
+                                "smaller block_size, which keeps the first positions")
+
     # --- the run
     name: str = option("baseline", "label in tables; runs of one name are seeds of one experiment")
     out_dir: str = option("out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, summary.json")
     resume: bool = option(False, "continue from out_dir/last.pt if it is there, start if not")
 
     # --- data
-    dataset: str = option("fineweb", "name of the data set: token files are in data_dir/dataset/. random: tokens without "
-                                       "files, for timing; no weights are kept")
+    dataset: str = option("fineweb", "name of the data set: its token files are in data_dir/dataset/")
     data_dir: str = option("data", "folder of the data sets")
     order: str = option("sequential", "windows as they lie in the file, or in a seeded permutation, a new one each epoch",
                         choices=("sequential", "shuffled"))
@@ -50,36 +88,10 @@ class Config:
     batch_size: int | str = option(12, "sequences per device per micro-step, or 'auto': the largest that fits",
                                    choices=("auto",), within="[1, inf)")
     global_batch_size: int = option(96, "sequences per optimiser step over all devices; "
-                                        "micro-steps = global_batch_size / (batch_size x world size)", within="[1, inf)")
+                                        "grad_accum_steps = global_batch_size / (batch_size x world size)", within="[1, inf)")
     max_tokens: int = option(3_260_190_720, "training budget in tokens, rounded up to whole steps "
                                             "(the default is 20 x 163,009,536: 33,165 steps)", within="[1, inf)")
     max_steps: int = option(0, "training budget in steps; above 0 it wins over max_tokens", within="[0, inf)")
-
-    # --- shape of the model
-    block_size: int = option(1024, "context length, tokens", within="[1, inf)")
-    vocab_size: int = option(0, "tokens in the vocabulary; 0: that of the data set", within="[0, inf)")
-    n_layer: int = option(12, "transformer blocks", within="[1, inf)")
-    n_head: int = option(12, "attention heads per block", within="[1, inf)")
-    n_embd: int = option(768, "width of the residual stream", within="[1, inf)")
-
-    # --- model interventions
-    dropout: float = option(0.1, "after the embeddings, on attention weights, on both residual branches", within="[0, 1)")
-    qkv_bias: bool = option(False, "bias on Q, K and V (attention output, MLP and LayerNorm always have theirs)")
-    tie_weights: bool = option(False, "the output head is the token embedding's matrix")
-    init: str = option("pytorch", "'pytorch': its defaults, as published; 'gpt2': N(0, 0.02), "
-                                  "residual projections / sqrt(2 n_layer), biases 0", choices=("pytorch", "gpt2"))
-    norm: str = option("layernorm", "layernorm, or rmsnorm: a gain, no mean taken off and no bias", choices=("layernorm", "rmsnorm"))
-    position: str = option("learned", "a learned embedding for each position, or rope: q and k are rotated by it",
-                           choices=("learned", "rope"))
-    qk_norm: bool = option(False, "q and k of each head are divided by their root mean square")
-    activation: str = option("gelu", "of the MLP: gelu, relu2 (the square of relu), or swiglu (gated, 8/3 instead of 4 n_embd wide)",
-                             choices=("gelu", "relu2", "swiglu"))
-    logit_softcap: float = option(0.0, "bends logits x into cap * tanh(x / cap); 0: leaves them", within="[0, inf)")
-    zero_init: bool = option(False, "weights and biases of the residual projections start at 0")
-    value_residual: bool = option(False, "each block's attention values are mixed with the first block's; the share is learned")
-    init_from: str = option("", "start from weights instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face "
-                                "layout or a checkpoint. Shape and architecture are then its own, unless you set a "
-                                "smaller block_size: that keeps the first positions")
 
     # --- optimiser and schedule
     optimizer: str = option("adamw", "'muon': Muon for the 2-D weights inside the blocks, AdamW for all others; learning_rate "
@@ -118,6 +130,7 @@ class Config:
     eval_tokens: int = option(1_966_080, "tokens in one validation (at most what the validation split has)",
                               within="[1, inf)")
     save_every: int = option(617, "steps between saves of last.pt; 0: only at the end", within="[0, inf)")
+    save_weights: bool = option(True, "keep last.pt and best.pt; False: for a timing run, which leaves log and summary only")
     log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
     wandb: str = option("", "Weights & Biases project to log to as well (pip install wandb; WANDB_MODE=offline "
                             "keeps it on this machine); '': none")
@@ -125,23 +138,24 @@ class Config:
 
 
 OPTIONS = {f.name: f for f in fields(Config)}
-OF_THE_SOURCE = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "qkv_bias", "tie_weights", "norm", "position", "qk_norm",
-                 "activation", "logit_softcap", "value_residual")
-
-# What does not alter what a run computes, up to rounding (and, with dropout on, the masks, which are drawn per micro-batch;
-# and the numbers that amp='auto' chooses on another device). A resumed run may change it, and runs that differ in nothing else
-# but their seeds are one experiment. `seed` itself acts through the other three only.
-WITHOUT_EFFECT = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every", "save_every",
-                  "log_every", "wandb", "dollars_per_hour", "seed"}
 SEEDS = ("init_seed", "data_seed", "dropout_seed")
+
+# What given weights decide. Dropout and the random start are the new run's own.
+ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "init", "zero_init")]
+
+# Options that do not change what a run computes, up to rounding (with dropout on, batch_size and compile change the
+# masks; on another device, amp='auto' may choose another type). A resumed run may change them, and runs that differ
+# only in these and in their seeds are one experiment. `seed` acts through SEEDS alone.
+RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every",
+                     "save_every", "save_weights", "log_every", "wandb", "dollars_per_hour", "seed"}
 
 
 def load(argv):
     """The Config that files and flags ask for.
 
     argv: the command line without the program's name, e.g. ["config/lab.py", "--seed=2", "--resume"].
-    With init_from, the options OF_THE_SOURCE that nobody set are None: train.py takes them from there.
-    Raises ConfigError. `--help` prints every option and exits.
+    With init_from, the ARCHITECTURE_OPTIONS that nobody set are None: they are taken from those weights.
+    `--help` prints every option and exits. Raises UserError.
     """
     files, flags = split_command_line(argv)
     values, origin = {}, {}
@@ -152,13 +166,17 @@ def load(argv):
         values[key], origin[key] = parse(key, text, f"--{key}", is_text=True), f"--{key}"
     config = Config(**values)
     if config.init_from:
-        for key in set(OF_THE_SOURCE) - origin.keys():
+        for key in set(ARCHITECTURE_OPTIONS) - origin.keys():
             setattr(config, key, None)
     check_combinations(config, origin)
     for key in SEEDS:
         if getattr(config, key) is None:
             setattr(config, key, config.seed)
     return config
+
+
+def config_error(message):
+    return UserError(message, exit_code=2)
 
 
 def split_command_line(argv):
@@ -182,7 +200,7 @@ def split_command_line(argv):
             elif is_switch:
                 text = "True"
             else:
-                raise ConfigError(f"--{key} wants a value: --{key}=...")
+                raise config_error(f"--{key} wants a value: --{key}=...")
         flags.append((key, text))
     return files, flags
 
@@ -190,16 +208,16 @@ def split_command_line(argv):
 def read_file(file):
     """The options that a config file assigns. It runs as plain Python in a namespace of its own."""
     if not file.endswith(".py"):
-        raise ConfigError(f"'{file}' is neither a config file (NAME.py) nor a flag (--key=value)")
+        raise config_error(f"'{file}' is neither a config file (NAME.py) nor a flag (--key=value)")
     if not Path(file).is_file():
         there = [str(path) for path in Path("config").rglob("*.py") if path.name != "__init__.py"]
-        raise ConfigError(f"there is no config file {file}{nearest(file, there)}")
+        raise config_error(f"there is no config file {file}{nearest(file, there)}")
     try:
         namespace = runpy.run_path(file)
     except (Exception, SystemExit) as error:
         frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
         what = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{frame.filename}, line {frame.lineno}: {what}") from None
+        raise config_error(f"{frame.filename}, line {frame.lineno}: {what}") from None
     assigned = {key: value for key, value in namespace.items()
                 if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
     for key in assigned:
@@ -209,7 +227,7 @@ def read_file(file):
 
 def require_known(key, origin):
     if key not in OPTIONS:
-        raise ConfigError(f"unknown option '{key}' (from {origin}){nearest(key, OPTIONS)}; --help lists them all")
+        raise config_error(f"unknown option '{key}' (from {origin}){nearest(key, OPTIONS)}; --help lists them all")
 
 
 def nearest(word, known):
@@ -223,7 +241,7 @@ def types_of(key):
 
 
 def parse(key, value, origin, is_text=False):
-    """`value` as option `key` holds it; ConfigError if its type or its size is not allowed."""
+    """`value` as option `key` holds it; UserError if its type or size is not allowed."""
     allowed = types_of(key)
     if is_text and allowed != (str,):
         value = {"true": True, "false": False}.get(value.lower(), value)
@@ -239,18 +257,18 @@ def parse(key, value, origin, is_text=False):
     wrong = f"{key}={value!r} (from {origin})"
     if type(value) not in allowed:
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
-        raise ConfigError(f"{wrong}: wants {names}, not {type(value).__name__}{what_is_allowed(key)}")
+        raise config_error(f"{wrong}: wants {names}, not {type(value).__name__}{allowed_values(key)}")
     meta = OPTIONS[key].metadata
     if value == "" and OPTIONS[key].default != "":
-        raise ConfigError(f"{wrong}: must not be empty")
+        raise config_error(f"{wrong}: must not be empty")
     if isinstance(value, str) and meta["choices"] and value not in meta["choices"]:
-        raise ConfigError(f"{wrong}: not allowed{what_is_allowed(key)}{nearest(value, meta['choices'])}")
+        raise config_error(f"{wrong}: not allowed{allowed_values(key)}{nearest(value, meta['choices'])}")
     if isinstance(value, (int, float)) and meta["within"] and not lies_within(value, meta["within"]):
-        raise ConfigError(f"{wrong}: not allowed{what_is_allowed(key)}")
+        raise config_error(f"{wrong}: not allowed{allowed_values(key)}")
     return value
 
 
-def what_is_allowed(key):
+def allowed_values(key):
     meta = OPTIONS[key].metadata
     parts = [f"{meta['within']}"] * bool(meta["within"]) + [repr(choice) for choice in meta["choices"]]
     return f"; allowed: {', '.join(parts)}" if parts else ""
@@ -269,19 +287,19 @@ def check_combinations(config, origin):
         return f"{key}={getattr(config, key)!r} (from {origin.get(key, 'the default')})"
 
     if config.n_embd and config.n_head and config.n_embd % config.n_head:
-        raise ConfigError(f"{said('n_embd')} is not divisible by {said('n_head')}"
+        raise config_error(f"{said('n_embd')} is not divisible by {said('n_head')}"
                           f"; n_head could be {divisors_near(config.n_embd, config.n_head)}")
     if config.batch_size != "auto" and config.global_batch_size % config.batch_size:
-        raise ConfigError(f"{said('global_batch_size')} is not divisible by {said('batch_size')}"
+        raise config_error(f"{said('global_batch_size')} is not divisible by {said('batch_size')}"
                           f"; batch_size could be {divisors_near(config.global_batch_size, config.batch_size)}")
     if config.schedule == "wsd" and config.warmup_fraction + config.cooldown_fraction > 1:
-        raise ConfigError(f"{said('warmup_fraction')} and {said('cooldown_fraction')} are more than the whole run together")
+        raise config_error(f"{said('warmup_fraction')} and {said('cooldown_fraction')} are more than the whole run together")
     if config.position == "rope" and config.n_embd and config.n_head and config.n_embd // config.n_head % 2:
-        raise ConfigError(f"{said('position')} turns pairs of numbers, but {said('n_embd')} and {said('n_head')} give each head "
+        raise config_error(f"{said('position')} turns pairs of numbers, but {said('n_embd')} and {said('n_head')} give each head "
                           f"{config.n_embd // config.n_head}")
     for key in ("init", "init_seed", "zero_init"):
         if config.init_from and key in origin:
-            raise ConfigError(f"{said(key)} is of random weights, but {said('init_from')} starts from others; leave one of them out")
+            raise config_error(f"{said(key)} is of random weights, but {said('init_from')} starts from others; leave one of them out")
 
 
 def divisors_near(total, wanted):
@@ -302,7 +320,7 @@ def help_text():
     lines = ["usage: python train.py [FILE.py ...] [--key=value ...]",
              "Files apply in order, flags win over files. The experiments are in config/ and config/interventions/.", ""]
     for key, option_ in OPTIONS.items():
-        text = f"{option_.metadata['meaning']}{what_is_allowed(key)}"
+        text = f"{option_.metadata['meaning']}{allowed_values(key)}"
         lines.append(textwrap.fill(f"  --{key}={option_.default!r}".ljust(32) + " " + text, 118, subsequent_indent=" " * 33,
                                    break_on_hyphens=False))
     return "\n".join(lines)

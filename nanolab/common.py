@@ -1,0 +1,107 @@
+"""What every script shares: the one error that users see, the end of a script, whole files or none."""
+
+import argparse
+import os
+import socket
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that the user can mend, explained in one line. It ends a script without a traceback.
+
+    exit_code: 2 for a mistake on the command line or in a config file, 1 for anything else.
+    each_rank: every rank prints its own; by default only the first rank of a machine does.
+    """
+
+    def __init__(self, message, exit_code=1, each_rank=False):
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.each_rank = each_rank
+
+
+def run_script(main, if_interrupted="stopped", if_failed=""):
+    """Calls main(). Any error that is not a bug ends the process with one line and a non-zero exit code.
+
+    if_interrupted: the line after Ctrl-C; if_failed: what to add when the operating system fails (a full disk, no permission).
+    """
+    try:
+        main()
+    except UserError as error:
+        stop(error.exit_code, error, error.each_rank)
+    except BrokenPipeError:  # the reader, such as head, has seen enough; Python must not complain at its last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        stop(1, describe(error) + if_failed, each_rank=True)
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
+            raise
+        stop(1, "another process of this run has ended", each_rank=True)
+    except KeyboardInterrupt:
+        stop(130, if_interrupted, each_rank=True)
+
+
+def stop(exit_code, message, each_rank):
+    if each_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def argument_parser(description):
+    """An ArgumentParser that reports a mistake in one line, with exit code 2."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help\n")
+    return parser
+
+
+def describe(error):
+    """An OSError, or the RuntimeError that torch.save makes of one, in a few words."""
+    if getattr(error, "strerror", None):
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error).splitlines()[0]
+
+
+def write_atomically(path, text):
+    """Writes a text file whole or not at all."""
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def load_tensors(path, mmap=False):
+    """What torch.save wrote to a file, tensors on the CPU. Only tensors and plain values are loaded; no code runs.
+
+    mmap: leave the tensors on disk until they are used. Raises UserError.
+    """
+    import torch  # here, because the tokenising processes start faster without it
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about foreign pickles, which are refused here
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except PermissionError:
+        raise UserError(f"no permission to read {path}") from None
+    except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
+        raise UserError(f"{path} is damaged or no checkpoint of nanolab ({type(error).__name__})") from None
+
+
+def reachable(host, seconds=1.2):
+    """Whether a TCP connection to `host` opens in time. Behind a proxy it is assumed.
+
+    The thread bounds the name lookup too, which no socket timeout covers.
+    """
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    answered = threading.Event()
+
+    def connect():
+        try:
+            socket.create_connection((host, 443), timeout=seconds).close()
+            answered.set()
+        except OSError:
+            pass
+
+    threading.Thread(target=connect, daemon=True).start()
+    return answered.wait(seconds)
