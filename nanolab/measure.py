@@ -1,0 +1,51 @@
+"""Measuring: the mean loss over part of a data set, and the speed of this machine's matrix products."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from nanolab.devices import autocast, synchronize
+from nanolab.kernels import linear
+
+
+@torch.no_grad()
+def mean_loss(model, dataset, n_windows, batch_size, device, dtype=None, rank=0, world_size=1):
+    """Mean cross-entropy in nats over the first n_windows of a TokenDataset. The processes share the work, and the
+    result does not depend on their number or on batch_size. Draws no random number."""
+    was_training = model.training
+    model.eval()
+    losses, sizes = [torch.zeros((), device=device)], [0]
+    mine = range(rank, n_windows, world_size)
+    for start in range(0, len(mine), batch_size):
+        ids = mine[start:start + batch_size]
+        with autocast(dtype, device):
+            losses.append(model(*dataset.batch(ids, device)))
+        sizes.append(len(ids))
+    model.train(was_training)
+    total = torch.dot(torch.stack(losses).cpu().double(), torch.tensor(sizes, dtype=torch.float64))
+    if world_size > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.item() / n_windows
+
+
+def matmul_peak(device, dtype):
+    """Floating-point operations per second of square matrix products, measured on this device now. MFU is relative to
+    it, so it needs no table of GPUs. Best of 0.5 s, after a warm-up."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
+
+    def seconds(rows):
+        synchronize(device)
+        start = time.perf_counter()
+        linear(rows, a)
+        synchronize(device)
+        return time.perf_counter() - start
+
+    # a CPU without 16-bit units would take seconds for each product
+    rows = a[:128] if device.type == "cpu" and seconds(a[:128]) > 0.05 else a
+    times, end = [], time.perf_counter() + 0.5
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append(seconds(rows))
+    return 2 * len(rows) * size * size / min(times[1:])

