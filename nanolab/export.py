@@ -1,0 +1,181 @@
+"""A checkpoint as a folder that Hugging Face's transformers reads as a GPT2LMHeadModel."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from config import SEEDS
+from nanolab.common import UserError, describe
+from nanolab.huggingface import (HF_SHAPE, OPENAI_REVISIONS, end_of_text_ids, to_hf_config,
+                                 to_hf_state_dict)
+from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, gpt2_vocabulary_files
+
+# GPT-2 can express any value of these. `init` is about the random start only.
+GPT2_OPTIONS = {*(our_key for our_key, _ in HF_SHAPE.values()),
+                "dropout", "qkv_bias", "tie_weights", "init"}
+
+
+def export(checkpoint, model, folder):
+    """Writes weights, config, tokenizer and model card, all of them or nothing. Raises UserError.
+
+    checkpoint: from read_checkpoint; model: its GPT; folder: new or empty.
+    """
+    source, tokenizer, folder = checkpoint["path"], checkpoint["tokenizer"], Path(folder)
+    check_export(source, folder)
+    check_expressible(model.config, source)
+    files = {"config.json": as_json(to_hf_config(model.config, tokenizer)),
+             "generation_config.json": as_json(end_of_text_ids(tokenizer)),
+             "README.md": model_card(checkpoint, model, folder.name).encode(),
+             **tokenizer_files(tokenizer, model.config.block_size)}
+    write_folder(folder, files, to_hf_state_dict(model))
+
+
+def check_export(source, folder):
+    """Raises UserError if `source` is no file of ours, or `folder` is in use. Reads no weights."""
+    if Path(source).is_dir() or str(source) in OPENAI_REVISIONS:
+        raise UserError(f"{source} is no file that train.py saved, such as out/best.pt")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there and not empty; choose another folder, or remove it")
+
+
+def check_expressible(config, source):
+    """Raises UserError if an option, such as your own intervention, is not GPT-2's."""
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if option.name not in GPT2_OPTIONS and value != option.default:
+            raise UserError(f"{source} has {option.name}={value!r}, "
+                            f"which transformers' GPT-2 cannot express")
+
+
+def write_folder(folder, files, weights):
+    """files: {name: bytes}. The folder gets its name when everything is in it."""
+    unfinished = Path(f"{folder}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, content in files.items():
+            (unfinished / name).write_bytes(content)
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        # save_file lets only the owner read its file
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} could not be written ({describe(error)})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def as_json(value):
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def tokenizer_files(tokenizer, block_size):
+    """-> {name: bytes} for transformers' AutoTokenizer, which reads GPT-2's tokenizer only."""
+    if tokenizer != "gpt2":
+        return {}
+    get_tokenizer("gpt2")  # downloads the vocabulary if it is not here
+    merges, vocabulary = (path.read_bytes() for path in gpt2_vocabulary_files())
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size,
+              **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)}
+    return {"merges.txt": merges, "vocab.json": vocabulary,
+            "tokenizer_config.json": as_json(config)}
+
+
+def model_card(checkpoint, model, title):
+    """README.md: how the weights were made, from the checkpoint and the files beside it."""
+    config, path = checkpoint["config"], Path(checkpoint["path"])
+    tokenizer, val_loss = checkpoint["tokenizer"], checkpoint["best_val_loss"]
+    facts = {
+        "data": f"`{config['dataset']}`, tokenizer {tokenizer}; "
+                f"sha256 of the training split {checkpoint['data_sha256']}",
+        "training": f"{checkpoint['step']:,} steps of {config['global_batch_size']} x "
+                    f"{config['block_size']:,} tokens, {checkpoint['tokens']:,} tokens",
+        "validation loss": f"{val_loss:.6f} nats per token, the lowest of the run up to this step"
+                           if math.isfinite(val_loss) else "not measured up to this step",
+        "test loss": saved_test_losses(path),
+        "seeds": ", ".join(f"{key} {config[key]}" for key in SEEDS),
+        "time": f"{checkpoint['seconds'] / 3600:.2f} hours up to this step",
+        "whole run": whole_run(path),
+        "versions": ", ".join(map(" ".join, checkpoint["versions"].items()))}
+    return CARD.format(
+        title=title, n_params=model.num_params(), name=config["name"],
+        usage=USAGE[tokenizer].format(length=min(config["block_size"], 50)),
+        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
+        options="\n".join(f"{key} = {value!r}" for key, value in config.items()
+                          if key not in ("out_dir", "data_dir")))
+
+
+def saved_test_losses(path):
+    """From eval.py's file beside the checkpoint, if it is about the checkpoint as it is now."""
+    saved = read_json(path.with_suffix(".test.json"), "checkpoint_sha256", "results")
+    with open(path, "rb") as file:
+        if saved.get("checkpoint_sha256") != hashlib.file_digest(file, "sha256").hexdigest():
+            return "not measured (run eval.py before the export)"
+    return "; ".join(f"{test['test_loss']:.6f} nats per token, on {test['tokens']:,} tokens of "
+                     f"`{test['dataset']}`, amp {test['amp']}" for test in saved["results"])
+
+
+def whole_run(path):
+    run = read_json(path.with_name("summary.json"),
+                    "machine", "tokens_per_second", "peak_memory_mb", "cost")
+    if not run:
+        return "not recorded: there is no summary.json"
+    return (f"{run['machine']}, {run['tokens_per_second']:,} tokens/s, "
+            f"{run['peak_memory_mb']:,} MB, ${run['cost']:.2f}")
+
+
+def read_json(path, *keys):
+    """A JSON object that has these keys; {} if the file is missing, damaged or another."""
+    try:
+        content = json.loads(path.read_text())
+        return content if set(keys) <= content.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2, nanolab]
+---
+
+# {title}
+
+A GPT-2 of {n_params:,} parameters, trained with nanolab as the run `{name}`. It continues text; it
+follows no instructions.
+
+{usage}
+
+| | |
+| --- | --- |
+{facts}
+
+```python
+{options}
+```
+"""
+
+USAGE = {"gpt2": """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")
+tokens = tokenizer("Every effort moves you", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_length={length})[0]))
+```""", "bytes": """There are no tokenizer files: tokens are bytes of UTF-8, and 256 ends a text.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("THIS FOLDER")
+tokens = model.generate(torch.tensor([list(b"Every effort moves you")]), max_length={length})
+text = bytes(token for token in tokens[0].tolist() if token < 256)
+print(text.decode(errors="replace"))
+```""", UNKNOWN: "There are no tokenizer files: the run's data set names no tokenizer."}

@@ -1,0 +1,209 @@
+"""GPT-2 in Hugging Face's layout: read from a folder or the hub, and its names for the way out."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from nanolab.common import UserError, load_tensors, reachable
+from nanolab.tokenizer import UNKNOWN, get_tokenizer, guess_tokenizer
+
+# OpenAI's weights are openai-community/NAME on the hub. Each revision has model.safetensors.
+OPENAI_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+                    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+                    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+                    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2"}
+
+# What GPT2Config calls the options of the shape: our name and GPT2Config's default.
+HF_SHAPE = {"vocab_size": ("vocab_size", 50257),
+            "n_positions": ("block_size", 1024),
+            "n_embd": ("n_embd", 768),
+            "n_layer": ("n_layer", 12),
+            "n_head": ("n_head", 12)}
+
+# Options of GPT2Config that change what is computed: the values that our GPT computes. The first
+# of them is GPT2Config's default.
+HF_SUPPORTED = {"model_type": ("gpt2",),
+                "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+                "layer_norm_epsilon": (1e-5,),
+                "scale_attn_weights": (True,),
+                "scale_attn_by_inverse_layer_idx": (False,),
+                "add_cross_attention": (False,)}
+
+# Parts of parameter names in a GPT2LMHeadModel, and ours.
+HF_NAMES = {"h.": "blocks.", "c_attn.": "qkv.", "c_proj.": "proj.", "c_fc.": "fc.",
+            "lm_head.": "head."}
+TRANSPOSED = ("qkv.weight", "proj.weight", "fc.weight")  # GPT-2's Conv1D stores (in, out)
+
+# SHA-256 of GPT-2's vocabulary, written as JSON: its [token, id] pairs by id.
+GPT2_VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
+
+
+def download_openai(name):
+    """Downloads OpenAI's weights into the hub's cache, unless they are there. -> the folder.
+
+    Raises UserError, within 2 seconds if there is no network.
+    """
+    import huggingface_hub  # here, because most runs do not need it
+    repository, revision = f"openai-community/{name}", OPENAI_REVISIONS[name]
+    for file in ("config.json", "model.safetensors"):
+        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+        needs_hub = not isinstance(cached, str) and not os.environ.get("HF_ENDPOINT")
+        if needs_hub and not reachable("huggingface.co"):
+            raise UserError(
+                f"{name} is not on this machine and huggingface.co does not answer: connect once, "
+                f"or give a folder with {repository}'s config.json and model.safetensors")
+        try:
+            path = huggingface_hub.hf_hub_download(repository, file, revision=revision)
+        except Exception as error:  # network errors have many classes
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise UserError(f"cannot download {file} of {repository} ({reason})") from None
+    return Path(path).parent
+
+
+def read_hugging_face(folder, source):
+    """Reads config.json and the weights. -> what read_checkpoint returns, without "format".
+
+    folder: a Path; source: the name that the user gave, for messages and tables. Nothing is known
+    of the training: step, tokens and seconds are 0, dataset and seed are None.
+    Raises UserError, which names what our GPT does not compute.
+    """
+    hf_config = read_hf_config(folder)
+    options = from_hf_config(hf_config, folder)
+    run = {"name": Path(source).resolve().name, "dataset": None, "data_dir": "data", "seed": None}
+    return {"path": str(source),
+            "model": from_hf_state_dict(read_weights(folder), options["tie_weights"]),
+            "config": {**run, **options},
+            "tokenizer": find_tokenizer(folder, hf_config),
+            "step": 0, "tokens": 0, "seconds": 0.0}
+
+
+def read_hf_config(folder):
+    try:
+        hf_config = json.loads((folder / "config.json").read_text())
+        if hf_config.get("model_type") is not None:
+            return hf_config
+    except FileNotFoundError:
+        pass
+    except (ValueError, AttributeError):
+        raise UserError(f"{folder}/config.json is damaged") from None
+    hint = f"; did you mean {folder}/best.pt?" if (folder / "best.pt").exists() else ""
+    raise UserError(f"{folder} is a folder, neither a checkpoint nor a model in Hugging Face's "
+                    f"layout{hint}")
+
+
+def from_hf_config(hf_config, folder):
+    """-> the options of our GPT, by name. Raises UserError if the model computes something else."""
+    shape = {key: hf_config.get(key, default) for key, (_, default) in HF_SHAPE.items()}
+    for key, value in shape.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{folder}/config.json is damaged: {key}={value!r}")
+    for key, supported in {**HF_SUPPORTED, "n_inner": (4 * shape["n_embd"], None)}.items():
+        if hf_config.get(key, supported[0]) not in supported:
+            raise UserError(f"{folder}/config.json has {key}={hf_config[key]!r}; "
+                            f"nanolab's model has {supported[0]!r}")
+    if shape["n_embd"] % shape["n_head"]:
+        raise UserError(f"{folder}/config.json is damaged: "
+                        f"n_embd={shape['n_embd']}, n_head={shape['n_head']}")
+    return {**{our_key: shape[key] for key, (our_key, _) in HF_SHAPE.items()},
+            "dropout": hf_config.get("resid_pdrop", 0.1),
+            "qkv_bias": True,
+            "tie_weights": hf_config.get("tie_word_embeddings", True)}
+
+
+def read_weights(folder):
+    """-> {Hugging Face's name: tensor} from model.safetensors, its shards, or pytorch_model.bin."""
+    files = (list(folder.glob("model.safetensors"))
+             or sorted(folder.glob("model-*-of-*.safetensors")))
+    try:
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the weights in {folder} are damaged ({error})") from None
+    if not files:
+        if not (folder / "pytorch_model.bin").exists():
+            raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+        weights = load_tensors(folder / "pytorch_model.bin")
+    if not (isinstance(weights, dict)
+            and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())):
+        raise UserError(f"the file in {folder} does not contain weights")
+    return weights
+
+
+def from_hf_state_dict(hf_weights, tied):
+    """Hugging Face's weights by our names, matrices as (out, in). A tied head is added."""
+    weights = {}
+    for name, tensor in hf_weights.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the causal mask, which old files hold too
+        for hf_part, our_part in HF_NAMES.items():
+            name = name.replace(hf_part, our_part)
+        weights[name] = tensor.T if name.endswith(TRANSPOSED) else tensor
+    if tied and "wte.weight" in weights:
+        weights["head.weight"] = weights["wte.weight"]
+    return weights
+
+
+def find_tokenizer(folder, hf_config):
+    """'gpt2' if the folder's vocabulary is GPT-2's, UNKNOWN if it is another.
+
+    Without a vocabulary: what our export wrote to config.json, else a guess from vocab_size.
+    """
+    def read(name):
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+
+    try:
+        if (folder / "vocab.json").exists():
+            vocabulary = read("vocab.json")
+        elif (folder / "tokenizer.json").exists():
+            vocabulary = read("tokenizer.json")["model"]["vocab"]
+        else:
+            noted = hf_config.get("nanolab_tokenizer")
+            return noted or guess_tokenizer(hf_config.get("vocab_size"))
+        pairs = sorted(vocabulary.items(), key=lambda pair: pair[1])
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"the tokenizer in {folder} is damaged") from None
+    sha256 = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    return "gpt2" if sha256 == GPT2_VOCABULARY_SHA256 else UNKNOWN
+
+
+def to_hf_config(config, tokenizer):
+    """-> GPT2Config's options. config: a GPTConfig that GPT-2 can express; tokenizer: its name."""
+    return {"architectures": ["GPT2LMHeadModel"],
+            **{key: supported[0] for key, supported in HF_SUPPORTED.items()},
+            **{key: getattr(config, our_key) for key, (our_key, _) in HF_SHAPE.items()},
+            "n_inner": None,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+            "tie_word_embeddings": config.tie_weights,
+            **end_of_text_ids(tokenizer),
+            "dtype": "float32",
+            "nanolab_tokenizer": tokenizer}
+
+
+def end_of_text_ids(tokenizer):
+    """A text begins and ends with the token that stands between documents, if it is known."""
+    token = None if tokenizer == UNKNOWN else get_tokenizer(tokenizer).eot_token
+    return {"bos_token_id": token, "eos_token_id": token}
+
+
+def to_hf_state_dict(model):
+    """-> {Hugging Face's name: tensor}, matrices as (in, out).
+
+    A tied head is left out. QKV biases, which GPT-2 always has, are zeros if the model has none.
+    """
+    hf_weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == "head.weight" and model.config.tie_weights:
+            continue
+        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        for hf_part, our_part in HF_NAMES.items():
+            name = name.replace(our_part, hf_part)
+        name = name if name.startswith("lm_head.") else f"transformer.{name}"
+        hf_weights[name] = tensor.contiguous()
+        if name.endswith("c_attn.weight") and not model.config.qkv_bias:
+            hf_weights[name.replace("weight", "bias")] = torch.zeros(3 * model.config.n_embd)
+    return hf_weights
