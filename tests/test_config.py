@@ -1,0 +1,78 @@
+"""Options, config files, flags: they stack as promised, and a mistake is one line."""
+
+import pytest
+
+import config
+import train
+from conftest import HERE
+from nanolab.common import UserError
+
+
+@pytest.mark.parametrize("argv, parts", [
+    (["--dropuot=0.1"], ["dropuot", "dropout"]),
+    (["--dropout=-0.1"], ["dropout", "-0.1", "[0, 1)"]),
+    (["--batch_size=many"], ["batch_size", "auto"]),
+    (["--seed=1.5"], ["seed", "int"]),
+    (["--init=gtp2"], ["init", "'gpt2'"]),
+    (["--n_head=7"], ["n_embd=768", "n_head=7", "6 or 8"]),
+    (["--batch_size=7"], ["global_batch_size=96", "6 or 8"]),
+    (["--learning_rate"], ["learning_rate", "value"]),
+    (["config/clod.py"], ["config/clod.py", "config/cloud.py"]),
+    (["out"], ["'out'", "neither"]),
+])
+def test_config_mistakes(argv, parts):
+    """Exit code 2 and one line with the key, what is allowed, the nearest spelling."""
+    with pytest.raises(UserError) as error:
+        config.load(argv)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, part", [("dropuot = 0.1", "dropout"), ("dropout = 'no'", "dropout"), ("dropout = ", "line 1"),
+                                        ("x_ = 1 / 0", "ZeroDivisionError")])
+def test_config_file_mistakes(tmp_path, text, part):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        config.load([str(file)])
+    assert part in str(error.value) and str(file) in str(error.value)
+
+
+def test_config_stacks(tmp_path):
+    """Later files win, flags win over files; 1e-3, True and 1e9 parse; helpers in a file are ignored."""
+    file = tmp_path / "mine.py"
+    file.write_text("import math\ndef half(x): return x / 2\n_private = 3\nlearning_rate = half(2)\ndropout = 0\n")
+    got = config.load(["config/cloud.py", str(file), "--seed", "3", "--max_tokens=1e9", "--tie_weights", "--eps=1e-3"])
+    assert (got.learning_rate, got.dropout, got.grad_clip, got.max_tokens) == (1.0, 0.0, 3.5, 10**9)
+    assert (got.seed, got.init_seed, got.data_seed, got.tie_weights, got.eps) == (3, 3, 3, True, 1e-3)
+
+
+def test_each_intervention_changes_its_own_keys():
+    expected = {
+        "baseline": {}, "gradient_clipping": {"grad_clip": 3.5}, "remove_dropout": {"dropout": 0.0}, "qkv_bias": {"qkv_bias": True},
+        "schedule_learning_rate": {"learning_rate": 1.4e-3, "schedule": "cosine", "warmup_fraction": 0.05},
+        "weight_decay_gpt2": {"weight_decay": 0.01}, "weight_decay_cerebras": {"weight_decay": 0.33724},
+        "weight_tying": {"tie_weights": True}, "weight_tying_gpt2_init": {"tie_weights": True, "init": "gpt2"},
+        "no_amp": {"amp": "off", "tf32": False}, "muon": {"optimizer": "muon"},
+        "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05},
+        "rmsnorm": {"norm": "rmsnorm"}, "rope": {"position": "rope"}, "qk_norm": {"qk_norm": True}, "relu2": {"activation": "relu2"},
+        "swiglu": {"activation": "swiglu"}, "logit_softcap": {"logit_softcap": 30.0}, "zero_init": {"zero_init": True},
+        "value_residual": {"value_residual": True}}
+    files = sorted((HERE / "config" / "interventions").glob("*.py"))
+    assert {file.stem for file in files} == set(expected)
+    default = vars(config.load([]))
+    for file in files:
+        changed = {key: value for key, value in vars(config.load([str(file)])).items() if value != default[key]}
+        assert changed.pop("name", "baseline") == file.stem
+        assert changed == expected[file.stem]
+
+
+@pytest.mark.parametrize("on_one, on_eight", [("local_3090", "cloud"), ("modern_3090", "modern_cloud")])
+def test_local_and_cloud_are_one_run(on_one, on_eight):
+    local, cloud = (config.load([f"config/{name}.py"]) for name in (on_one, on_eight))
+    assert {key for key in config.OPTIONS if getattr(local, key) != getattr(cloud, key)} == {"name", "batch_size"}
+    assert (train.count_grad_accum_steps(local, 1), train.count_grad_accum_steps(cloud, 8)) == (16, 1)
+
+
+def test_global_batch_that_does_not_divide():
+    with pytest.raises(UserError, match="global_batch_size could be 80 or 160"):
+        train.count_grad_accum_steps(config.load(["--batch_size=16", "--global_batch_size=96"]), 5)

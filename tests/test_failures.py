@@ -1,0 +1,173 @@
+"""Numbers that are not finite, disks that are full: a run goes on, or ends with one line and nothing lost."""
+
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import nanolab.checkpoint
+import train
+from conftest import HERE, SMALL, assert_same_run, call, losses, no_file_larger_than, write_script
+from model import GPT
+from nanolab.checkpoint import read_checkpoint
+from nanolab.common import UserError
+from nanolab.logfile import read_log
+
+
+NAN_ON_ONE_RANK = """
+from model import GPT
+real, calls = GPT.forward, [0]
+
+def forward(self, tokens, targets=None):
+    calls[0] += self.training
+    bad = self.training and calls[0] in (3, 4) and os.environ["RANK"] == "1"
+    return real(self, tokens, targets) * (float("nan") if bad else 1.0)
+
+GPT.forward = forward
+train.main()
+"""
+
+
+@pytest.mark.parametrize("amp", ["off", "float16"])
+def test_bad_numbers_on_one_rank(tmp_path, data_dir, amp):
+    """A loss that is not a number on one of two ranks: both leave out that update, log it and count it."""
+    script = write_script(tmp_path / "nan.py", NAN_ON_ONE_RANK)
+    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--batch_size=4", "--max_steps=6"]
+    result = call(script, *flags, f"--amp={amp}", processes=2)
+    assert result.returncode == 0, result.stderr
+    log = read_log(tmp_path / "out" / "log.jsonl")[0]
+    assert [e["skipped"] for e in log] == [False, False, True, True, False, False]
+    assert log[2]["loss"] is None and math.isfinite(log[-1]["loss"])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 2
+    checkpoint = read_checkpoint(tmp_path / "out" / "last.pt")
+    assert checkpoint["optimizer"]["state"][0]["step"] == 4
+    assert amp == "off" or checkpoint["scaler"]["scale"] == 65536 / 4
+
+
+def test_bad_numbers_without_end(small_run, monkeypatch):
+    """20 in a row end the run with the step and the first bad parameter; last.pt and best.pt stay good."""
+    folder = small_run("run", "--max_steps=6", "--eval_every=1")
+    good = read_checkpoint(folder / "best.pt")["best_val_loss"]
+    real = GPT.hidden_states
+
+    def hidden(self, tokens):
+        for name, p in self.named_parameters():
+            if name == "blocks.1.mlp.fc.weight" and not hasattr(p, "broken"):
+                p.broken = p.register_hook(lambda grad: grad * math.nan)
+        return real(self, tokens)
+
+    monkeypatch.setattr(GPT, "hidden_states", hidden)
+    with pytest.raises(UserError, match=r"20 updates .* step 25; the first parameter that went bad is blocks.1.mlp.fc.weight"):
+        small_run("run", "--max_steps=60", "--resume", "--eval_every=100")
+    assert read_checkpoint(folder / "best.pt")["best_val_loss"] == good
+    assert read_checkpoint(folder / "last.pt")["step"] == 6
+
+
+def test_validation_that_is_not_finite_is_never_best(small_run, monkeypatch):
+    monkeypatch.setattr(train, "mean_loss", lambda *args: math.nan)
+    folder = small_run("run", "--eval_every=5")
+    assert not (folder / "best.pt").exists() and read_log(folder / "log.jsonl")[1][0]["val_loss"] is None
+
+
+def test_full_disk_in_training(small_run, tiny_data, capsys):
+    """A save that fails says so and leaves the last one good; training goes on; with room again, so does the run."""
+    flags = [*tiny_data, "--save_every=2", "--eval_every=5"]
+    folder = small_run("run", *flags)
+    size = (folder / "last.pt").stat().st_size
+    before = (folder / "last.pt").read_bytes()
+    with no_file_larger_than(size // 2), pytest.raises(UserError, match="last.pt could not be saved"):
+        small_run("run", *flags, "--resume", "--max_steps=20")
+    assert (folder / "last.pt").read_bytes() == before and capsys.readouterr().err.count("could not save") > 3
+    small_run("run", *flags, "--resume", "--max_steps=20")
+    assert_same_run(small_run("whole", *flags, "--max_steps=20"), folder)
+
+
+def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
+    """The best validation loss is that of a best.pt that is there, in the run and in the last.pt saved with it."""
+    real, saved = nanolab.checkpoint.save_checkpoint, []
+
+    def save(path, checkpoint):
+        if path.name == "best.pt" and checkpoint["step"] == 4:
+            return False
+        saved.append((path.name, checkpoint["step"], checkpoint["best_val_loss"]))
+        return real(path, checkpoint)
+
+    val_losses = iter([3.0, 3.5, 4.0])
+    monkeypatch.setattr(train, "mean_loss", lambda *args: next(val_losses))
+    monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", save)
+    small_run("run", *tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=4")
+    assert saved == [("last.pt", 4, math.inf), ("best.pt", 8, 3.5), ("last.pt", 8, 3.5), ("last.pt", 12, 3.5)]
+
+
+def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
+    """Steps go on while a file is written, and none of them gets into it; the end waits for the last one."""
+    flags = [*tiny_data, "--max_steps=12", "--eval_every=4"]
+    real, slow = nanolab.checkpoint.save_checkpoint, []
+
+    def save_slowly(path, checkpoint):
+        log = path.parent / "log.jsonl"
+        before = len(log.read_text().splitlines())
+        end = time.monotonic() + 5
+        while checkpoint["step"] < 12 and len(log.read_text().splitlines()) < before + 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        slow.append((path.name, checkpoint["step"], len(log.read_text().splitlines()) - before))
+        return real(path, checkpoint)
+
+    whole = small_run("whole", *flags, "--save_every=0")
+    copied, beside = nanolab.checkpoint.snapshot_to_cpu, []
+
+    def watch(*args):
+        if threading.current_thread() is not threading.main_thread():
+            beside.append(args[2:])
+        return copied(*args)
+
+    monkeypatch.setattr(nanolab.checkpoint, "snapshot_to_cpu", watch)
+    monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", save_slowly)
+    slowly = small_run("slowly", *flags, "--save_every=4")
+    monkeypatch.undo()
+    assert beside and set(beside) == {(nanolab.checkpoint.copy_single_threaded,)}, "see test_the_thread_that_saves_starts_no_others"
+    assert_same_run(whole, slowly)
+    assert [at for at in slow if at[:2] == ("best.pt", 4)][0][2] >= 3, slow
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+def test_the_thread_that_saves_starts_no_others():
+    """torch's copy in a second thread brings it OpenMP helpers of its own, and then everybody's sleep between two products."""
+    code = """if True:
+        import os, threading, torch, nanolab.checkpoint
+        tensor = torch.ones(2**22)
+        torch.empty_like(tensor).copy_(tensor)
+        before, found = len(os.listdir("/proc/self/task")), []
+        for how in ([nanolab.checkpoint.copy_single_threaded], []):
+            def save():
+                nanolab.checkpoint.snapshot_to_cpu({"model": tensor}, {}, *how)
+                found.append(len(os.listdir("/proc/self/task")))
+            thread = threading.Thread(target=save)
+            thread.start()
+            thread.join()
+        print(before, *found)"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    before, alone, in_parallel = map(int, result.stdout.split())
+    assert alone == before + 1 < in_parallel
+
+
+def test_validation_leaves_no_trace(small_run):
+    often = small_run("often", "--dropout=0.2", "--eval_every=1", "--save_every=3")
+    assert losses(often) == losses(small_run("never", "--dropout=0.2"))
+
+
+def test_float16_scales_and_unscales(small_run):
+    """With float16 and its scaler, losses and the logged (unscaled) norms are those of float32, and clipping works on them."""
+    full = small_run("full", "--grad_clip=0.5")
+    half = small_run("half", "--grad_clip=0.5", "--amp=float16")
+    assert losses(half) == pytest.approx(losses(full), rel=1e-2)
+    norms = [[entry["grad_norm"] for entry in read_log(folder / "log.jsonl")[0]] for folder in (full, half)]
+    assert norms[1] == pytest.approx(norms[0], rel=5e-2) and max(norms[0]) > 0.5
+    assert read_checkpoint(half / "last.pt")["scaler"]["scale"] == 65536 and not read_checkpoint(full / "last.pt")["scaler"]
+    small_run("bfloat16", "--amp=bfloat16", "--max_steps=2")

@@ -1,0 +1,117 @@
+"""What fits in memory, and what a timing run reports."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model
+from conftest import HERE, SMALL, call, losses, write_script
+from model import GPT, GPTConfig
+from nanolab.checkpoint import read_checkpoint
+
+
+def test_batch_size_auto(small_run):
+    """It takes the whole share of a process where memory allows, and does not change the run."""
+    auto = small_run("auto", "--batch_size=auto")
+    assert read_checkpoint(auto / "last.pt")["config"]["batch_size"] == 8
+    assert losses(auto) == losses(small_run("eight"))
+
+
+LIMIT_MEMORY = """
+import resource
+real = train.largest_batch_size
+
+def largest_batch_size(*args):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 60 * 2**20, resource.RLIM_INFINITY))
+    try:
+        return real(*args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+train.largest_batch_size = largest_batch_size
+train.main()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="only Linux limits a process's memory")
+def test_batch_size_auto_under_a_limit(small_run, tmp_path, data_dir):
+    """With too little memory for its whole share a process takes less at once, and the run stays the same."""
+    flags = ["--n_embd=128", "--block_size=128", "--global_batch_size=64", "--max_steps=2"]
+    script = write_script(tmp_path / "limit.py", LIMIT_MEMORY)
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'auto'}", *flags,
+                  "--batch_size=auto")
+    assert result.returncode == 0, result.stderr
+    assert 1 <= read_checkpoint(tmp_path / "auto/last.pt")["config"]["batch_size"] < 64
+    assert losses(tmp_path / "auto") == pytest.approx(losses(small_run("whole", *flags, "--batch_size=64")), rel=1e-5)
+
+
+def training_memory(batch_size, **options):
+    """Bytes that a training step in bfloat16 autocast holds at the end of its forward pass: weights, gradients, AdamW's moments
+    and what is kept for backward, counted on tensors without content. What one layer needs in passing comes on top."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "initialise", lambda *args: None)
+        gpt = GPT(GPTConfig(dropout=0.0, **options))
+        tokens = torch.zeros(batch_size, gpt.config.block_size, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            loss = gpt(tokens, tokens)
+        for p in gpt.parameters():  # counted with their gradients and moments
+            kept.pop(p.untyped_storage()._cdata, None)
+        assert loss.ndim == 0
+        return 16 * gpt.num_params() + sum(storage.nbytes() for storage in kept.values())
+
+
+def test_what_fits_is_the_readmes_table():
+    """The README's batch sizes by card: the largest whose training_memory is at most 90 % of it."""
+    eight, nine = training_memory(8), training_memory(9)  # of a few sequences the MLP keeps more
+    assert training_memory(12) == eight + 4 * (nine - eight), "it grows by the same for each sequence"
+    fits = {card: int((0.9 * card * 2**30 - eight) // (nine - eight)) + 8 for card in (8, 12, 16, 24, 40, 80)}
+    rows = re.findall(r"^\| (\d+) GiB \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    assert {int(card): int(size) for card, size in rows} == fits, (
+        f"{eight / 2**20:.0f} MiB for 8 sequences, {(nine - eight) / 2**20:.0f} MiB more for each other")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads a process's memory as Linux shows it")
+def test_freed_memory_is_kept():
+    code = """if True:
+        import torch, nanolab.devices
+        def left_by_a_large_tensor():
+            memory = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+            before = memory()
+            torch.ones(2**26)  # 256 MiB
+            return memory() - before
+        given_back = left_by_a_large_tensor()
+        nanolab.devices.init_distributed("cpu")
+        print(given_back, left_by_a_large_tensor())"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    given_back, kept = map(int, result.stdout.split())
+    assert given_back < 2**26 < 2**27 < kept
+
+
+def test_bench(tmp_path):
+    """Random tokens need no file; a second run takes the place of the first; the last line says how fast, and what it took beside."""
+    flags = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=32", "--vocab_size=300", "--max_steps=30", "--batch_size=8",
+             "--global_batch_size=8", "--device=cpu"]
+    for _ in range(2):
+        result = call("train.py", "config/bench.py", *flags, f"--data_dir={tmp_path / 'none'}", f"--out_dir={tmp_path / 'out'}")
+        assert result.returncode == 0, result.stderr
+    numbers = re.search(r"speed:  ([\d,.]+) tokens/s, ([\d.]+) GFLOP/s of the ([\d.,]+) .* \(([\d.]+)%\); peak memory ([\d,]+) MB; "
+                        r"([\d.]+)% of the time outside", result.stdout)
+    rate, done, peak, share, megabytes, outside = (float(number.replace(",", "")) for number in numbers.groups())
+    assert done == pytest.approx(rate * GPT(GPTConfig(300, 32, 2, 2, 64)).flops_per_token() / 1e9, rel=0.05, abs=0.06)
+    assert share == pytest.approx(100 * done / peak, rel=0.1, abs=0.2) and 50 < megabytes < 4000 and 0 < outside < 20
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["log.jsonl", "summary.json"]
+    one, other = (TokenDataset(tmp_path, "random", "train", 32, 300).batch([0, 5])[0] for _ in range(2))
+    assert torch.equal(one, other) and one.max() < 300

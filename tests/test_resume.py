@@ -1,0 +1,228 @@
+"""Stopped, killed, restarted: a resumed run is the run that would have been; another run is refused."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train
+from conftest import HERE, SMALL, assert_same_run, call, equal_weights, losses, write_script
+from nanolab.checkpoint import read_checkpoint
+from nanolab.common import UserError
+
+
+def stop_at(step, number=signal.SIGINT):
+    """A learning-rate schedule that is interrupted in its step `step`, as by Ctrl-C."""
+    real = train.learning_rate_at
+
+    def learning_rate_at(now, steps, options):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return real(now, steps, options)
+    return learning_rate_at
+
+
+@pytest.mark.parametrize("amp, optimizer, schedule", [("off", "adamw", "cosine"), ("float16", "adamw", "cosine"),
+                                                      ("float16", "muon", "wsd")])
+def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer, schedule):
+    """Stopped after any step and resumed, with dropout and a shuffled order, over epoch borders: bit for bit the run that
+    would have been, and a log without gaps or repeats."""
+    flags = [*tiny_data, f"--schedule={schedule}", "--eval_every=4", "--max_steps=12", f"--amp={amp}", f"--optimizer={optimizer}"]
+    whole = small_run("whole", *flags)
+    assert read_checkpoint(whole / "last.pt")["step"] == 12 and int(losses(whole)[0]) == 5
+    for step in (0, 4, 7, 10):
+        monkeypatch.setattr(train, "learning_rate_at", stop_at(step))
+        parts = small_run(f"stopped{step}", *flags)
+        monkeypatch.undo()
+        assert read_checkpoint(parts / "last.pt")["step"] == step + 1
+        with open(parts / "log.jsonl", "a") as file:  # a killed run logs more than it saves
+            file.write(f'{{"step": {step + 1}, "tokens": 1, "loss": 0}}\n{{"step": {step + 2}, "tok')
+        small_run(f"stopped{step}", *flags, "--resume")
+        assert_same_run(whole, parts)
+
+
+def test_resume_on_two_processes(small_run, tiny_data, tmp_path):
+    """Two processes resume exactly; and a run may go from one process to two and back on the same curve."""
+    def two(name, steps, *flags):
+        result = call("train.py", *SMALL, *tiny_data, "--batch_size=4", f"--out_dir={tmp_path / name}", f"--max_steps={steps}",
+                      *flags, processes=2)
+        assert result.returncode == 0, result.stderr
+    two("whole", 12)
+    two("parts", 5)
+    two("parts", 12, "--resume")
+    assert equal_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    small_run("moved", *tiny_data, "--batch_size=4", "--max_steps=4")
+    two("moved", 8, "--resume")
+    small_run("moved", *tiny_data, "--batch_size=4", "--max_steps=12", "--resume")
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+KILL_AT_RANDOM = """
+import random, time
+import matplotlib.pyplot
+from pathlib import Path
+from nanolab.checkpoint import read_checkpoint
+random.seed(1)
+flags, out_dir = sys.argv[2:], Path(sys.argv[1])
+
+def start():
+    child = os.fork()
+    if child == 0:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1), os.dup2(devnull, 2)
+        try:
+            train.train(config.load(flags))
+        finally:
+            os._exit(1 if sys.exc_info()[0] else 0)
+    return child
+
+steps = []
+while len(steps) < 50:
+    child = start()
+    time.sleep(random.uniform(0.0, 0.5))
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] == 0:
+        break  # it ended before it was killed
+    for name in ("last.pt", "best.pt"):
+        if (out_dir / name).exists():
+            checkpoint = read_checkpoint(out_dir / name)
+            if name == "last.pt":
+                steps.append(checkpoint["step"])
+    if not (out_dir / "last.pt").exists():
+        steps.append(0)
+print("KILLED", len(steps), "AT", steps)
+status = os.waitpid(start(), 0)[1]
+print("FINISHED", status)
+"""
+
+
+def test_killed_at_any_moment(small_run, tiny_data, tmp_path):
+    """SIGKILL at 50 random moments of a run that saves at every step: always a whole checkpoint or none, and in the end the
+    run that would have been."""
+    flags = [*tiny_data, "--max_steps=1200", "--eval_every=10", "--eval_tokens=16", "--save_every=1"]
+    script = write_script(tmp_path / "kill.py", KILL_AT_RANDOM)
+    killed = call(script, tmp_path / "killed", *SMALL, *flags, f"--out_dir={tmp_path / 'killed'}", "--resume")
+    assert "FINISHED 0" in killed.stdout, killed.stdout + killed.stderr
+    print(killed.stdout)
+    whole = small_run("whole", *flags, "--save_every=0")
+    assert_same_run(whole, tmp_path / "killed")
+
+
+SIGNAL_ONE_RANK = """
+real_loss = train.mean_loss
+
+def mean_loss(*args, **kwargs):
+    if where == "validation":
+        ask()
+    return real_loss(*args, **kwargs)
+
+def save_checkpoint(path, checkpoint):
+    if where == "saving":
+        ask()
+    return real_save(path, checkpoint)
+
+def ask():
+    if os.environ["RANK"] == os.environ.pop("WHO", ""):
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
+
+where, real_save = os.environ["WHERE"], nanolab.checkpoint.save_checkpoint
+train.mean_loss, nanolab.checkpoint.save_checkpoint = mean_loss, save_checkpoint
+train.main()
+"""
+
+
+@pytest.mark.parametrize("where, who, number", [("validation", 1, "SIGTERM"), ("saving", 0, "SIGINT")])
+def test_asked_to_stop_in_one_rank(tmp_path, data_dir, where, who, number):
+    """A signal to one rank, in a validation or a save, stops all after the same step, saved, with exit code 0."""
+    script = write_script(tmp_path / "ask.py", SIGNAL_ONE_RANK)
+    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--batch_size=4", "--max_steps=500",
+             "--eval_every=5", "--save_every=5"]
+    result = call(script, *flags, processes=2, WHERE=where, WHO=str(who), SIGNAL=number)
+    assert result.returncode == 0, result.stderr
+    step = read_checkpoint(tmp_path / "out/last.pt")["step"]  # a save goes on beside the steps after it
+    assert "--resume" in result.stdout and step == len(losses(tmp_path / "out")) and 6 <= step <= (6 if where == "validation" else 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_by_the_command_line(tmp_path, data_dir, number):
+    """As Ctrl-C or kill would: it saves, says how to go on, exits with 0."""
+    process = start_long_run(tmp_path, data_dir)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "--resume" in out
+    assert read_checkpoint(tmp_path / "out" / "last.pt")["step"] == len(losses(tmp_path / "out"))
+
+
+def test_second_ctrl_c_ends_at_once(tmp_path, data_dir):
+    process = start_long_run(tmp_path, data_dir, "--eval_every=1", "--eval_tokens=10_000_000")  # it is in a long validation
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.wait(timeout=2) == -signal.SIGINT
+
+
+def start_long_run(tmp_path, data_dir, *flags):
+    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", "--max_steps=100000",
+                                f"--out_dir={tmp_path / 'out'}", *flags], cwd=HERE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    log = tmp_path / "out" / "log.jsonl"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+        assert process.poll() is None
+    return process
+
+
+DIE_ONCE = """
+real = train.learning_rate_at
+
+def learning_rate_at(step, steps, options):
+    if step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(step, steps, options)
+
+train.learning_rate_at = learning_rate_at
+train.main()
+"""
+
+
+def test_torchrun_restarts_resume(small_run, tmp_path, tiny_data):
+    """`torchrun --max-restarts=3`: a rank that dies, and the run goes on from its last checkpoint by itself."""
+    script = write_script(tmp_path / "die.py", DIE_ONCE)
+    flags = [*tiny_data, "--batch_size=4", "--save_every=3"]
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+                             str(script), *SMALL, *flags, f"--out_dir={tmp_path / 'out'}"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "resume: at step 6" in result.stdout
+    assert losses(tmp_path / "out") == pytest.approx(losses(small_run("one", *flags)), rel=1e-5)
+
+
+@pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
+                                  "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon"])
+def test_resume_refuses_another_run(finished_run, flag):
+    key = flag[2:].split("=")[0]
+    with pytest.raises(UserError, match=f"belongs to another run: .*{'init_seed' if key == 'seed' else key} was .*, is "):
+        finished_run("--resume", flag)
+
+
+def test_resume_allows_what_changes_nothing(finished_run, tmp_path):
+    folder = finished_run("--resume", "--max_steps=14", "--batch_size=2", "--compile=False", "--device=cpu", "--eval_every=3",
+                          "--save_every=2", "--log_every=2", "--dollars_per_hour=2", "--name=other")
+    assert read_checkpoint(folder / "last.pt")["step"] == 14
+
+
+@pytest.fixture
+def finished_run(small_run, tiny_data):
+    """A run of 10 steps; called with flags, it runs once more."""
+    small_run("run", *tiny_data)
+    return lambda *flags: small_run("run", *tiny_data, *flags)
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished_run, capsys):
+    with pytest.raises(UserError, match="--resume"):
+        finished_run()
+    finished_run("--resume")
+    assert "is finished: 10 steps are done" in capsys.readouterr().out

@@ -1,0 +1,72 @@
+"""One process or many, one micro-step or many, one machine or two: the same run."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from conftest import HERE, SMALL, call, losses, write_script
+from nanolab.logfile import read_log
+
+
+@pytest.mark.parametrize("order, optimizer", [("sequential", "adamw"), ("shuffled", "muon")])
+def test_any_split_is_the_same_run(small_run, data_dir, tmp_path, order, optimizer):
+    """1 process x 8 sequences, 2, 4 and 8 micro-steps, 2 and 4 processes, two machines: one loss curve over 50 steps."""
+    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}", f"--optimizer={optimizer}"]
+    command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags]
+    whole = small_run("whole", *flags)
+    others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in (4, 2, 1)]
+    others.append(tmp_path / "processes")
+    result = call(*command, f"--out_dir={others[-1]}", "--batch_size=2", processes=2 if order == "sequential" else 4)
+    assert result.returncode == 0, result.stderr
+    others.append(tmp_path / "machines")
+    two_machines(*command, f"--out_dir={others[-1]}", "--batch_size=2")
+    for folder in others:
+        assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
+        ours, theirs = (read_log(f / "log.jsonl")[1] for f in (folder, whole))
+        assert [e["val_loss"] for e in ours] == pytest.approx([e["val_loss"] for e in theirs], rel=1e-5)
+
+
+def two_machines(*command):
+    """Two torchrun agents that meet on the loopback, as two machines with one device each would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test",
+                                "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", *map(str, command)], cwd=HERE,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+
+
+def test_dropout_does_not_depend_on_the_split(small_run, data_dir, tmp_path):
+    """With the same micro-batch, two processes draw the masks of one; and not the same mask twice."""
+    one = small_run("one", "--dropout=0.5", "--batch_size=4")
+    call("train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/two", "--dropout=0.5",
+         "--batch_size=4", processes=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    masks = []
+    for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
+        train.seed_dropout(42, step, micro_batch)
+        masks.append(torch.rand(100))
+    assert not any(torch.equal(masks[i], masks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+COUNT_ALL_REDUCES = """
+with torch.profiler.profile() as profile:
+    train.train(config.load(sys.argv[1:]))
+if os.environ["RANK"] == "0":
+    print("ALL-REDUCES", sum(e.count for e in profile.key_averages() if e.key == "gloo:all_reduce"))
+"""
+
+
+def test_gradients_are_reduced_once_a_step(tmp_path, data_dir):
+    """4 micro-steps cost one all-reduce for the gradients and one for the logged loss, not four and one. (Five more are of
+    the start and of the validation.)"""
+    script = write_script(tmp_path / "count.py", COUNT_ALL_REDUCES)
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--max_steps=10",
+                  "--batch_size=1", processes=2)
+    count = next(int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("ALL-REDUCES"))
+    assert count == 2 * 10 + 5
