@@ -1,0 +1,84 @@
+"""Token files to batches."""
+
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanolab.common import UserError
+from nanolab.token_files import NANOGPT, read_meta
+
+
+class TokenDataset:
+    """One split of a data set as windows of block_size + 1 tokens.
+
+    Window i is tokens i * block_size ... (i + 1) * block_size. Neighbours share one token: the last
+    target of the one is the first input of the other. vocab_size: see read_meta. Raises UserError.
+    """
+
+    def __init__(self, data_dir, dataset, split, block_size, vocab_size=0):
+        meta = read_meta(data_dir, dataset, vocab_size)
+        self.path = Path(data_dir, dataset, f"{split}.bin")
+        self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        self.vocab_size = meta["vocab_size"]
+        self.block_size = block_size
+        self.advice = f"delete {self.path.parent} and make it again with prepare.py"
+        if meta["source"] == NANOGPT:
+            self.advice = "it needs uint16 tokens and the right --vocab_size"
+        if split not in meta["splits"] or not self.path.is_file():
+            raise UserError(f"the data set {self.path.parent} has no {split} split ({self.path}); "
+                            f"{self.advice}")
+        self.n_tokens = meta["splits"][split]["tokens"]
+        size, expected = self.path.stat().st_size, self.n_tokens * self.dtype.itemsize
+        if size != expected:
+            raise UserError(f"{self.path} has {size:,} bytes, its meta.json says {expected:,}; "
+                            f"{self.advice}")
+        if len(self) < 1:
+            raise UserError(f"{self.path} has {self.n_tokens:,} tokens, less than one window of "
+                            f"{block_size + 1:,}; use more text or a smaller --block_size")
+        self.file = open(self.path, "rb", buffering=0)
+
+    def __len__(self):
+        return (self.n_tokens - 1) // self.block_size
+
+    def batch(self, ids, device="cpu"):
+        """The windows `ids`. -> inputs, targets, each (len(ids), block_size) int64
+
+        Raises UserError if the file was damaged since it was opened, or has other tokens.
+        """
+        windows = np.empty((len(ids), self.block_size + 1), self.dtype)
+        for window, i in zip(windows, ids):
+            # Not a memory map: its pages would count as this process's memory, and it is slower.
+            start = i * self.block_size * self.dtype.itemsize
+            if os.preadv(self.file.fileno(), [window], start) < window.nbytes:
+                raise UserError(f"{self.path} has become shorter since the run began; "
+                                f"{self.advice}")
+        windows = windows.astype(np.int64)
+        if windows.max() >= self.vocab_size:
+            raise UserError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of "
+                            f"{self.vocab_size}; {self.advice}")
+        windows = torch.from_numpy(windows)
+        if torch.device(device).type == "cuda":
+            windows = windows.pin_memory()  # so that the copy is asynchronous
+        windows = windows.to(device, non_blocking=True)
+        return windows[:, :-1], windows[:, 1:]
+
+
+def window_ids(order, data_seed, n_windows, first, count):
+    """The windows at places first ... first + count - 1 of an endless run through a split. -> [int]
+
+    'sequential': in the order of the file. 'shuffled': in a permutation by (data_seed, epoch).
+    A pure function, so there is no state to save. After llm-baselines' data/utils.py.
+    """
+    places = range(first, first + count)
+    if order == "sequential":
+        return [place % n_windows for place in places]
+    return [int(permutation(n_windows, data_seed, place // n_windows)[place % n_windows])
+            for place in places]
+
+
+@functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
+def permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)

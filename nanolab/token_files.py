@@ -1,0 +1,265 @@
+"""Documents to token files by many processes; meta.json, which describes them.
+
+A data set is a folder with train.bin, val.bin and test.bin (raw little-endian token ids, an
+end-of-text token after every document) and meta.json, which is written last: a folder without it
+is unfinished. Until then, all work is in its subfolder UNFINISHED.
+"""
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from filelock import FileLock
+from tqdm import tqdm
+
+from nanolab.common import UserError, write_atomically
+from nanolab.corpus import documents, group_into_shards
+from nanolab.tokenizer import encode, get_tokenizer, guess_tokenizer, token_dtype
+
+UNFINISHED = "nanolab_unfinished"
+NANOGPT = "nanoGPT's prepare.py"  # the source of a data set that nanoGPT made
+DOCUMENT = np.dtype([("n_tokens", "u8"), ("n_bytes", "u8"), ("hash", "u8")])
+
+
+def read_meta(data_dir, dataset, vocab_size=0):
+    """meta.json of a data set. -> dict. Raises UserError.
+
+    vocab_size: needed for a data set that nanoGPT made, which is only train.bin and val.bin.
+    """
+    if not dataset:
+        raise UserError("these weights belong to no data set of nanolab: choose one with --dataset")
+    folder = Path(data_dir, dataset)
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        np.dtype(meta["dtype"])
+        keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
+        return {key: meta[key] for key in keys}
+    except FileNotFoundError:
+        present = {file.name for file in folder.glob("*")}
+        if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
+            return nanogpt_meta(folder, vocab_size)
+        state = "is unfinished" if folder.is_dir() else "is not there"
+        has_own_name = dataset in ("stdlib", "fineweb")
+        source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={dataset}"
+        option = "" if data_dir == "data" else f" --data_dir={data_dir}"
+        raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source}"
+                        f"{option}, or give the folder it is in with --data_dir") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged or not nanolab's; "
+                        f"delete {folder} and make it again with prepare.py") from None
+
+
+def nanogpt_meta(folder, vocab_size):
+    """What meta.json would be for the uint16 files of nanoGPT's prepare.py.
+
+    They have up to 17 GB, so only the size, the first and the last MiB of each are hashed.
+    """
+    if not vocab_size:
+        raise UserError(f"{folder} has token files as nanoGPT makes them, without meta.json and "
+                        "test split: train.py reads them with --vocab_size=N (50257 for GPT-2's "
+                        "tokens), eval.py needs another --dataset")
+    splits = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size
+        if size % 2:
+            raise UserError(f"{path} has {size:,} bytes, so it holds no uint16 tokens "
+                            "as nanoGPT makes them")
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(b"%d" % size + file.read(2**20))
+            file.seek(max(size - 2**20, 0))
+            digest.update(file.read())
+        splits[split] = {"tokens": size // 2, "sha256": digest.hexdigest()}
+    return {"tokenizer": guess_tokenizer(vocab_size), "vocab_size": vocab_size, "dtype": "uint16",
+            "eot_id": None, "splits": splits, "source": NANOGPT, "plan": None}
+
+
+def fingerprint(*parts):
+    """A hash of everything that decides the bytes of a data set: its plan."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def dataset_lock(folder):
+    """One process at a time makes a data set; the next one waits, and then finds it complete."""
+    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{folder}.lock")
+
+
+def is_complete(folder, plan):
+    """Whether the data set is there already; if so, prints that. Raises UserError if another is."""
+    if not Path(folder, "meta.json").exists():
+        return False
+    meta = read_meta(Path(folder).parent, Path(folder).name)
+    if meta["plan"] != plan:
+        raise UserError(f"{folder} holds another data set (from {meta['source']}, or other "
+                        "options); delete that folder, or choose another --name")
+    print(f"{folder} is there already")
+    return True
+
+
+class DatasetWriter:
+    """Writes a data set shard by shard. After a kill, the same plan continues from the last save.
+
+    n_tokens: how many tokens each split has. n_shards: how many shards of each group of file ranges
+    are in the splits; a group is what one call of `tokenize` is for.
+    """
+
+    def __init__(self, folder, plan, tokenizer):
+        self.folder, self.plan, self.tokenizer = Path(folder), plan, tokenizer
+        self.unfinished = self.folder / UNFINISHED
+        self.progress_file = self.unfinished / "progress.json"
+        progress = json.loads(self.progress_file.read_text()) if self.progress_file.exists() else {}
+        if progress.get("plan") != plan:
+            progress = {}
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+            self.unfinished.mkdir(parents=True, exist_ok=True)
+        self.n_shards = Counter(progress.get("n_shards"))
+        self.n_tokens = Counter(progress.get("n_tokens"))
+        self.hash_limits = progress.get("hash_limits")  # of a split by hash, once they are known
+        self.save()
+
+    def save(self):
+        """Saves the progress. What was appended since the last save is overwritten after a kill."""
+        progress = {"plan": self.plan, "n_shards": self.n_shards, "n_tokens": self.n_tokens,
+                    "hash_limits": self.hash_limits}
+        write_atomically(self.progress_file, json.dumps(progress))
+
+    def progress_bar(self, n_tokens):
+        """Prints what is to be done, if the disk has room for n_tokens. Raises UserError."""
+        done = self.n_tokens.total()
+        on_disk = sum(file.stat().st_size for file in self.unfinished.glob("*.npz"))
+        itemsize = token_dtype(get_tokenizer(self.tokenizer)).itemsize
+        needed = max((n_tokens - done) * itemsize - on_disk, 0) * 1.05
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(f"{self.folder} needs about {needed / 1e6:,.0f} MB more, and its disk "
+                            f"has {free / 1e6:,.0f} MB free; free some, or choose another "
+                            "--data_dir")
+        print(f"{self.folder}: up to {n_tokens / 1e6:,.1f} million tokens, of which "
+              f"{done / 1e6:,.1f} million are done; the rest takes up to {needed / 1e6:,.0f} MB, "
+              f"{free / 1e6:,.0f} MB are free")
+        return tqdm(total=n_tokens, initial=done, unit="tok", unit_scale=True, desc="tokenising",
+                    disable=None)
+
+    def tokenize(self, group, ranges, workers, text_column="text", max_length=2**20):
+        """Tokenises the shards that are not in the splits yet. Yields the file of each, in order.
+
+        max_length: of a document in a text file, in characters. Raises UserError.
+        """
+        # The plan is in the names: a process of a killed run may still write a shard of another.
+        prefix = self.unfinished / f"{self.plan[:8]}-{group}"
+        shards = group_into_shards(ranges)
+        paths = [Path(f"{prefix}-{i:06d}.npz") for i in range(len(shards))]
+        function = functools.partial(tokenize_shard, self.tokenizer, text_column, max_length)
+        first = self.n_shards[group]
+        yield from map_in_processes(function, paths[first:], shards[first:], workers)
+
+    def append(self, split, tokens):
+        """Appends tokens to a split. The caller saves."""
+        with open(self.unfinished / f"{split}.tokens", "ab") as file:
+            file.truncate(self.n_tokens[split] * tokens.itemsize)  # drops what was never saved
+            file.write(tokens)
+        self.n_tokens[split] += len(tokens)
+
+    def finish_shard(self, group, path):
+        """Saves that this shard is in the splits, and removes its file."""
+        self.n_shards[group] += 1
+        self.save()
+        path.unlink()
+
+    def finish(self, source):
+        """Moves the splits to their places and writes meta.json, which completes the data set."""
+        tokenizer, splits = get_tokenizer(self.tokenizer), {}
+        for split in ("train", "val", "test"):
+            unfinished, path = self.unfinished / f"{split}.tokens", self.folder / f"{split}.bin"
+            if unfinished.exists():  # if not, it was moved before a kill
+                os.replace(unfinished, path)
+            splits[split] = count_tokens(path, tokenizer)
+        versions = {"python": sys.version.split()[0], "tiktoken": tiktoken.__version__,
+                    "numpy": np.__version__}
+        meta = {"tokenizer": self.tokenizer, "vocab_size": tokenizer.n_vocab,
+                "dtype": token_dtype(tokenizer).name, "eot_id": tokenizer.eot_token,
+                "splits": splits, "source": source, "plan": self.plan, "versions": versions}
+        write_atomically(self.folder / "meta.json", json.dumps(meta, indent=1))
+        shutil.rmtree(self.unfinished)
+
+
+def count_tokens(path, tokenizer):
+    """What meta.json has about a split: its tokens, documents, bytes of text, and SHA-256."""
+    token_bytes = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
+    token_bytes[tokenizer.eot_token] = 0
+    digest, counts = hashlib.sha256(), np.zeros(tokenizer.n_vocab, np.int64)
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+            counts += np.bincount(np.frombuffer(chunk, token_dtype(tokenizer)),
+                                  minlength=tokenizer.n_vocab)
+    return {"tokens": int(counts.sum()), "documents": int(counts[tokenizer.eot_token]),
+            "bytes": int(counts @ token_bytes), "sha256": digest.hexdigest()}
+
+
+def map_in_processes(function, paths, shards, workers):
+    """Yields function(path, shard) for each shard, in order, from as many processes."""
+    workers = min(workers, len(shards))
+    if workers <= 1:
+        yield from map(function, paths, shards)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=exit_with_parent) as pool:
+        try:
+            yield from pool.map(function, paths, shards)
+        except BrokenProcessPool:
+            raise UserError("a tokenising process was killed, perhaps because memory ran out; the "
+                            "same command continues from here; try fewer --workers") from None
+
+
+def exit_with_parent():
+    """Ignores Ctrl-C, which the parent handles, and exits when the parent has died."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def tokenize_shard(tokenizer_name, text_column, max_length, path, shard):
+    """Tokenises a list of FileRange into an .npz file, unless it is there already. -> its path
+
+    It has the tokens (n,) and of each document its DOCUMENT (m,). Raises UserError.
+    """
+    if path.exists():
+        return path
+    tokenizer = get_tokenizer(tokenizer_name)
+    tokens, facts = [np.empty(0, np.uint32)], []
+    for file_range in shard:
+        for text in documents(file_range, text_column, max_length):
+            try:
+                data = text.encode()
+            except (AttributeError, UnicodeEncodeError):  # a number, or half a surrogate pair
+                raise UserError(f"{file_range.path} has a '{text_column}' that is not text: "
+                                f"{str(text)[:60]!r}") from None
+            if data:  # an empty document teaches nothing
+                tokens.append(encode(tokenizer, text))
+                digest = hashlib.blake2b(data, digest_size=8).digest()
+                facts.append((len(tokens[-1]), len(data), int.from_bytes(digest, "big")))
+    temporary = path.with_suffix(f".{os.getpid()}")
+    with open(temporary, "wb") as file:
+        np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),
+                 documents=np.array(facts, DOCUMENT))
+    os.replace(temporary, path)
+    return path
