@@ -1,0 +1,18 @@
+"""Reads log.jsonl, the log of a run, and smooths its loss."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+def read_log(path):
+    """-> (training entries, validation entries), as dicts. None: a number that was not finite."""
+    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [e for e in entries if "val_loss" not in e], [e for e in entries if "val_loss" in e]
+
+
+def smooth(losses):
+    """The running mean over a fiftieth of the run: (n, means), means[i] that of losses[i:i + n]."""
+    n = max(len(losses) // 50, 1)
+    return n, np.convolve(losses, np.ones(n) / n, mode="valid")

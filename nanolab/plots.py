@@ -1,0 +1,183 @@
+"""Pictures: of a run its loss; of a study its table, noise, batch-size fit and loss curves.
+
+matplotlib is imported at the first picture, because every process of train.py imports this file.
+"""
+
+import math
+
+import numpy as np
+
+from nanolab.common import UserError
+from nanolab.logfile import read_log, smooth
+from nanolab.stats import curve, curve_interval, mean_interval, prediction_interval
+
+
+def plot_run(log_path, png_path, config):
+    """Draws a run's loss, learning rate and gradient norm over its tokens. Raises OSError."""
+    train, val = read_log(log_path)
+    tokens, losses = millions_of_tokens(train), series(train, "loss")
+    n, means = smooth(losses)
+    figure, (top, middle, bottom) = new_figure(3, 1, figsize=(9, 9), sharex=True,
+                                               height_ratios=(4, 1, 1))
+
+    top.plot(tokens, losses, color="0.75", linewidth=0.6, label="training, each step")
+    top.plot(tokens[n - 1:], means, color="black", linewidth=1.4,
+             label=f"training, mean of {n} steps")
+    top.plot(millions_of_tokens(val), series(val, "val_loss"), "o", color="black",
+             markerfacecolor="white", label="validation")
+    finite = losses[np.isfinite(losses)]
+    if len(finite):
+        top.set_ylim(finite.min() - 0.1, np.quantile(finite, 0.98) + 0.1)
+    top.set_ylabel("loss, nats per token")
+    top.set_title(config.name)
+    top.legend(frameon=False)
+
+    middle.plot(tokens, series(train, "lr"), color="black", linewidth=1)
+    middle.set_ylim(0)
+    middle.set_ylabel("learning rate")
+
+    bottom.plot(tokens, series(train, "grad_norm"), color="0.4", linewidth=0.6)
+    if config.grad_clip:
+        bottom.axhline(config.grad_clip, color="black", linestyle="--", linewidth=1,
+                       label=f"clipped at {config.grad_clip:g}")
+        bottom.legend(frameon=False)
+    bottom.set_yscale("log")
+    bottom.set_ylabel("gradient norm")
+    bottom.set_xlabel("training tokens, millions")
+    save_figure(figure, png_path, dpi=120)
+
+
+def plot_comparison(rows, baseline, path):
+    """Draws the rows of study.compare."""
+    lines, baseline_losses = [], None
+    for row in rows:
+        remark = f"{row['difference']:+.4f}  {row['verdict']}" if "verdict" in row else ""
+        lines.append((f"{row['experiment']} ({row['n']})", row["losses"], remark))
+        if row["experiment"] == baseline:
+            baseline_losses = row["losses"]
+    title = ("Circles: runs. Diamond and bar: their mean and its 95 % interval. Right: difference "
+             "to the baseline,\nand verdict. Grey: where one more run of the baseline would fall, "
+             "95 times in 100.")
+    plot_lines(lines, baseline_losses, title, path)
+
+
+def plot_noise(result, path):
+    """Draws the sources of study.noise."""
+    lines = [(f"{row['source'].split(',')[0]} ({row['n']})", row["losses"], f"SD {row['sd']:.4f}")
+             for row in result["sources"]]
+    title = "Runs of one experiment that differ in their seeds, by what the seeds vary"
+    plot_lines(lines, None, title, path)
+
+
+def plot_lines(lines, baseline_losses, title, path):
+    """Draws a line for each set of runs: a circle for each run, the mean and its interval.
+
+    lines: (label, losses, remark for the right margin). baseline_losses: of the grey band, or None.
+    """
+    figure, ax = new_figure(figsize=(10, 1.6 + 0.42 * len(lines)))
+    if baseline_losses and len(baseline_losses) > 1:
+        ax.axvspan(*prediction_interval(baseline_losses), color="0.9", linewidth=0)
+        ax.axvline(np.mean(baseline_losses), color="0.6", linewidth=0.8)
+    heights = range(len(lines), 0, -1)
+    for y, (_, losses, remark) in zip(heights, lines):
+        ax.plot(losses, [y] * len(losses), "o", color="0.45", markerfacecolor="none", markersize=5)
+        if len(losses) > 1:
+            ax.plot(mean_interval(losses), [y, y], color="black", linewidth=1.6)
+        ax.plot(np.mean(losses), y, "D", color="black", markersize=5)
+        ax.text(1.01, y, remark, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    ax.set_yticks(heights, [label for label, _, _ in lines])
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    ax.set_ylim(0.3, len(lines) + 0.7)
+    ax.set_xlabel("test loss, nats per token")
+    ax.set_title(title, loc="left", fontsize=10)
+    save_figure(figure, path)
+
+
+def plot_fit(name, fit, sizes, losses, path):
+    """Draws stats.fit_batch_size over the runs that it fits."""
+    figure, ax = new_figure(figsize=(8, 5))
+    x = np.linspace(math.log(min(sizes)) - 0.2, math.log(max(sizes)) + 0.2, 200)
+    if fit["df"]:
+        ax.fill_between(np.exp(x), *curve_interval(fit, x), color="0.9", linewidth=0,
+                        label="95 % interval of the curve")
+    ax.plot(np.exp(x), curve(fit, x), color="black", linewidth=1.4,
+            label=f"{fit['a']:.4f} ln(B)$^2$ {fit['b']:+.4f} ln(B) {fit['c']:+.4f}")
+    ax.plot(sizes, losses, "o", color="black", markerfacecolor="white", label="runs")
+    if fit["optimum"] and min(sizes) <= fit["optimum"] <= max(sizes):
+        interval = " ({:.0f} to {:.0f})".format(*fit["optimum_interval"]) if fit["df"] else ""
+        ax.axvline(fit["optimum"], color="black", linestyle="--", linewidth=0.8,
+                   label=f"optimum {fit['optimum']:.1f}{interval}")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+    ax.set_ylim(min(losses) - 0.3 * np.ptp(losses), max(losses) + 0.3 * np.ptp(losses))
+    ax.set_xlabel("global batch, sequences")
+    ax.set_ylabel("test loss, nats per token")
+    ax.set_title(name, loc="left")
+    ax.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_curves(logs, baseline, path):
+    """Draws a panel for each experiment: the losses of its runs over those of the baseline.
+
+    logs: {label: [log, ...]}, each log as read_log returns it.
+    """
+    labels = [label for label in logs if label != baseline] or [baseline]
+    n_columns = min(len(labels), 3)
+    n_rows = math.ceil(len(labels) / n_columns)
+    figure, axes = new_figure(n_rows, n_columns, sharex=True, sharey=True, squeeze=False,
+                              figsize=(4.2 * n_columns, 3 * n_rows + 0.6))
+    for ax, label in zip(axes.flat, labels):
+        for shown, color in ((baseline, "0.7"), (label, "black")):
+            for i, (train, val) in enumerate(logs.get(shown, [])):
+                n, means = smooth(series(train, "loss"))
+                ax.plot(millions_of_tokens(train)[n - 1:], means, color=color, linewidth=0.8,
+                        label=shown if i == 0 else None)
+                ax.plot(millions_of_tokens(val), series(val, "val_loss"), "o", color=color,
+                        markerfacecolor="white", markersize=3.5)
+        ax.set_title(label, loc="left", fontsize=10)
+        ax.legend(frameon=False, fontsize=8)
+    for ax in axes.flat[len(labels):]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(len(labels) - n_columns, 0):len(labels)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
+
+    # The limits follow from the losses after the first tenth of each run.
+    means = [smooth(series(train, "loss"))[1] for runs in logs.values() for train, _ in runs]
+    late = np.concatenate([each[len(each) // 10:] for each in means])
+    axes.flat[0].set_ylim(np.nanmin(late) - 0.1, np.nanquantile(late, 0.98) + 0.2)
+    figure.supxlabel("training tokens, millions", fontsize=10)
+    figure.supylabel("loss, nats per token: training (lines, smoothed), validation (circles)",
+                     fontsize=10)
+    save_figure(figure, path)
+
+
+def series(entries, key):
+    """One figure of a log's entries, as an array; NaN where the log has none."""
+    return np.array([entry[key] for entry in entries], float)
+
+
+def millions_of_tokens(entries):
+    return series(entries, "tokens") / 1e6
+
+
+def new_figure(*shape, **options):
+    """plt.subplots for a file, without the frame's top and right line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(*shape, layout="constrained", **options)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save_figure(figure, path, dpi=150):
+    import matplotlib.pyplot as plt
+    try:
+        figure.savefig(path, dpi=dpi)
+    except ValueError as error:  # a suffix that matplotlib cannot write
+        raise UserError(f"{path}: {error}") from None
+    finally:
+        plt.close(figure)
