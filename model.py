@@ -1,9 +1,10 @@
-"""The model: a GPT-2-class language model with a switch for each intervention, its initialisation, its text.
+"""The model: a GPT-2-class language model with a switch for each intervention, its initialisation,
+its text.
 
-    python model.py export out/best.pt FOLDER      writes a checkpoint as a folder for Hugging Face's transformers
+    python model.py export out/best.pt FOLDER      for Hugging Face's transformers
 
-GPTConfig, in config/__init__.py, has the switches. Shapes in comments: B sequences, T tokens, C = n_embd, H heads of
-size D = C / H, V = vocab_size.
+GPTConfig, in config/__init__.py, has the switches. Shapes in comments: B sequences, T tokens, C =
+n_embd, H heads of size D = C / H, V = vocab_size.
 """
 
 import math
@@ -36,8 +37,8 @@ ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"),
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (Su et al., "RoFormer", 2021). It turns numbers i and i + D/2 of a head, as a point in the
-    plane, by the angle position x 10000^(-2i/D)."""
+    """Rotary position embedding (Su et al., "RoFormer", 2021). It turns numbers i and i + D/2 of a
+    head, as a point in the plane, by the angle position x 10000^(-2i/D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -67,11 +68,12 @@ class Attention(nn.Module):
     def forward(self, x, first_values=None, cache=None, start=0):
         """(B, T, C) -> (B, T, C), and this block's values (B, H, T, D).
 
-        first_values: the first block's, None in the first block. cache: this block's keys and values, (2, B, H,
-        block_size, D), filled up to `start`; with a start above 0, T is 1.
+        first_values: the first block's, None in the first block. cache: this block's keys and
+        values, (2, B, H, block_size, D), filled up to `start`; with a start above 0, T is 1.
         """
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if self.qk_norm:  # before the rotation or after it is the same
             q, k = rms_norm(q), rms_norm(k)
         if self.rope is not None:
@@ -82,13 +84,15 @@ class Attention(nn.Module):
         if cache is not None:
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0,
+                                           dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.proj(y), values
 
 
 class MLP(nn.Module):
-    """4 C wide. SwiGLU has three matrices, so it is 8/3 C wide (a multiple of 8): the number of parameters stays."""
+    """4 C wide. SwiGLU has three matrices, so it is 8/3 C wide (a multiple of 8): the number of
+    parameters stays."""
 
     RECOMPUTE_ABOVE = 2**22  # numbers, 16 MiB in float32
 
@@ -102,9 +106,11 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.fc(x)
-        # A large activation is recomputed in the backward pass: stored, it would be a quarter of a block's memory.
+        # A large activation is recomputed in the backward pass: stored, it would be a quarter of a
+        # block's memory.
         if torch.is_grad_enabled() and x.numel() > MLP.RECOMPUTE_ABOVE:
-            return recompute_in_backward(self.activate_and_project, x, use_reentrant=False, preserve_rng_state=False)
+            return recompute_in_backward(self.activate_and_project, x, use_reentrant=False,
+                                         preserve_rng_state=False)
         return self.activate_and_project(x)
 
     def activate_and_project(self, x):
@@ -121,7 +127,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, first_values=None, cache=None, start=0):
-        """(B, T, C) -> (B, T, C), and this block's attention values. The other arguments are Attention's."""
+        """(B, T, C) -> (B, T, C), and this block's attention values. The other arguments are
+        Attention's."""
         y, values = self.attn(self.ln_1(x), first_values, cache, start)
         x = x + self.dropout(y)
         x = x + self.dropout(self.mlp(self.ln_2(x)))
@@ -138,7 +145,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+        self.wpe = None
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = NORMS[config.norm](config.n_embd, eps=1e-5)
@@ -148,17 +157,20 @@ class GPT(nn.Module):
         initialise(self, torch.Generator().manual_seed(seed))
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats, a scalar."""
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats, a
+        scalar."""
         x = self.hidden_states(tokens)
         if targets is None:
             return self.logits(x)
-        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(), self.config.logit_softcap,
-                              torch.is_grad_enabled())
+        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(),
+                              self.config.logit_softcap, torch.is_grad_enabled())
 
     def hidden_states(self, tokens, cache=None, start=0):
-        """(B, T) token ids at positions start ... start + T - 1, below block_size -> (B, T, C), the head's input.
+        """(B, T) token ids at positions start ... start + T - 1, below block_size -> (B, T, C), the
+        head's input.
 
-        cache: from new_cache; holds the keys and values of the positions before `start`, and stores those of `tokens`.
+        cache: from new_cache; holds the keys and values of the positions before `start`, and stores
+        those of `tokens`.
         """
         x = self.wte(tokens)
         if self.wpe is not None:
@@ -178,22 +190,25 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Floating-point operations to train on one token, forward and backward: 6 for each weight in a matrix product
-        and 12 n_layer C T for attention (Chowdhery et al., "PaLM", 2022, appendix B)."""
+        """Floating-point operations to train on one token, forward and backward: 6 for each weight
+        in a matrix product and 12 n_layer C T for attention (Chowdhery et al., "PaLM", 2022,
+        appendix B)."""
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     def generate(self, tokens, max_new_tokens, **how):
         """(B, T) prompts -> (B, T + max_new_tokens), prompts first. `how`: as for stream."""
-        return torch.cat((tokens, *(token[:, None] for token in self.stream(tokens, max_new_tokens, **how))), dim=1)
+        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, **how)]
+        return torch.cat((tokens, *new), dim=1)
 
     @torch.no_grad()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
         """Yields the next token ids of B sequences, (B,) at a time, max_new_tokens times.
 
-        tokens: (B, T) prompts of any length; the model reads their last block_size tokens. Each new token is read once,
-        beside the cached keys and values. When all positions are used, the older half is dropped and the newer half read
-        again from position 0, so a token costs about the same at any length.
+        tokens: (B, T) prompts of any length; the model reads their last block_size tokens. Each new
+        token is read once, beside the cached keys and values. When all positions are used, the
+        older half is dropped and the newer half read again from position 0, so a token costs about
+        the same at any length.
         temperature: 0 takes the likeliest token; top_k: sample from the k likeliest only.
         generator: a torch.Generator on the model's device, or a list of one for each sequence.
         """
@@ -212,13 +227,17 @@ class GPT(nn.Module):
             yield token
 
     def new_cache(self, B):
-        """Room for the keys and values of B sequences in every block: (n_layer, 2, B, H, block_size, D)."""
-        n_layer, H, D = self.config.n_layer, self.config.n_head, self.config.n_embd // self.config.n_head
-        return self.wte.weight.new_empty(n_layer, 2, B, H, self.config.block_size, D)
+        """Room for the keys and values of B sequences in every block: (n_layer, 2, B, H,
+        block_size, D)."""
+        config = self.config
+        D = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, B, config.n_head, config.block_size, D)
+        return self.wte.weight.new_empty(shape)
 
     @classmethod
     def from_checkpoint(cls, checkpoint):
-        """The model in eval mode, on the CPU, from what read_checkpoint takes or returned. Raises UserError."""
+        """The model in eval mode, on the CPU, from what read_checkpoint takes or returned. Raises
+        UserError."""
         if not isinstance(checkpoint, dict):
             checkpoint = read_checkpoint(checkpoint)
         model = cls(GPTConfig.from_options(checkpoint["config"]))
@@ -231,7 +250,8 @@ class GPT(nn.Module):
             self.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
-            raise UserError(f"{checkpoint['path']} does not fit its own config ({reason})") from None
+            raise UserError(f"{checkpoint['path']} does not fit its own config "
+                            f"({reason})") from None
 
 
 def sample_token(logits, top_k, generator):
@@ -240,18 +260,22 @@ def sample_token(logits, top_k, generator):
         logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
     generators = generator if isinstance(generator, list) else [generator]
     probs = logits.softmax(dim=-1).chunk(len(generators))
-    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]).squeeze(1)
+    tokens = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]
+    return torch.cat(tokens).squeeze(1)
 
 
 @torch.no_grad()
 def initialise(model, generator):
-    """Fills every parameter from `generator` by the rule of config.init. A parameter that no rule matches is an error.
+    """Fills every parameter from `generator` by the rule of config.init. A parameter that no rule
+    matches is an error.
 
-    'pytorch' draws in the order of the published code's constructors, so a seed gives the published runs' very weights.
-    Q, K and V biases are drawn last: switching them on leaves every other weight as it was.
+    'pytorch' draws in the order of the published code's constructors, so a seed gives the published
+    runs' very weights. Q, K and V biases are drawn last: switching them on leaves every other
+    weight as it was.
     """
     as_pytorch, zero_init = model.config.init == "pytorch", model.config.zero_init
-    residual_scale = (2 * model.config.n_layer) ** -0.5  # GPT-2: the residual stream's variance does not grow with depth
+    # GPT-2: the residual stream's variance does not grow with depth
+    residual_scale = (2 * model.config.n_layer) ** -0.5
     parameters = dict(model.named_parameters())
     for name in sorted(parameters, key=lambda name: name.endswith("qkv.bias")):
         p = parameters[name]
@@ -265,7 +289,8 @@ def initialise(model, generator):
             case ["wte" | "wpe", "weight"]:
                 nn.init.normal_(p, std=1.0 if as_pytorch else 0.02, generator=generator)
             case ["qkv" | "proj" | "fc" | "head", "weight"] if as_pytorch:
-                nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=generator)  # uniform within 1/sqrt(fan_in)
+                # uniform within 1/sqrt(fan_in)
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=generator)
             case ["qkv" | "proj" | "fc", "bias"] if as_pytorch:
                 bound = parameters[name.replace("bias", "weight")].shape[1] ** -0.5
                 nn.init.uniform_(p, -bound, bound, generator=generator)
@@ -277,7 +302,7 @@ def initialise(model, generator):
                 nn.init.zeros_(p)
             case _:
                 raise ValueError(f"no initialisation rule matches the parameter {name}")
-        if zero_init and ".proj." in name:  # after the draw, so that the other weights are unchanged
+        if zero_init and ".proj." in name:  # after the draw: the other weights are unchanged
             nn.init.zeros_(p)
 
 
@@ -291,7 +316,8 @@ def main():
     check_export(args.checkpoint, args.folder)
     checkpoint = read_checkpoint(args.checkpoint)
     export(checkpoint, GPT.from_checkpoint(checkpoint), args.folder)
-    print(f"{args.folder} is written: config.json, model.safetensors and a model card; read it before you publish it")
+    print(f"{args.folder} is written: config.json, model.safetensors and a model card; read the "
+          "card before you publish it")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python train.py config/local_3090.py
     torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
 
-Step s trains on windows s x G ... s x G + G - 1 of the data's order, where G is global_batch_size. How many processes and
-micro-steps share them does not matter.
+Step s trains on windows s x G ... s x G + G - 1 of the data's order, where G is global_batch_size.
+How many processes and micro-steps share them does not matter.
 
-Everything random is a pure function of a seed and a place in the run: the initial weights of init_seed, the order of the
-windows of (data_seed, epoch), the dropout masks of (dropout_seed, step, micro-batch). So no random state is saved.
+Everything random is a pure function of a seed and a place in the run: the initial weights of
+init_seed, the order of the windows of (data_seed, epoch), the dropout masks of (dropout_seed, step,
+micro-batch). So no random state is saved.
 """
 
 import math
@@ -26,9 +27,9 @@ from model import GPT, GPTConfig
 from nanolab.checkpoint import CheckpointSaver, find_start
 from nanolab.common import UserError, run_script
 from nanolab.data import TokenDataset, window_ids
-from nanolab.devices import (StopSignal, all_reduce_scalar, autocast, autocast_dtype, end_distributed, init_distributed,
-                             print0, torchrun_restarted)
-from nanolab.measure import matmul_peak, mean_loss
+from nanolab.devices import (StopSignal, autocast, autocast_dtype, end_distributed,
+                             init_distributed, print0, same_on_all_ranks, torchrun_restarted)
+from nanolab.measure import mean_loss
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer
 from nanolab.runlog import RunLog
@@ -37,42 +38,41 @@ from prepare import prepare_stdlib
 
 
 def train(config):
-    # Set-up: processes, data, where to start
+    # processes, data, where to start
     device, rank, world_size = init_distributed(config.device)
     warn_if_cpu(config, device)
     make_stdlib_if_missing(config, rank, world_size)
     meta = read_meta(config.data_dir, config.dataset, config.vocab_size)
-    start = find_start(config, meta, torchrun_restarted(device))  # last.pt, the weights of init_from, or neither
-    train_data, val_data = (TokenDataset(config.data_dir, config.dataset, split, config.block_size, config.vocab_size)
-                            for split in ("train", "val"))
+    start = find_start(config, meta, torchrun_restarted(device))  # last.pt, other weights, or none
+    train_data, val_data = (open_split(config, split) for split in ("train", "val"))
     n_val_windows = min(max(config.eval_tokens // config.block_size, 1), len(val_data))
 
-    # Model and optimiser
+    # model and optimiser
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")  # high: TF32
-    dtype = autocast_dtype(config.amp, device)
+    dtype = autocast_dtype(config.amp, device)  # None: float32
     model = GPT(GPTConfig.from_options(vars(config)), seed=config.init_seed).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    state = start.restore(model, optimizer, scaler)  # the steps done, the seconds, the best validation loss ...
+    state = start.restore(model, optimizer, scaler)  # steps done, seconds, best validation loss
     del start  # and with it the memory of the checkpoint
-    check_same_step(state.step, device, config.out_dir)
+    if not same_on_all_ranks(state.step, device):
+        raise UserError(f"the machines have different checkpoints in {config.out_dir}; "
+                        "put it on a disk that they share")
     max_steps = count_steps(config)
     if state.step >= max_steps:
-        print0(f"{config.out_dir} is finished: {state.step:,} steps are done, {max_steps:,} were asked for")
+        print0(f"{config.out_dir} is finished: {state.step:,} steps are done, "
+               f"{max_steps:,} were asked for")
         return
     if config.batch_size == "auto":
-        limit = sequences_per_process(config, world_size)
-        config.batch_size = largest_batch_size(model, train_data, limit, device, dtype)
+        config.batch_size = largest_batch_size(model, train_data, config.global_batch_size,
+                                               world_size, device, dtype)
     grad_accum_steps = count_grad_accum_steps(config, world_size)
     ddp_model = compile_and_wrap(model, config, device, world_size)
 
-    # What goes on beside the loop
-    peak_flops = all_reduce_scalar(dist.ReduceOp.SUM, matmul_peak(device, dtype), device)
-    print_setup(config, meta, model, train_data, n_val_windows, max_steps, dtype, device, world_size, peak_flops, state)
-    if rank == 0:
-        Path(config.out_dir).mkdir(parents=True, exist_ok=True)
-    log = RunLog(config, state, max_steps, device, model.flops_per_token(), peak_flops, enabled=rank == 0)
-    saver = CheckpointSaver(config, meta, state, model, optimizer, scaler, max_steps, enabled=rank == 0)
+    # what goes on beside the loop
+    print_setup(config, meta, model, train_data, n_val_windows, max_steps, dtype, world_size)
+    log = RunLog(config, state, max_steps, model, device, dtype, rank)
+    saver = CheckpointSaver(config, meta, state, model, optimizer, scaler, max_steps, rank)
     stop = StopSignal()
     parameters = list(model.parameters())
     skipped_in_a_row = 0
@@ -88,7 +88,7 @@ def train(config):
 
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):
-                if world_size > 1:  # all-reduce the gradients in the last backward pass only; DDP reads this in forward
+                if world_size > 1:  # all-reduce the gradients in the last backward pass only
                     ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
                 if config.dropout:
                     seed_dropout(config.dropout_seed, step, micro_step * world_size + rank)
@@ -100,7 +100,7 @@ def train(config):
 
             scaler.unscale_(optimizer)
             grad_norm = get_total_norm([p.grad for p in parameters])
-            loss, norm, stopping = read_step(loss_sum / grad_accum_steps, grad_norm, stop.requested, world_size)
+            loss, norm, stopping = read_step(loss_sum / grad_accum_steps, grad_norm, stop.requested)
             finite = math.isfinite(loss) and math.isfinite(norm)  # the same answer on all ranks
             clipped = finite and 0 < config.grad_clip < norm
             if clipped:
@@ -119,11 +119,11 @@ def train(config):
             saver.allocate_buffers()
 
             last_step = state.step == max_steps
-            with log.clock_stopped():  # validating and saving leave no trace in the training
+            with log.clock_stopped():  # what follows leaves no trace in the training
                 if last_step or is_due(config.eval_every, state.step):
-                    val_loss = mean_loss(model, val_data, n_val_windows, config.batch_size, device, dtype, rank, world_size)
-                    is_best = saver.save_best(val_loss, wait=last_step)
-                    log.validation(val_loss, is_best)
+                    val_loss = mean_loss(model, val_data, n_val_windows, config.batch_size,
+                                         device, dtype, rank, world_size)
+                    log.validation(val_loss, is_best=saver.save_best(val_loss, wait=last_step))
                 if last_step:
                     log.write_summary()  # before last.pt, which marks the run as finished
                 if last_step or stopping or is_due(config.save_every, state.step):
@@ -137,12 +137,13 @@ def train(config):
 def learning_rate_at(step, max_steps, config):
     """The learning rate of step 0 ... max_steps - 1.
 
-    Linear warm-up over the first warmup_fraction of the steps, from 1e-5 of the peak. Then constant; or down to
-    min_lr_ratio x peak, which the last step has: by one half cosine, or ('wsd') in a straight line over the last
-    cooldown_fraction of the steps (Hu et al., "MiniCPM", 2024; Haegele et al., "Scaling laws and compute-optimal training
-    beyond fixed training durations", 2024). The published runs (part 32e) chained torch's LinearLR and
-    CosineAnnealingLR, which would reach the minimum one step after the last: at 33,165 steps the rates differ by at most
-    1.2e-4 of themselves.
+    Linear warm-up over the first warmup_fraction of the steps, from 1e-5 of the peak. Then
+    constant; or down to min_lr_ratio x peak, which the last step has: by one half cosine, or
+    ('wsd') in a straight line over the last cooldown_fraction of the steps (Hu et al., "MiniCPM",
+    2024; Haegele et al., "Scaling laws and compute-optimal training beyond fixed training
+    durations", 2024). The published runs (part 32e) chained torch's LinearLR and CosineAnnealingLR,
+    which would reach the minimum one step after the last: at 33,165 steps the rates differ by at
+    most 1.2e-4 of themselves.
     """
     warmup_steps = int(config.warmup_fraction * max_steps + 1e-9)
     if step < warmup_steps:
@@ -160,40 +161,43 @@ def learning_rate_at(step, max_steps, config):
 
 
 def micro_batches(data, config, step, rank, world_size, device):
-    """Yields this rank's (inputs, targets), each (batch_size, block_size), from `step` on, without end."""
+    """Yields this rank's (inputs, targets), each (batch_size, block_size), from `step` on, for
+    ever."""
     while True:
-        step_start = step * config.global_batch_size
-        for first in range(step_start + rank * config.batch_size, step_start + config.global_batch_size,
-                           world_size * config.batch_size):
-            ids = window_ids(config.order, config.data_seed, len(data), first, config.batch_size)
+        first, end = step * config.global_batch_size, (step + 1) * config.global_batch_size
+        for place in range(first + rank * config.batch_size, end, world_size * config.batch_size):
+            ids = window_ids(config.order, config.data_seed, len(data), place, config.batch_size)
             yield data.batch(ids, device)
         step += 1
 
 
 def seed_dropout(dropout_seed, step, micro_batch):
-    """Makes the masks of one micro-batch a function of its place in the run: ranks differ, a resumed run draws what it
-    would have drawn, and 8 processes draw the masks of one process with 8 micro-steps."""
+    """Makes the masks of one micro-batch a function of its place in the run: ranks differ, a
+    resumed run draws what it would have drawn, and 8 processes draw the masks of one process with 8
+    micro-steps."""
     seed = np.random.SeedSequence([dropout_seed, step, micro_batch]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(seed >> 1))
 
 
-def read_step(loss, grad_norm, stop_requested, world_size):
-    """The step's one wait for the device. -> the loss averaged over the ranks, the gradient norm, and whether any rank was
-    asked to stop; the same on all ranks, for DDP has averaged the gradients."""
+def read_step(loss, grad_norm, stop_requested):
+    """The step's one wait for the device. -> the loss averaged over the ranks, the gradient norm,
+    whether any rank was asked to stop. All ranks get the same (DDP has averaged the gradients)."""
     sums = torch.stack((loss, loss.new_tensor(float(stop_requested))))
-    if world_size > 1:
+    if dist.is_initialized():
         dist.all_reduce(sums)
+        sums[0] /= dist.get_world_size()
     loss, n_stops, norm = torch.cat((sums, grad_norm[None])).tolist()
-    return loss / world_size, norm, n_stops > 0
+    return loss, norm, n_stops > 0
 
 
 def describe_bad_numbers(model, step, out_dir):
     bad = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
     last = Path(out_dir, "last.pt")
-    saved = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was saved before"
-    return (f"20 updates in a row were skipped because the loss or a gradient was not finite, the last at step {step}; the "
-            f"first parameter that went bad is {bad[0] if bad else 'none of them alone'}. {saved}. Try a lower "
-            "--learning_rate, or --grad_clip")
+    saved = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was saved"
+    return ("20 updates in a row were skipped because the loss or a gradient was not finite, "
+            f"the last at step {step}; the first parameter that went bad is "
+            f"{bad[0] if bad else 'none of them alone'}. {saved}. "
+            "Try a lower --learning_rate, or --grad_clip")
 
 
 def is_due(every, step):
@@ -201,44 +205,46 @@ def is_due(every, step):
 
 
 def count_steps(config):
-    return config.max_steps or math.ceil(config.max_tokens / (config.global_batch_size * config.block_size))
+    tokens_per_step = config.global_batch_size * config.block_size
+    return config.max_steps or math.ceil(config.max_tokens / tokens_per_step)
 
 
 def count_grad_accum_steps(config, world_size):
-    """Micro-steps of each process in one step. Raises UserError where the global batch does not divide."""
+    """Micro-steps of each process in one step. Raises UserError if the global batch does not
+    divide."""
     sequences = config.batch_size * world_size  # that all processes take at once
     if config.global_batch_size % sequences:
         below = config.global_batch_size // sequences * sequences
         nearest = " or ".join(str(size) for size in (below, below + sequences) if size)
-        raise UserError(f"global_batch_size={config.global_batch_size} is not divisible by batch_size={config.batch_size} "
-                        f"x {world_size} processes; global_batch_size could be {nearest}", exit_code=2)
+        raise UserError(f"global_batch_size={config.global_batch_size} is not divisible by "
+                        f"batch_size={config.batch_size} x {world_size} processes; "
+                        f"global_batch_size could be {nearest}", exit_code=2)
     return config.global_batch_size // sequences
 
 
-def sequences_per_process(config, world_size):
-    if config.global_batch_size % world_size:
-        raise UserError(f"global_batch_size={config.global_batch_size} is not divisible by {world_size} processes",
-                        exit_code=2)
-    return config.global_batch_size // world_size
+def open_split(config, split):
+    return TokenDataset(config.data_dir, config.dataset, split, config.block_size,
+                        config.vocab_size)
 
 
 def compile_and_wrap(model, config, device, world_size):
     if config.compile is True or config.compile == "auto" and device.type == "cuda":
         model = torch.compile(model)
     if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True, broadcast_buffers=False)
+        model = DistributedDataParallel(
+            model, device_ids=[device.index] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True, broadcast_buffers=False)
     return model
 
 
 def warn_if_cpu(config, device):
     if device.type == "cpu" and config.device == "auto":
-        print0("no GPU found, falling back to the CPU: fine for small models such as config/quickstart.py, "
-               "far too slow for GPT-2 small")
+        print0("no GPU found, falling back to the CPU: fine for small models such as "
+               "config/quickstart.py, far too slow for GPT-2 small")
 
 
 def make_stdlib_if_missing(config, rank, world_size):
-    """The stdlib data set makes itself: on rank 0, then on the first rank of machines that do not share its disk."""
+    """The stdlib data set makes itself: on rank 0, then on machines that do not share its disk."""
     if config.dataset != "stdlib":
         return
     for my_turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
@@ -248,29 +254,22 @@ def make_stdlib_if_missing(config, rank, world_size):
             dist.barrier()
 
 
-def check_same_step(step, device, out_dir):
-    first, last = (all_reduce_scalar(op, float(step), device) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
-    if first != last:
-        raise UserError(f"the machines have different checkpoints in {out_dir}; put it on a disk that they share")
-
-
-def print_setup(config, meta, model, train_data, n_val_windows, max_steps, dtype, device, world_size, peak_flops, state):
-    tokens_per_step = config.global_batch_size * config.block_size
+def print_setup(config, meta, model, train_data, n_val_windows, max_steps, dtype, world_size):
+    sequences, tokens = config.global_batch_size, config.global_batch_size * config.block_size
+    grad_accum_steps = count_grad_accum_steps(config, world_size)
     print0(configuration.as_text(config))
-    print0(f"model:  {model.num_params():,} parameters on {world_size} x {device.type}, "
-           f"{str(dtype).removeprefix('torch.') if dtype else 'float32'}; matrix products reach {peak_flops / 1e9:,.0f} GFLOP/s")
-    print0(f"data:   {config.dataset}, {train_data.n_tokens:,} training tokens; the run reads {max_steps * tokens_per_step:,}, "
-           f"{max_steps * config.global_batch_size / len(train_data):.2f} epochs; validation on {n_val_windows:,} windows")
-    print0(f"batch:  {config.global_batch_size} sequences x {config.block_size:,} tokens = {tokens_per_step:,} tokens a step, "
-           f"{max_steps:,} steps; {world_size} processes x {count_grad_accum_steps(config, world_size)} micro-steps x "
+    print0(f"model:  {model.num_params():,} parameters on {world_size} x "
+           f"{model.wte.weight.device.type}, {str(dtype or torch.float32).removeprefix('torch.')}")
+    print0(f"data:   {config.dataset}, {train_data.n_tokens:,} training tokens; the run reads "
+           f"{max_steps * tokens:,}, {max_steps * sequences / len(train_data):.2f} epochs; "
+           f"validation on {n_val_windows:,} windows")
+    print0(f"batch:  {sequences} sequences x {config.block_size:,} tokens = {tokens:,} tokens a "
+           f"step, {max_steps:,} steps; {world_size} processes x {grad_accum_steps} micro-steps x "
            f"batch_size {config.batch_size}")
     if meta["source"] == NANOGPT:
-        print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of {config.vocab_size:,} kinds, "
-               f"tokenizer {meta['tokenizer']}; it has no test split, so eval.py needs another --dataset")
-    if state.step:
-        print0(f"resume: at step {state.step:,}")
-    elif config.init_from:
-        print0(f"start:  from the weights of {config.init_from}")
+        print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
+               f"{config.vocab_size:,} kinds, tokenizer {meta['tokenizer']}; it has no test split, "
+               "so eval.py needs another --dataset")
 
 
 def main():

@@ -2,12 +2,14 @@
 
     python train.py [FILE.py ...] [--key=value ...]
 
-A config file is Python that assigns values. Files apply in order, and flags win over files, so an experiment is a stack:
+A config file is Python that assigns values. Files apply in order, and flags win over files, so an
+experiment is a stack:
 
-    python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
+    python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/qkv_bias
 
-The defaults are the published baseline: GPT-2 small's shape, untied, no QKV bias, 163,009,536 parameters, a global
-batch of 96 x 1,024 tokens for 33,165 steps (Giles Thomas, "Writing an LLM from scratch", part 32a, 2026).
+The defaults are the published baseline: GPT-2 small's shape, untied, no QKV bias, 163,009,536
+parameters, a global batch of 96 x 1,024 tokens for 33,165 steps (Giles Thomas, "Writing an LLM from
+scratch", part 32a, 2026).
 """
 
 import ast
@@ -26,13 +28,15 @@ from nanolab.common import UserError
 
 
 def option(default, meaning, *, choices=(), within=""):
-    """A field of Config. `choices`: the words allowed; `within`: the interval allowed, such as "[0, 1)"."""
-    return field(default=default, metadata={"meaning": meaning, "choices": choices, "within": within})
+    """A field of Config. `choices`: the words allowed; `within`: the interval allowed, such as "[0,
+    1)"."""
+    metadata = {"meaning": meaning, "choices": choices, "within": within}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class GPTConfig:
-    """The options that make a model. A new one is named here and nowhere else."""
+    """The options that make a model. A new one is defined here and nowhere else."""
 
     # --- shape
     vocab_size: int = option(50257, "tokens in the vocabulary", within="[1, inf)")
@@ -41,26 +45,37 @@ class GPTConfig:
     n_head: int = option(12, "attention heads per block", within="[1, inf)")
     n_embd: int = option(768, "width of the residual stream", within="[1, inf)")
 
-    # --- interventions
-    dropout: float = option(0.1, "after the embeddings, on attention weights, on both residual branches", within="[0, 1)")
-    qkv_bias: bool = option(False, "bias on Q, K and V (attention output, MLP and LayerNorm always have theirs)")
+    # --- model interventions
+    dropout: float = option(
+        0.1, "after the embeddings, on attention weights, on both residual branches",
+        within="[0, 1)")
+    qkv_bias: bool = option(
+        False, "bias on Q, K and V (attention output, MLP and LayerNorm always have theirs)")
     tie_weights: bool = option(False, "the output head shares the token embedding's matrix")
-    init: str = option("pytorch", "'pytorch': its defaults, as published; 'gpt2': N(0, 0.02), "
-                                  "residual projections / sqrt(2 n_layer), biases 0", choices=("pytorch", "gpt2"))
-    norm: str = option("layernorm", "layernorm, or rmsnorm: a gain, no mean subtracted and no bias",
-                       choices=("layernorm", "rmsnorm"))
-    position: str = option("learned", "a learned embedding for each position, or rope: q and k are rotated by it",
-                           choices=("learned", "rope"))
+    init: str = option(
+        "pytorch", "'pytorch': its defaults, as published; 'gpt2': N(0, 0.02), residual "
+        "projections / sqrt(2 n_layer), biases 0", choices=("pytorch", "gpt2"))
+    norm: str = option(
+        "layernorm", "layernorm, or rmsnorm: a gain, no mean subtracted and no bias",
+        choices=("layernorm", "rmsnorm"))
+    position: str = option(
+        "learned", "a learned embedding for each position, or rope: q and k are rotated by it",
+        choices=("learned", "rope"))
     qk_norm: bool = option(False, "q and k of each head are divided by their root mean square")
-    activation: str = option("gelu", "of the MLP: gelu, relu2 (ReLU squared), or swiglu (gated, 8/3 instead of 4 n_embd wide)",
-                             choices=("gelu", "relu2", "swiglu"))
-    logit_softcap: float = option(0.0, "logits x become cap * tanh(x / cap); 0: unchanged", within="[0, inf)")
-    zero_init: bool = option(False, "weights and biases of the residual projections start at 0")
-    value_residual: bool = option(False, "each block's attention values are mixed with the first block's, in a learned share")
+    activation: str = option(
+        "gelu", "of the MLP: gelu, relu2 (ReLU squared), or swiglu (gated, 8/3 instead of 4 n_embd "
+        "wide)", choices=("gelu", "relu2", "swiglu"))
+    logit_softcap: float = option(
+        0.0, "logits x become cap * tanh(x / cap); 0: unchanged", within="[0, inf)")
+    zero_init: bool = option(
+        False, "weights and biases of the residual projections start at 0")
+    value_residual: bool = option(
+        False, "each block's attention values are mixed with the first block's, in a learned share")
 
     @classmethod
     def from_options(cls, options):
-        """From a mapping that holds these options among others, such as vars(config) or a checkpoint's config."""
+        """From a mapping that holds these options among others, such as vars(config) or a
+        checkpoint's config."""
         return cls(**{f.name: options[f.name] for f in fields(cls) if f.name in options})
 
 
@@ -68,94 +83,127 @@ class GPTConfig:
 class Config(GPTConfig):
     """Every option of a run: the model's, which it inherits, and the rest."""
 
-    vocab_size: int = option(0, "tokens in the vocabulary; 0: that of the data set", within="[0, inf)")
-    init_from: str = option("", "start from weights instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in Hugging Face "
-                                "layout or a checkpoint. Shape and architecture are then its own, unless you set a "
-                                "smaller block_size, which keeps the first positions")
+    vocab_size: int = option(
+        0, "tokens in the vocabulary; 0: that of the data set", within="[0, inf)")
+    init_from: str = option(
+        "", "start from weights instead: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder in "
+        "Hugging Face layout or a checkpoint. Shape and architecture are then its own, unless you "
+        "set a smaller block_size, which keeps the first positions")
 
     # --- the run
     name: str = option("baseline", "label in tables; runs of one name are seeds of one experiment")
-    out_dir: str = option("out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, summary.json")
+    out_dir: str = option(
+        "out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, "
+        "summary.json")
     resume: bool = option(False, "continue from out_dir/last.pt if it is there, start if not")
 
     # --- data
-    dataset: str = option("fineweb", "name of the data set: its token files are in data_dir/dataset/")
+    dataset: str = option("fineweb", "name of the data set: its files are in data_dir/dataset/")
     data_dir: str = option("data", "folder of the data sets")
-    order: str = option("sequential", "windows as they lie in the file, or in a seeded permutation, a new one each epoch",
-                        choices=("sequential", "shuffled"))
+    order: str = option(
+        "sequential", "windows in the order of the file, or in a seeded permutation, a new one "
+        "each epoch", choices=("sequential", "shuffled"))
 
     # --- batch and budget
-    batch_size: int | str = option(12, "sequences per device per micro-step, or 'auto': the largest that fits",
-                                   choices=("auto",), within="[1, inf)")
-    global_batch_size: int = option(96, "sequences per optimiser step over all devices; "
-                                        "grad_accum_steps = global_batch_size / (batch_size x world size)", within="[1, inf)")
-    max_tokens: int = option(3_260_190_720, "training budget in tokens, rounded up to whole steps "
-                                            "(the default is 20 x 163,009,536: 33,165 steps)", within="[1, inf)")
-    max_steps: int = option(0, "training budget in steps; above 0 it wins over max_tokens", within="[0, inf)")
+    batch_size: int | str = option(
+        12, "sequences per device per micro-step, or 'auto': the largest that fits",
+        choices=("auto",), within="[1, inf)")
+    global_batch_size: int = option(
+        96, "sequences per optimiser step over all devices; "
+        "grad_accum_steps = global_batch_size / (batch_size x world size)", within="[1, inf)")
+    max_tokens: int = option(
+        3_260_190_720, "training budget in tokens, rounded up to whole steps "
+        "(the default is 20 x 163,009,536: 33,165 steps)", within="[1, inf)")
+    max_steps: int = option(
+        0, "training budget in steps; above 0 it wins over max_tokens", within="[0, inf)")
 
     # --- optimiser and schedule
-    optimizer: str = option("adamw", "'muon': Muon for the 2-D weights inside the blocks, AdamW for all others; learning_rate "
-                                     "and weight_decay are of both", choices=("adamw", "muon"))
+    optimizer: str = option(
+        "adamw", "'muon': Muon for the 2-D weights inside the blocks, AdamW for all others; "
+        "learning_rate and weight_decay apply to both", choices=("adamw", "muon"))
     learning_rate: float = option(4e-4, "peak learning rate", within="(0, inf)")
-    schedule: str = option("constant", "after the warm-up: constant; one half cosine to min_lr_ratio x peak at the last step; or "
-                                       "'wsd': constant, then a straight line to there", choices=("constant", "cosine", "wsd"))
-    warmup_fraction: float = option(0.0, "share of the steps (rounded down) that warm up linearly", within="[0, 1)")
-    cooldown_fraction: float = option(0.2, "share of the steps (rounded down, at least one) that wsd's straight line takes",
-                                      within="(0, 1]")
-    min_lr_ratio: float = option(0.1, "where cosine and wsd end, as a share of the peak", within="[0, 1]")
+    schedule: str = option(
+        "constant", "after the warm-up: constant; one half cosine to min_lr_ratio x peak at the "
+        "last step; or 'wsd': constant, then a straight line to there",
+        choices=("constant", "cosine", "wsd"))
+    warmup_fraction: float = option(
+        0.0, "share of the steps (rounded down) that warm up linearly", within="[0, 1)")
+    cooldown_fraction: float = option(
+        0.2, "share of the steps (rounded down, at least one) that wsd's straight line takes",
+        within="(0, 1]")
+    min_lr_ratio: float = option(
+        0.1, "where cosine and wsd end, as a share of the peak", within="[0, 1]")
     weight_decay: float = option(0.1, "decoupled weight decay", within="[0, inf)")
-    decay: str = option("all", "what decays: every parameter, as published, or only the 2-D weights",
-                        choices=("all", "matrices"))
+    decay: str = option(
+        "all", "what decays: every parameter, as published, or only the 2-D weights",
+        choices=("all", "matrices"))
     beta1: float = option(0.9, "AdamW's first moment", within="[0, 1)")
     beta2: float = option(0.999, "AdamW's second moment", within="[0, 1)")
     eps: float = option(1e-8, "AdamW's epsilon", within="(0, inf)")
-    grad_clip: float = option(0.0, "largest global L2 norm of the gradient; 0: no clipping (the norm is logged anyway)",
-                              within="[0, inf)")
+    grad_clip: float = option(
+        0.0, "largest global L2 norm of the gradient; 0: no clipping (the norm is logged anyway)",
+        within="[0, inf)")
 
-    # --- numbers and device
-    amp: str = option("auto", "autocast to 16 bits (float16 brings a GradScaler). auto: bfloat16 on CUDA where supported, "
-                              "float16 on older CUDA, off elsewhere", choices=("auto", "off", "bfloat16", "float16"))
-    tf32: bool = option(True, "let float32 matrix products use TF32 (CUDA); a switch of its own, whatever amp is")
-    compile: bool | str = option("auto", "torch.compile. auto: on for CUDA, off elsewhere", choices=("auto",))
-    device: str = option("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
+    # --- precision and device
+    amp: str = option(
+        "auto", "autocast to 16 bits (float16 brings a GradScaler). auto: bfloat16 on CUDA where "
+        "supported, float16 on older CUDA, off elsewhere",
+        choices=("auto", "off", "bfloat16", "float16"))
+    tf32: bool = option(
+        True, "let float32 matrix products use TF32 (CUDA), whatever amp is")
+    compile: bool | str = option(
+        "auto", "torch.compile. auto: on for CUDA, off elsewhere", choices=("auto",))
+    device: str = option(
+        "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
 
     # --- seeds
     seed: int = option(42, "one seed for all that is random", within="[0, 9e18]")
-    init_seed: int | None = option(None, "initial weights; None: seed. They depend on nothing else", within="[0, 9e18]")
-    data_seed: int | None = option(None, "order of shuffled windows; None: seed", within="[0, 9e18]")
+    init_seed: int | None = option(
+        None, "initial weights; None: seed. They depend on nothing else", within="[0, 9e18]")
+    data_seed: int | None = option(
+        None, "order of shuffled windows; None: seed", within="[0, 9e18]")
     dropout_seed: int | None = option(None, "dropout masks; None: seed", within="[0, 9e18]")
 
     # --- measuring, saving, logging
-    eval_every: int = option(617, "steps between validations; 0: only at the end", within="[0, inf)")
-    eval_tokens: int = option(1_966_080, "tokens in one validation (at most what the validation split has)",
-                              within="[1, inf)")
-    save_every: int = option(617, "steps between saves of last.pt; 0: only at the end", within="[0, inf)")
-    save_weights: bool = option(True, "keep last.pt and best.pt; False: for a timing run, which leaves log and summary only")
+    eval_every: int = option(
+        617, "steps between validations; 0: only at the end", within="[0, inf)")
+    eval_tokens: int = option(
+        1_966_080, "tokens in one validation (at most what the validation split has)",
+        within="[1, inf)")
+    save_every: int = option(
+        617, "steps between saves of last.pt; 0: only at the end", within="[0, inf)")
+    save_weights: bool = option(
+        True, "keep last.pt and best.pt; False: a timing run, which leaves log and summary only")
     log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
-    wandb: str = option("", "Weights & Biases project to log to as well (pip install wandb; WANDB_MODE=offline "
-                            "keeps it on this machine); '': none")
-    dollars_per_hour: float = option(0.0, "price of the machine, for the cost in summary.json", within="[0, inf)")
+    wandb: str = option(
+        "", "Weights & Biases project to log to as well (pip install wandb; WANDB_MODE=offline "
+        "keeps it on this machine); '': none")
+    dollars_per_hour: float = option(
+        0.0, "price of the machine, for the cost in summary.json", within="[0, inf)")
 
 
 OPTIONS = {f.name: f for f in fields(Config)}
 SEEDS = ("init_seed", "data_seed", "dropout_seed")
 
 # What given weights decide. Dropout and the random start are the new run's own.
-ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig) if f.name not in ("dropout", "init", "zero_init")]
+ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
+                        if f.name not in ("dropout", "init", "zero_init")]
 
-# Options that do not change what a run computes, up to rounding (with dropout on, batch_size and compile change the
-# masks; on another device, amp='auto' may choose another type). A resumed run may change them, and runs that differ
-# only in these and in their seeds are one experiment. `seed` acts through SEEDS alone.
-RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device", "eval_every",
-                     "save_every", "save_weights", "log_every", "wandb", "dollars_per_hour", "seed"}
+# Options that do not change what a run computes, up to rounding (with dropout on, batch_size and
+# compile change the masks; on another device, amp='auto' may choose another type). A resumed run
+# may change them, and runs that differ only in these and in their seeds are one experiment. `seed`
+# acts through SEEDS alone.
+RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device",
+                     "eval_every", "save_every", "save_weights", "log_every", "wandb",
+                     "dollars_per_hour", "seed"}
 
 
 def load(argv):
     """The Config that files and flags ask for.
 
-    argv: the command line without the program's name, e.g. ["config/lab.py", "--seed=2", "--resume"].
-    With init_from, the ARCHITECTURE_OPTIONS that nobody set are None: they are taken from those weights.
-    `--help` prints every option and exits. Raises UserError.
+    argv: the command line without the program's name, e.g. ["config/lab.py", "--seed=2",
+    "--resume"]. With init_from, the ARCHITECTURE_OPTIONS that nobody set are None: they are taken
+    from those weights. `--help` prints every option and exits. Raises UserError.
     """
     files, flags = split_command_line(argv)
     values, origin = {}, {}
@@ -180,7 +228,8 @@ def config_error(message):
 
 
 def split_command_line(argv):
-    """-> (config files, [(key, text)]). Takes --key=value, --key value, and a bare --key for a switch."""
+    """-> (config files, [(key, text)]). Takes --key=value, --key value, and a bare --key for a
+    switch."""
     files, flags = [], []
     words = list(argv)
     while words:
@@ -195,7 +244,8 @@ def split_command_line(argv):
         require_known(key, f"--{key}")
         if not equals:
             is_switch = bool in types_of(key)
-            if words and not words[0].startswith("--") and not (is_switch and words[0].endswith(".py")):
+            next_is_file = bool(words) and is_switch and words[0].endswith(".py")
+            if words and not words[0].startswith("--") and not next_is_file:
                 text = words.pop(0)
             elif is_switch:
                 text = "True"
@@ -215,11 +265,13 @@ def read_file(file):
     try:
         namespace = runpy.run_path(file)
     except (Exception, SystemExit) as error:
-        frame = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
-        what = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
+        frame, what = error, getattr(error, "msg", "")
+        if not isinstance(error, SyntaxError):
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error}"
         raise config_error(f"{frame.filename}, line {frame.lineno}: {what}") from None
-    assigned = {key: value for key, value in namespace.items()
-                if not key.startswith("_") and not isinstance(value, types.ModuleType) and not callable(value)}
+    assigned = {key: value for key, value in namespace.items() if not key.startswith("_")
+                and not isinstance(value, types.ModuleType) and not callable(value)}
     for key in assigned:
         require_known(key, file)
     return assigned
@@ -227,7 +279,8 @@ def read_file(file):
 
 def require_known(key, origin):
     if key not in OPTIONS:
-        raise config_error(f"unknown option '{key}' (from {origin}){nearest(key, OPTIONS)}; --help lists them all")
+        raise config_error(f"unknown option '{key}' (from {origin}){nearest(key, OPTIONS)}; "
+                           "--help lists them all")
 
 
 def nearest(word, known):
@@ -257,20 +310,23 @@ def parse(key, value, origin, is_text=False):
     wrong = f"{key}={value!r} (from {origin})"
     if type(value) not in allowed:
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
-        raise config_error(f"{wrong}: wants {names}, not {type(value).__name__}{allowed_values(key)}")
+        raise config_error(f"{wrong}: wants {names}, not {type(value).__name__}"
+                           f"{allowed_values(key)}")
     meta = OPTIONS[key].metadata
     if value == "" and OPTIONS[key].default != "":
         raise config_error(f"{wrong}: must not be empty")
-    if isinstance(value, str) and meta["choices"] and value not in meta["choices"]:
-        raise config_error(f"{wrong}: not allowed{allowed_values(key)}{nearest(value, meta['choices'])}")
-    if isinstance(value, (int, float)) and meta["within"] and not lies_within(value, meta["within"]):
+    choices, within = meta["choices"], meta["within"]
+    if isinstance(value, str) and choices and value not in choices:
+        raise config_error(f"{wrong}: not allowed{allowed_values(key)}{nearest(value, choices)}")
+    if isinstance(value, (int, float)) and within and not lies_within(value, within):
         raise config_error(f"{wrong}: not allowed{allowed_values(key)}")
     return value
 
 
 def allowed_values(key):
     meta = OPTIONS[key].metadata
-    parts = [f"{meta['within']}"] * bool(meta["within"]) + [repr(choice) for choice in meta["choices"]]
+    parts = [meta["within"]] if meta["within"] else []
+    parts += [repr(choice) for choice in meta["choices"]]
     return f"; allowed: {', '.join(parts)}" if parts else ""
 
 
@@ -283,44 +339,50 @@ def lies_within(value, interval):
 
 
 def check_combinations(config, origin):
-    def said(key):
+    def shown(key):
         return f"{key}={getattr(config, key)!r} (from {origin.get(key, 'the default')})"
 
-    if config.n_embd and config.n_head and config.n_embd % config.n_head:
-        raise config_error(f"{said('n_embd')} is not divisible by {said('n_head')}"
-                          f"; n_head could be {divisors_near(config.n_embd, config.n_head)}")
+    C, H = config.n_embd, config.n_head  # None where init_from decides
+    if C and H and C % H:
+        raise config_error(f"{shown('n_embd')} is not divisible by {shown('n_head')}; "
+                           f"n_head could be {divisors_near(C, H)}")
     if config.batch_size != "auto" and config.global_batch_size % config.batch_size:
-        raise config_error(f"{said('global_batch_size')} is not divisible by {said('batch_size')}"
-                          f"; batch_size could be {divisors_near(config.global_batch_size, config.batch_size)}")
+        nearest_sizes = divisors_near(config.global_batch_size, config.batch_size)
+        raise config_error(f"{shown('global_batch_size')} is not divisible by "
+                           f"{shown('batch_size')}; batch_size could be {nearest_sizes}")
     if config.schedule == "wsd" and config.warmup_fraction + config.cooldown_fraction > 1:
-        raise config_error(f"{said('warmup_fraction')} and {said('cooldown_fraction')} are more than the whole run together")
-    if config.position == "rope" and config.n_embd and config.n_head and config.n_embd // config.n_head % 2:
-        raise config_error(f"{said('position')} turns pairs of numbers, but {said('n_embd')} and {said('n_head')} give each head "
-                          f"{config.n_embd // config.n_head}")
+        raise config_error(f"{shown('warmup_fraction')} and {shown('cooldown_fraction')} are more "
+                           "than the whole run together")
+    if config.position == "rope" and C and H and C // H % 2:
+        raise config_error(f"{shown('position')} turns pairs of numbers, but {shown('n_embd')} and "
+                           f"{shown('n_head')} give each head {C // H}")
     for key in ("init", "init_seed", "zero_init"):
         if config.init_from and key in origin:
-            raise config_error(f"{said(key)} is of random weights, but {said('init_from')} starts from others; leave one of them out")
+            raise config_error(f"{shown(key)} is of random weights, but {shown('init_from')} "
+                               "starts from others; leave one of them out")
 
 
 def divisors_near(total, wanted):
     """The divisors of `total` on either side of `wanted`, as text: (96, 7) -> "6 or 8"."""
     divisors = [d for d in range(1, total + 1) if total % d == 0]
-    around = [max((d for d in divisors if d < wanted), default=None), min((d for d in divisors if d > wanted), default=None)]
-    return " or ".join(str(d) for d in around if d)
+    below, above = [d for d in divisors if d < wanted], [d for d in divisors if d > wanted]
+    return " or ".join(str(d) for d in below[-1:] + above[:1])
 
 
 def as_text(config):
     """All options as key=value on a few lines, for the top of a run's output."""
-    words = [f"{key}={getattr(config, key)!r}" for key in OPTIONS]
-    return textwrap.fill("  ".join(words), 118, initial_indent="config: ", subsequent_indent="        ",
+    words = "  ".join(f"{key}={getattr(config, key)!r}" for key in OPTIONS)
+    return textwrap.fill(words, 118, initial_indent="config: ", subsequent_indent="        ",
                          break_long_words=False, break_on_hyphens=False)
 
 
 def help_text():
     lines = ["usage: python train.py [FILE.py ...] [--key=value ...]",
-             "Files apply in order, flags win over files. The experiments are in config/ and config/interventions/.", ""]
-    for key, option_ in OPTIONS.items():
-        text = f"{option_.metadata['meaning']}{allowed_values(key)}"
-        lines.append(textwrap.fill(f"  --{key}={option_.default!r}".ljust(32) + " " + text, 118, subsequent_indent=" " * 33,
+             "Files apply in order, flags win over files. "
+             "The experiments are in config/ and config/interventions/.", ""]
+    for key, field_ in OPTIONS.items():
+        flag = f"  --{key}={field_.default!r}".ljust(32)
+        meaning = f"{field_.metadata['meaning']}{allowed_values(key)}"
+        lines.append(textwrap.fill(f"{flag} {meaning}", 118, subsequent_indent=" " * 33,
                                    break_on_hyphens=False))
     return "\n".join(lines)

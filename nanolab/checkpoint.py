@@ -1,4 +1,5 @@
-"""Checkpoints: read any kind, start or resume a run from one, save whole or not at all beside the training."""
+"""Checkpoints: read any kind, start or resume a run from one, save whole or not at all beside the
+training."""
 
 import math
 import os
@@ -22,21 +23,25 @@ CHECKPOINT_FORMAT = 1
 def read_checkpoint(source, mmap=False):
     """A checkpoint as a dict, tensors on the CPU. Executes nothing from a file.
 
-    source: a file that train.py saved; a folder in Hugging Face's layout; or one of OpenAI's names, such as gpt2, which
-    is downloaded once. mmap: leave the tensors on disk until they are used. Raises UserError.
+    source: a file that train.py saved; a folder in Hugging Face's layout; or one of OpenAI's names,
+    such as gpt2, which is downloaded once. mmap: leave the tensors on disk until they are used.
+    Raises UserError.
     """
     if Path(source).is_dir():
         return {"format": CHECKPOINT_FORMAT, **read_hugging_face(Path(source), source)}
     if not Path(source).exists():
         if str(source) in OPENAI_REVISIONS:
-            return {"format": CHECKPOINT_FORMAT, **read_hugging_face(download_openai(str(source)), source)}
-        hint = f"; OpenAI's weights are {', '.join(OPENAI_REVISIONS)}" if str(source).startswith("gpt") else ""
+            folder = download_openai(str(source))
+            return {"format": CHECKPOINT_FORMAT, **read_hugging_face(folder, source)}
+        names = ", ".join(OPENAI_REVISIONS)
+        hint = f"; OpenAI's weights are {names}" if str(source).startswith("gpt") else ""
         raise UserError(f"there is no checkpoint {source}{hint}")
     checkpoint = load_tensors(source, mmap)
     if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
         raise UserError(f"{source} is no checkpoint of nanolab")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{source} has format {checkpoint['format']}; this nanolab reads format {CHECKPOINT_FORMAT}")
+        raise UserError(f"{source} has format {checkpoint['format']}; this nanolab reads format "
+                        f"{CHECKPOINT_FORMAT}")
     return {**checkpoint, "path": str(source)}
 
 
@@ -62,7 +67,8 @@ class RunState:
 
 @dataclass
 class Start:
-    """Where a run starts: at its own last checkpoint, at the weights of init_from, or (neither) at random weights."""
+    """Where a run starts: at its own last checkpoint, at the weights of init_from, or (neither) at
+    random weights."""
     resumed: dict | None = None
     weights: dict | None = None
 
@@ -76,30 +82,36 @@ class Start:
         optimizer.load_state_dict(self.resumed["optimizer"])
         if self.resumed["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(self.resumed["scaler"])
-        return RunState(**{key: self.resumed[key] for key in vars(RunState()) if key in self.resumed})
+        known = [key for key in vars(RunState()) if key in self.resumed]
+        return RunState(**{key: self.resumed[key] for key in known})
 
 
 def find_start(config, meta, restarted):
-    """The Start of a run, from out_dir, init_from and resume; fills in the options that given weights decide.
+    """The Start of a run, from out_dir, init_from and resume; fills in the options that given
+    weights decide.
 
-    meta: the data set's read_meta; restarted: torchrun started this run again after a process died, which may resume
-    without --resume if it is the same run. Raises UserError where config or data would make it another run.
+    meta: the data set's read_meta; restarted: torchrun started this run again after a process died,
+    which may resume without --resume if it is the same run. Raises UserError where config or data
+    would make it another run.
     """
     if not config.init_from:
         config.vocab_size = config.vocab_size or meta["vocab_size"]
-    start = Start(resumed=checkpoint_to_resume(config, meta["splits"]["train"]["sha256"], restarted))
+    data_sha256 = meta["splits"]["train"]["sha256"]
+    start = Start(resumed=checkpoint_to_resume(config, data_sha256, restarted))
     if config.init_from and not start.resumed:
         start.weights = read_checkpoint(config.init_from)
         inherit_architecture(config, start.weights)
         check_init_from(start.weights, config, meta["tokenizer"])
     if config.vocab_size < meta["vocab_size"]:
-        raise config_error(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} of {config.dataset}")
+        raise config_error(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} "
+                           f"of {config.dataset}")
     return start
 
 
 def checkpoint_to_resume(config, data_sha256, restarted):
     """last.pt in out_dir, or None if there is none. best.pt, too, must belong to this run."""
-    files = [path for path in (Path(config.out_dir, "last.pt"), Path(config.out_dir, "best.pt")) if path.exists()]
+    paths = [Path(config.out_dir, name) for name in ("last.pt", "best.pt")]
+    files = [path for path in paths if path.exists()]
     same_torchrun = restarted and files and read_checkpoint(files[0])["launch"] == torchrun_run_id()
     if files and not config.resume and not same_torchrun:
         raise config_error(f"{config.out_dir} holds a run already: --resume continues it, "
@@ -111,7 +123,8 @@ def checkpoint_to_resume(config, data_sha256, restarted):
         if changed := config_diff(checkpoint["config"], vars(config)):
             raise config_error(f"{path} belongs to another run: {'; '.join(changed)}")
         if checkpoint["data_sha256"] != data_sha256:
-            raise config_error(f"{path} was trained on another data set of the name {config.dataset}")
+            raise config_error(f"{path} was trained on another data set of the name "
+                               f"{config.dataset}")
     return found.get("last.pt")
 
 
@@ -124,16 +137,18 @@ def inherit_architecture(config, checkpoint):
 
 
 def check_init_from(weights, config, tokenizer):
-    """Checks init_from's weights against the config and the data; crops their positions to block_size."""
+    """Checks init_from's weights against the config and the data; crops their positions to
+    block_size."""
     source = GPTConfig.from_options(weights["config"])
     for key in ARCHITECTURE_OPTIONS:
         wanted, there = getattr(config, key), getattr(source, key)
         if wanted != there and not (key == "block_size" and wanted < there):
-            raise config_error(f"{key}={wanted!r} was asked for, but init_from='{config.init_from}' has "
-                               f"{key}={there!r}; leave out one of the two")
+            raise config_error(f"{key}={wanted!r} was asked for, but init_from="
+                               f"'{config.init_from}' has {key}={there!r}; leave out one of the "
+                               "two")
     if weights["tokenizer"] != tokenizer:
-        raise config_error(f"init_from='{config.init_from}' reads {weights['tokenizer']} tokens, but the data set "
-                           f"{config.dataset} has {tokenizer} tokens")
+        raise config_error(f"init_from='{config.init_from}' reads {weights['tokenizer']} tokens, "
+                           f"but the data set {config.dataset} has {tokenizer} tokens")
     if "wpe.weight" in weights["model"]:
         weights["model"]["wpe.weight"] = weights["model"]["wpe.weight"][:config.block_size]
 
@@ -142,7 +157,8 @@ def config_diff(then, now):
     """The changed options that would make it another run, as text."""
     may_change = RESUME_MAY_CHANGE
     if now["schedule"] == "constant" and not now["warmup_fraction"]:
-        may_change = may_change | {"max_tokens", "max_steps"}  # a longer run passes through the same states
+        # a longer run passes through the same states
+        may_change = may_change | {"max_tokens", "max_steps"}
     then = {key: then.get(key, option.default) for key, option in OPTIONS.items()}
     return [f"{key} was {then[key]!r}, is {now[key]!r}"
             for key in now if key not in may_change and then[key] != now[key]]
@@ -154,20 +170,22 @@ def torchrun_run_id():
 
 
 class CheckpointSaver:
-    """Saves last.pt and best.pt beside the training: a background thread writes one file after the other.
+    """Saves last.pt and best.pt beside the training: a background thread writes one file after the
+    other.
 
     Only rank 0 has one that is enabled. As a context manager it waits for the last file.
     """
 
-    def __init__(self, config, meta, state, model, optimizer, scaler, max_steps, enabled):
-        self.config, self.meta, self.state, self.enabled = config, meta, state, enabled and config.save_weights
+    def __init__(self, config, meta, state, model, optimizer, scaler, max_steps, rank):
+        self.config, self.meta, self.state = config, meta, state
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.enabled = rank == 0 and config.save_weights
         self.out_dir = Path(config.out_dir)
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.pending_save = self.writer.submit(bool)  # nothing yet
         self.buffers, self.snapshot = {}, None
-        saves_before_the_end = min(config.eval_every or max_steps, config.save_every or max_steps) < max_steps
-        self.needs_buffers = self.enabled and saves_before_the_end
+        first_save = min(config.eval_every or max_steps, config.save_every or max_steps)
+        self.needs_buffers = self.enabled and first_save < max_steps
 
     def __enter__(self):
         return self
@@ -176,11 +194,12 @@ class CheckpointSaver:
         self.writer.shutdown()
 
     def allocate_buffers(self):
-        """Once the optimizer has its state, after the first step: makes room for the snapshots, in the background, so
-        that the first save need not wait for fresh memory."""
+        """Once the optimizer has its state, after the first step: makes room for the snapshots, in
+        the background, so that the first save need not wait for fresh memory."""
         if self.needs_buffers:
             self.needs_buffers = False
-            self.pending_save = self.writer.submit(snapshot_to_cpu, self.checkpoint(), self.buffers, copy_single_threaded)
+            self.pending_save = self.writer.submit(snapshot_to_cpu, self.checkpoint(), self.buffers,
+                                                   copy_single_threaded)
 
     def save_best(self, val_loss, wait):
         """Saves best.pt if val_loss is the lowest so far that has a file. -> whether it is."""
@@ -196,7 +215,8 @@ class CheckpointSaver:
         if self.enabled:
             self.submit("last.pt", wait)
         if self.enabled and wait and not self.pending_save.result():
-            raise UserError(f"the last steps are lost: {self.out_dir / 'last.pt'} could not be saved")
+            raise UserError(f"the last steps are lost: {self.out_dir / 'last.pt'} could not be "
+                            "saved")
 
     def wait(self):
         self.pending_save.result()
@@ -220,13 +240,16 @@ class CheckpointSaver:
         return self.snapshot
 
     def checkpoint(self):
-        return {"format": CHECKPOINT_FORMAT, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), **vars(self.state), "config": vars(self.config),
-                "tokenizer": self.meta["tokenizer"], "data_sha256": self.meta["splits"]["train"]["sha256"],
+        return {"format": CHECKPOINT_FORMAT, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                **vars(self.state), "config": vars(self.config),
+                "tokenizer": self.meta["tokenizer"],
+                "data_sha256": self.meta["splits"]["train"]["sha256"],
                 "launch": torchrun_run_id(), "versions": versions()}
 
     def write(self, name, checkpoint):
-        """Writes a file, in the writer's thread. -> whether it could. Only a best.pt on disk counts as the best."""
+        """Writes a file, in the writer's thread. -> whether it could. Only a best.pt on disk counts
+        as the best."""
         best = checkpoint["val_loss"] if name == "best.pt" else checkpoint["best_val_loss"]
         saved = save_checkpoint(self.out_dir / name, {**checkpoint, "best_val_loss": best})
         if saved:
@@ -235,8 +258,9 @@ class CheckpointSaver:
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint whole or not at all: to a temporary file, then to the disk, then under its name.
-    -> whether it could. If not, it prints why, and the file that was there is unchanged."""
+    """Writes a checkpoint whole or not at all: to a temporary file, then to the disk, then under
+    its name. -> whether it could. If not, it prints why, and the file that was there is
+    unchanged."""
     unfinished = Path(f"{path}.unfinished")
     try:
         with open(unfinished, "wb") as file:
@@ -247,15 +271,18 @@ def save_checkpoint(path, checkpoint):
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         unfinished.unlink(missing_ok=True)
-        tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept", file=sys.stderr)
+        tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept",
+                   file=sys.stderr)
         return False
 
 
 def snapshot_to_cpu(checkpoint, buffers, copy=torch.Tensor.copy_):
-    """Copies a checkpoint, so that it can be written while training changes the tensors it was made of.
+    """Copies a checkpoint, so that it can be written while training changes the tensors it was made
+    of.
 
-    buffers: {(address, shape) of a tensor: its copy on the CPU}. The first call fills it and the next ones reuse it:
-    fresh memory costs the system more than the copy. Tied weights share storage, so they are saved once.
+    buffers: {(address, shape) of a tensor: its copy on the CPU}. The first call fills it and the
+    next ones reuse it: fresh memory costs the system more than the copy. Tied weights share
+    storage, so they are saved once.
     """
     if isinstance(checkpoint, dict):
         return {key: snapshot_to_cpu(value, buffers, copy) for key, value in checkpoint.items()}
@@ -271,10 +298,11 @@ def snapshot_to_cpu(checkpoint, buffers, copy=torch.Tensor.copy_):
 
 
 def copy_single_threaded(buffer, tensor):
-    """torch would copy in parallel. In a second thread that starts a second OpenMP pool, which makes all threads sleep
-    between products; small models then run at half speed."""
+    """torch would copy in parallel. In a second thread that starts a second OpenMP pool, which
+    makes all threads sleep between products; small models then run at half speed."""
     np.copyto(buffer.numpy(), tensor.cpu().numpy())
 
 
 def versions():
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__),
+            "numpy": np.__version__}

@@ -1,4 +1,5 @@
-"""What every script shares: the one error that users see, the end of a script, whole files or none."""
+"""What every script shares: the one error that users see, the end of a script, whole files or
+none."""
 
 import argparse
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that the user can mend, explained in one line. It ends a script without a traceback.
+    """Something that the user can mend, explained in one line. It ends a script without a
+    traceback.
 
     exit_code: 2 for a mistake on the command line or in a config file, 1 for anything else.
     each_rank: every rank prints its own; by default only the first rank of a machine does.
@@ -23,15 +25,17 @@ class UserError(Exception):
 
 
 def run_script(main, if_interrupted="stopped", if_failed=""):
-    """Calls main(). Any error that is not a bug ends the process with one line and a non-zero exit code.
+    """Calls main(). Any error that is not a bug ends the process with one line and a non-zero exit
+    code.
 
-    if_interrupted: the line after Ctrl-C; if_failed: what to add when the operating system fails (a full disk, no permission).
+    if_interrupted: the line after Ctrl-C; if_failed: what to add when the operating system fails (a
+    full disk, no permission).
     """
     try:
         main()
     except UserError as error:
         stop(error.exit_code, error, error.each_rank)
-    except BrokenPipeError:  # the reader, such as head, has seen enough; Python must not complain at its last flush
+    except BrokenPipeError:  # the reader, such as head, has seen enough; avoid an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         stop(1, describe(error) + if_failed, each_rank=True)
@@ -51,7 +55,8 @@ def stop(exit_code, message, each_rank):
 
 def argument_parser(description):
     """An ArgumentParser that reports a mistake in one line, with exit code 2."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help\n")
     return parser
 
@@ -71,20 +76,22 @@ def write_atomically(path, text):
 
 
 def load_tensors(path, mmap=False):
-    """What torch.save wrote to a file, tensors on the CPU. Only tensors and plain values are loaded; no code runs.
+    """What torch.save wrote to a file, tensors on the CPU. Only tensors and plain values are
+    loaded; no code runs.
 
     mmap: leave the tensors on disk until they are used. Raises UserError.
     """
     import torch  # here, because the tokenising processes start faster without it
     try:
-        with warnings.catch_warnings(action="ignore"):  # about foreign pickles, which are refused here
+        with warnings.catch_warnings(action="ignore"):  # about foreign pickles, refused here
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except PermissionError:
         raise UserError(f"no permission to read {path}") from None
     except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
-        raise UserError(f"{path} is damaged or no checkpoint of nanolab ({type(error).__name__})") from None
+        raise UserError(f"{path} is damaged or no checkpoint of nanolab "
+                        f"({type(error).__name__})") from None
 
 
 def reachable(host, seconds=1.2):

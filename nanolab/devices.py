@@ -1,4 +1,5 @@
-"""Where a run happens: on which device, in which precision, in how many processes; and how it is asked to stop."""
+"""Where a run happens: on which device, in which precision, in how many processes; and how it is
+asked to stop."""
 
 import ctypes
 import os
@@ -13,7 +14,8 @@ from nanolab.common import UserError
 
 
 def init_distributed(wanted="auto"):
-    """Picks this process's device and joins the other processes if torchrun started it. -> device, rank, world size."""
+    """Picks this process's device and joins the other processes if torchrun started it. -> device,
+    rank, world size."""
     device = pick_device(wanted, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -22,14 +24,16 @@ def init_distributed(wanted="auto"):
     if "RANK" not in os.environ:
         return device, 0, 1
     if device.type == "mps":
-        raise UserError("MPS cannot communicate between processes; start one without torchrun, or use --device=cpu",
-                        each_rank=True)
-    # After a restart, torchrun's store still holds the addresses of the processes that died (torch 2.13, one machine).
-    # A prefix keeps them apart. Several machines do not count restarts alike, so they cannot use it.
+        raise UserError("MPS cannot communicate between processes; start one without torchrun, or "
+                        "use --device=cpu", each_rank=True)
+    # After a restart, torchrun's store still holds the addresses of the processes that died (torch
+    # 2.13, one machine). A prefix keeps them apart. Several machines do not count restarts alike,
+    # so they cannot use it.
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size,
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world_size,
                             device_id=device if device.type == "cuda" else None)
     return device, rank, world_size
 
@@ -40,22 +44,27 @@ def end_distributed():
 
 
 def pick_device(wanted="auto", local_rank=0):
-    """'auto': CUDA, else MPS, else the CPU; or one of the three by name. -> torch.device. Raises UserError."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """'auto': CUDA, else MPS, else the CPU; or one of the three by name. -> torch.device. Raises
+    UserError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
     kind = next(name for name in available if available[name]) if wanted == "auto" else wanted
     if not available[kind]:
-        raise UserError(f"device='{kind}' is not available here; leave it at 'auto' or use --device=cpu", each_rank=True)
+        raise UserError(f"device='{kind}' is not available here; leave it at 'auto' or use "
+                        "--device=cpu", each_rank=True)
     if kind != "cuda":
         return torch.device(kind)
     if local_rank >= torch.cuda.device_count():
         raise UserError(f"process {local_rank} of this machine has no GPU of its own: there are "
-                        f"{torch.cuda.device_count()}; start at most that many with --nproc_per_node", each_rank=True)
+                        f"{torch.cuda.device_count()}; start at most that many with "
+                        "--nproc_per_node", each_rank=True)
     return torch.device("cuda", local_rank)
 
 
 def keep_freed_memory():
-    """Makes glibc keep memory freed in one step for the next. By default it returns large blocks, and the end of its
-    heap, to the system, which hands them out again page by page, filled with zeros."""
+    """Makes glibc keep memory freed in one step for the next. By default it returns large blocks,
+    and the end of its heap, to the system, which hands them out again page by page, filled with
+    zeros."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # a Mac's has not
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -66,12 +75,12 @@ def keep_freed_memory():
 def autocast_dtype(amp, device):
     """The 16-bit type to compute in, or None for float32.
 
-    'auto': bfloat16 on CUDA where supported, float16 on older CUDA, None elsewhere (a CPU without bfloat16 units is
-    about 100 times slower in it).
+    'auto': bfloat16 on CUDA where supported, float16 on older CUDA, None elsewhere (a CPU without
+    bfloat16 units is about 100 times slower in it).
     """
-    if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
-    return {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
+    if amp == "auto" and device.type == "cuda":
+        amp = "bfloat16" if torch.cuda.is_bf16_supported(False) else "float16"
+    return {"auto": None, "off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
 
 
 def autocast(dtype, device):
@@ -102,21 +111,29 @@ def synchronize(device):
 def machine():
     """The name of what a run ran on: its GPUs, or its processor."""
     if torch.cuda.is_available():
-        return f"{dist.get_world_size() if dist.is_initialized() else 1} x {torch.cuda.get_device_name()}"
+        n_gpus = dist.get_world_size() if dist.is_initialized() else 1
+        return f"{n_gpus} x {torch.cuda.get_device_name()}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return f"{next(models, platform.machine())}, {os.cpu_count()} cores"
 
 
+def same_on_all_ranks(value, device):
+    lowest = all_reduce_scalar(dist.ReduceOp.MIN, float(value), device)
+    return lowest == all_reduce_scalar(dist.ReduceOp.MAX, float(value), device)
+
+
 def torchrun_restarted(device):
-    """Whether torchrun restarted this run after a process died. Machines do not count restarts alike."""
+    """Whether torchrun restarted this run after a process died. Machines do not count restarts
+    alike."""
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return bool(all_reduce_scalar(dist.ReduceOp.MAX, float(restarts != "0"), device))
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request to stop after the current step, on which the ranks then agree.
+    """Turns Ctrl-C and SIGTERM into a request to stop after the current step, on which the ranks
+    then agree.
 
     A second Ctrl-C ends the process at once. A repeated SIGTERM is ignored; use SIGKILL.
     """

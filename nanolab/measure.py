@@ -1,4 +1,5 @@
-"""Measuring: the mean loss over part of a data set, and the speed of this machine's matrix products."""
+"""Measuring: the mean loss over part of a data set, and the speed of this machine's matrix
+products."""
 
 import time
 
@@ -11,8 +12,9 @@ from nanolab.kernels import linear
 
 @torch.no_grad()
 def mean_loss(model, dataset, n_windows, batch_size, device, dtype=None, rank=0, world_size=1):
-    """Mean cross-entropy in nats over the first n_windows of a TokenDataset. The processes share the work, and the
-    result does not depend on their number or on batch_size. Draws no random number."""
+    """Mean cross-entropy in nats over the first n_windows of a TokenDataset. The processes share
+    the work, and the result does not depend on their number or on batch_size. Draws no random
+    number."""
     was_training = model.training
     model.eval()
     losses, sizes = [torch.zeros((), device=device)], [0]
@@ -31,8 +33,8 @@ def mean_loss(model, dataset, n_windows, batch_size, device, dtype=None, rank=0,
 
 
 def matmul_peak(device, dtype):
-    """Floating-point operations per second of square matrix products, measured on this device now. MFU is relative to
-    it, so it needs no table of GPUs. Best of 0.5 s, after a warm-up."""
+    """Floating-point operations per second of square matrix products, measured on this device now.
+    MFU is relative to it, so it needs no table of GPUs. Best of 0.5 s, after a warm-up."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype or torch.float32)
 

@@ -27,14 +27,19 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def largest_batch_size(model, dataset, limit, device, dtype):
-    """The largest micro-batch that fits on every device: tries the divisors of `limit`, smallest first.
+def largest_batch_size(model, dataset, global_batch_size, world_size, device, dtype):
+    """The largest micro-batch that fits on every device: tries the divisors of a process's share of
+    the global batch, smallest first.
 
-    limit: one process's sequences of the global batch. The OS overcommits CPU memory, so on a CPU a size that would need
-    more than is free is not tried. Raises UserError.
+    The OS overcommits CPU memory, so on a CPU a size that would need more than is free is not
+    tried. Raises UserError.
     """
+    if global_batch_size % world_size:
+        raise UserError(f"global_batch_size={global_batch_size} is not divisible by {world_size} "
+                        "processes", exit_code=2)
+    share = global_batch_size // world_size
     before, best = peak_memory(device), 0
-    for size in (d for d in range(1, limit + 1) if limit % d == 0):
+    for size in (d for d in range(1, share + 1) if share % d == 0):
         expected = (peak_memory(device) - before) * size / best if best else 0
         fits = device.type != "cpu" or expected < free_memory()
         fits = fits and fits_in_memory(model, dataset, size, device, dtype)
@@ -42,13 +47,14 @@ def largest_batch_size(model, dataset, limit, device, dtype):
             break
         best = size
     if not best:
-        raise UserError("not even batch_size=1 fits in memory; use a smaller model or a smaller --block_size")
+        raise UserError("not even batch_size=1 fits in memory; use a smaller model or a smaller "
+                        "--block_size")
     return best
 
 
 def fits_in_memory(model, dataset, size, device, dtype):
-    """Whether a step of `size` sequences fits. The trial allocates what a real step needs: also AdamW's two moments and,
-    under DDP, the second copy of the gradients in its buckets."""
+    """Whether a step of `size` sequences fits. The trial allocates what a real step needs: also
+    AdamW's two moments and, under DDP, the second copy of the gradients in its buckets."""
     try:
         copies = 3 if dist.is_initialized() else 2
         reserved = [torch.empty_like(p) for p in model.parameters() for _ in range(copies)]
@@ -59,7 +65,7 @@ def fits_in_memory(model, dataset, size, device, dtype):
             loss.backward()
         del reserved
         return True
-    except (RuntimeError, MemoryError, OSError) as error:  # from torch, from numpy, from the token file
+    except (RuntimeError, MemoryError, OSError) as error:  # of torch, numpy, the file
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return False

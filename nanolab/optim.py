@@ -6,11 +6,13 @@ from nanolab.devices import autocast_dtype
 
 
 def make_optimizer(model, config):
-    """AdamW for all parameters; or, with optimizer='muon', Muon for the matrices in the blocks and AdamW for the rest.
+    """AdamW for all parameters; or, with optimizer='muon', Muon for the matrices in the blocks and
+    AdamW for the rest.
 
-    decay='all': every parameter decays, as published; 'matrices': only 2-D weights, not biases and norms.
+    decay='all': every parameter decays, as published; 'matrices': only 2-D weights, not biases and
+    norms.
     """
-    muon_params = {}  # by the number of matrices that one weight holds: Q, K and V; SwiGLU's gate and value
+    muon_params = {}  # by how many matrices one weight holds: Q, K and V; SwiGLU's gate and value
     adamw_decay, adamw_no_decay = [], []
     for name, p in model.named_parameters():
         if config.optimizer == "muon" and name.startswith("blocks.") and p.ndim == 2:
@@ -21,14 +23,15 @@ def make_optimizer(model, config):
             adamw_decay.append(p)
         else:
             adamw_no_decay.append(p)
-    muon_groups = [{"params": params, "n_split": n_split} for n_split, params in muon_params.items()]
+    muon_groups = [{"params": params, "n_split": n} for n, params in muon_params.items()]
     adamw_groups = [{"params": adamw_decay}, {"params": adamw_no_decay, "weight_decay": 0.0}]
     adamw_groups = [group for group in adamw_groups if group["params"]]
     owned = [id(p) for group in (*muon_groups, *adamw_groups) for p in group["params"]]
-    assert sorted(owned) == sorted(id(p) for p in model.parameters()), "each parameter has exactly one owner"
+    all_params = sorted(id(p) for p in model.parameters())
+    assert sorted(owned) == all_params, "each parameter has exactly one owner"
 
-    adamw = torch.optim.AdamW(adamw_groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps,
-                              weight_decay=config.weight_decay, fused=True)
+    adamw = torch.optim.AdamW(adamw_groups, lr=config.learning_rate, eps=config.eps, fused=True,
+                              betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
     if not muon_groups:
         return adamw
     return MuonAdamW(Muon(muon_groups, config.learning_rate, config.weight_decay), adamw)
@@ -61,17 +64,19 @@ class MuonAdamW:
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates each weight matrix by the nearest orthogonal matrix to its Nesterov momentum (Jordan et al., "Muon: An
-    optimizer for hidden layers in neural networks", 2024).
+    """Updates each weight matrix by the nearest orthogonal matrix to its Nesterov momentum (Jordan
+    et al., "Muon: An optimizer for hidden layers in neural networks", 2024).
 
-    The update's root mean square is 0.2 for every shape. That is about AdamW's, so one learning rate and one weight decay
-    serve both (Liu et al., "Muon is scalable for LLM training", 2025). Like torch.optim.Muon with
-    adjust_lr_fn="match_rms_adamw", with two differences: the precision follows the device, and where "n_split" matrices
-    are stacked in one weight, such as Q, K and V, each is orthogonalised by itself.
+    The update's root mean square is 0.2 for every shape. That is about AdamW's, so one learning
+    rate and one weight decay serve both (Liu et al., "Muon is scalable for LLM training", 2025).
+    Like torch.optim.Muon with adjust_lr_fn="match_rms_adamw", with two differences: the precision
+    follows the device, and where "n_split" matrices are stacked in one weight, such as Q, K and V,
+    each is orthogonalised by itself.
     """
 
     def __init__(self, groups, lr, weight_decay, momentum=0.95):
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "n_split": 1})
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
+                                  "n_split": 1})
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -94,15 +99,15 @@ class Muon(torch.optim.Optimizer):
                 stack = torch.stack([directions[i] for i in same])
                 matrices = stack.view(len(same) * group["n_split"], -1, shape[1])
                 scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-                updates = newton_schulz(matrices).reshape(stack.shape)
-                torch._foreach_add_([params[i] for i in same], list(updates), alpha=-group["lr"] * scale)
+                updates = list(newton_schulz(matrices).reshape(stack.shape))
+                torch._foreach_add_([params[i] for i in same], updates, alpha=-group["lr"] * scale)
 
 
 def newton_schulz(matrices):
     """Approximates the orthogonal factor of each matrix: (n, rows, columns), U S V' -> about U V'.
 
-    Five Newton-Schulz iterations with Jordan's coefficients bring the singular values to between 0.7 and 1.2. They run
-    in 16 bits where the device computes in them.
+    Five Newton-Schulz iterations with Jordan's coefficients bring the singular values to between
+    0.7 and 1.2. They run in 16 bits where the device computes in them.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]

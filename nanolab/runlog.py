@@ -1,4 +1,5 @@
-"""What a run reports: log.jsonl, the progress bar, Weights & Biases, loss.png, summary.json; and the clock behind it."""
+"""What a run reports: log.jsonl, the progress bar, Weights & Biases, loss.png, summary.json; and
+the clock behind it."""
 
 import json
 import math
@@ -7,36 +8,51 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch.distributed as dist
 from tqdm import tqdm
 
 from nanolab.checkpoint import versions
 from nanolab.common import UserError, describe, write_atomically
-from nanolab.devices import machine
+from nanolab.devices import all_reduce_scalar, machine
+from nanolab.measure import matmul_peak
 from nanolab.memory import peak_memory
 from nanolab.plots import plot_run
 
 
 class RunLog:
-    """Records steps and validations, and keeps the run's clock. Only rank 0's is enabled; the others write nothing.
+    """Records steps and validations, and keeps the run's clock. Only rank 0's is enabled; the
+    others write nothing.
 
     As a context manager it closes the bar and the files, however the run ends.
     """
 
-    def __init__(self, config, state, max_steps, device, flops_per_token, peak_flops, enabled):
-        self.config, self.state, self.max_steps, self.device, self.enabled = config, state, max_steps, device, enabled
+    def __init__(self, config, state, max_steps, model, device, dtype, rank):
+        self.config, self.state, self.max_steps, self.device = config, state, max_steps, device
+        self.enabled = rank == 0
         self.out_dir = Path(config.out_dir)
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.tokens_per_step = config.global_batch_size * config.block_size
-        self.tracker = start_wandb(config, self.out_dir / "wandb_id", state.step > 0) if enabled and config.wandb else None
-        if enabled and config.save_weights:  # eval.py recognises a run by it
-            write_atomically(self.out_dir / "config.json", json.dumps(vars(config), indent=1) + "\n")
-        self.file = open_log(self.out_dir / "log.jsonl", state.step) if enabled else None
-        self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not enabled,
+        self.flops_per_token = model.flops_per_token()
+        self.peak_flops = all_reduce_scalar(dist.ReduceOp.SUM, matmul_peak(device, dtype), device)
+        self.tracker = self.file = None
+        if self.enabled:
+            self.open_files()
+        self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not self.enabled,
                         mininterval=0.5 if sys.stderr.isatty() else 10.0)
         self.first_step = state.step
         self.seconds_before, self.started = state.seconds, time.perf_counter()
-        self.clock = self.plotted = self.started  # when the last step ended; when loss.png was drawn
+        self.clock = self.started  # when the last step ended
+        self.plotted = self.started  # when loss.png was drawn
         self.tokens_since_line, self.seconds_since_line, self.overhead = 0, 0.0, 0.0
+
+    def open_files(self):
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        if self.config.wandb:
+            id_file, resumed = self.out_dir / "wandb_id", self.state.step > 0
+            self.tracker = start_wandb(self.config, id_file, resumed)
+        if self.config.save_weights:  # eval.py recognises a run by its config.json
+            text = json.dumps(vars(self.config), indent=1) + "\n"
+            write_atomically(self.out_dir / "config.json", text)
+        self.file = open_log(self.out_dir / "log.jsonl", self.state.step)
 
     def __enter__(self):
         return self
@@ -44,11 +60,12 @@ class RunLog:
     def __exit__(self, *error):
         self.bar.close()
         if self.file:
-            with suppress(OSError):  # a full disk, which was reported when a line could not be written
+            with suppress(OSError):  # a full disk; write() has reported it
                 self.file.close()
 
     def timed(self, batches):
-        """The same batches. Their reading counts as time outside forward, backward and optimizer."""
+        """The same batches. Their reading counts as time outside forward, backward and
+        optimizer."""
         while True:
             start = time.perf_counter()
             batch = next(batches)
@@ -71,9 +88,11 @@ class RunLog:
         if (state.step - 1) % self.config.log_every == 0 or state.step == self.max_steps:
             rate = self.tokens_since_line / self.seconds_since_line
             self.tokens_since_line, self.seconds_since_line = 0, 0.0
-            self.write({"step": state.step - 1, "tokens": state.tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm,
-                        "clipped": clipped, "skipped": skipped, "tokens_per_second": rate,
-                        "mfu": rate * self.flops_per_token / self.peak_flops, "seconds": state.seconds})
+            self.write({"step": state.step - 1, "tokens": state.tokens, "loss": loss, "lr": lr,
+                        "grad_norm": grad_norm, "clipped": clipped, "skipped": skipped,
+                        "tokens_per_second": rate,
+                        "mfu": rate * self.flops_per_token / self.peak_flops,
+                        "seconds": state.seconds})
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update()
         self.overhead = time.perf_counter() - now
@@ -95,12 +114,15 @@ class RunLog:
     def write(self, entry):
         if not self.enabled:
             return
+        line = json.dumps({key: finite_or_none(value) for key, value in entry.items()}) + "\n"
         try:
-            self.file.write(json.dumps({key: finite_or_none(value) for key, value in entry.items()}) + "\n")
+            self.file.write(line)
         except OSError as error:  # a full disk; the line stays in the buffer and is tried again
-            tqdm.write(f"could not write {self.out_dir / 'log.jsonl'} ({describe(error)})", file=sys.stderr)
+            tqdm.write(f"could not write {self.out_dir / 'log.jsonl'} ({describe(error)})",
+                       file=sys.stderr)
         if self.tracker:
-            self.tracker.log({key: value for key, value in entry.items() if key != "step"}, step=entry["step"])
+            values = {key: value for key, value in entry.items() if key != "step"}
+            self.tracker.log(values, step=entry["step"])
 
     def write_summary(self):
         if not self.enabled:
@@ -109,12 +131,13 @@ class RunLog:
         state = self.state
         write_atomically(self.out_dir / "summary.json", json.dumps({
             "name": self.config.name, "steps": state.step, "tokens": state.tokens,
-            "final_val_loss": finite_or_none(state.val_loss), "best_val_loss": finite_or_none(state.best_val_loss),
+            "final_val_loss": finite_or_none(state.val_loss),
+            "best_val_loss": finite_or_none(state.best_val_loss),
             "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
             "tokens_per_second": round(state.tokens_per_second(), 1),
             "peak_memory_mb": round(peak_memory(self.device) / 2**20),
-            "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2), "machine": machine(),
-            "versions": versions()}, indent=1) + "\n")
+            "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
+            "machine": machine(), "versions": versions()}, indent=1) + "\n")
 
     def plot(self):
         """Draws loss.png: at the end, and else at most once a minute."""
@@ -124,7 +147,8 @@ class RunLog:
             try:
                 plot_run(self.out_dir / "log.jsonl", self.out_dir / "loss.png", self.config)
             except OSError as error:
-                tqdm.write(f"could not write {self.out_dir / 'loss.png'} ({describe(error)})", file=sys.stderr)
+                tqdm.write(f"could not write {self.out_dir / 'loss.png'} ({describe(error)})",
+                           file=sys.stderr)
 
     def finish(self):
         """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
@@ -133,8 +157,8 @@ class RunLog:
         self.bar.close()
         state, out_dir = self.state, self.out_dir
         if state.step < self.max_steps:
-            saved = " and saved; the same command with --resume continues from here" if self.config.save_weights else ""
-            print(f"stopped after step {state.step - 1:,}{saved}")
+            saved = " and saved; the same command with --resume continues from here"
+            print(f"stopped after step {state.step - 1:,}{saved * self.config.save_weights}")
             if self.tracker:
                 self.tracker.finish()
             return
@@ -142,21 +166,22 @@ class RunLog:
             finish_wandb(self.tracker, out_dir)
         rate = state.tokens_per_second()
         flops = rate * self.flops_per_token
-        overhead = "" if not state.timed_seconds else (
-            f"; {state.timed_outside / state.timed_seconds:.2%} of the time outside forward, backward and optimizer "
-            "(data, log)")
-        print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the {self.peak_flops / 1e9:,.1f} of matrix "
-              f"products here ({flops / self.peak_flops:.1%}); peak memory {peak_memory(self.device) / 2**20:,.0f} MB"
-              f"{overhead}")
+        overhead = state.timed_outside / (state.timed_seconds or state.seconds)
+        print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
+              f"{self.peak_flops / 1e9:,.1f} of matrix products here "
+              f"({flops / self.peak_flops:.1%}); peak memory {peak_memory(self.device) / 2**20:,.0f} MB; {overhead:.2%} of the time "
+              "outside forward, backward and optimiser (data, log)")
         if self.config.save_weights:
             ckpt = "" if str(out_dir) == "out" else f" --ckpt {out_dir / 'best.pt'}"
-            print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s; validation loss {state.val_loss:.4f}, "
-                  f"best {state.best_val_loss:.4f}\n"
-                  f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n        python sample.py{ckpt}")
+            print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s; validation loss "
+                  f"{state.val_loss:.4f}, best {state.best_val_loss:.4f}\n"
+                  f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n"
+                  f"        python sample.py{ckpt}")
 
 
 def open_log(path, step):
-    """log.jsonl, open for more lines, without those that a killed run wrote after its last checkpoint, at `step`."""
+    """log.jsonl, open for more lines, without those that a killed run wrote after its last
+    checkpoint, at `step`."""
     lines = []
     if step and path.exists():
         for line in path.read_text().splitlines():
@@ -176,18 +201,21 @@ def finite_or_none(value):
 
 
 def start_wandb(config, id_file, resumed):
-    """The Weights & Biases run to log to. A resumed run continues its own, whose id is in id_file. Raises UserError."""
+    """The Weights & Biases run to log to. A resumed run continues its own, whose id is in id_file.
+    Raises UserError."""
     try:
-        from wandb import init  # not `import wandb`: any folder of that name, such as wandb's own output, satisfies that
+        from wandb import init  # `import wandb` would find wandb's own output folder
     except ImportError:
-        raise UserError(f"wandb={config.wandb!r}: the package is not installed; pip install wandb", exit_code=2) from None
+        raise UserError(f"wandb={config.wandb!r}: the package is not installed; pip install wandb",
+                        exit_code=2) from None
     run_id = id_file.read_text() if resumed and id_file.exists() else None
     try:
-        tracker = init(project=config.wandb, name=config.name, config=vars(config), id=run_id, resume="allow",
-                       allow_val_change=True)
+        tracker = init(project=config.wandb, name=config.name, config=vars(config), id=run_id,
+                       resume="allow", allow_val_change=True)
     except Exception as error:  # network or account problems, in many classes
-        raise UserError(f"Weights & Biases did not start ({str(error).strip().splitlines()[0]}); run `wandb login` first, "
-                        "set WANDB_MODE=offline, or leave out --wandb") from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"Weights & Biases did not start ({reason}); run `wandb login` first, set "
+                        "WANDB_MODE=offline, or leave out --wandb") from None
     write_atomically(id_file, tracker.id)
     return tracker
 
