@@ -1,6 +1,7 @@
-# The best published stack, as run on eight rented A100s: gradient clipping, no dropout, less weight decay, and a higher
-# learning rate with warm-up and cosine. Published test loss 3.577761 against the baseline's 3.691526, one run each
-# (Giles Thomas, "Writing an LLM from scratch", part 32j, 2026; 3 h 11 min on 8x A100 40 GB).
+# The best published stack, as run on eight rented A100s: gradient clipping, no dropout, less weight
+# decay, and a higher learning rate with warm-up and cosine. Published test loss 3.577761 against
+# the baseline's 3.691526, one run each (Giles Thomas, "Writing an LLM from scratch", part 32j,
+# 2026; 3 h 11 min on 8x A100 40 GB).
 #
 #     torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
 

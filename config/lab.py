@@ -1,5 +1,6 @@
-# The small CPU study: every intervention on a 4 x 128 byte-level model of Python's own library, in about a minute on one
-# core. It sets the shape and the budget only; all else is the baseline's, so that config/interventions/ stack on it:
+# The small CPU study: every intervention on a 4 x 128 byte-level model of Python's own library, in
+# about a minute on one core. It sets the shape and the budget only; all else is the baseline's, so
+# that config/interventions/ stack on it:
 #
 #     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
 

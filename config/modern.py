@@ -1,6 +1,7 @@
-# The best published stack (config/cloud.py: clip 3.5, no dropout, weight decay 0.01, warm-up and cosine) with what helped in the
-# lab on top (README, "Beyond 2019"): Muon, rotary positions, normalised queries and keys. It stacks on a shape and a budget; 8e-3
-# is the lab's learning rate for Muon:
+# The best published stack (config/cloud.py: clip 3.5, no dropout, weight decay 0.01, warm-up and
+# cosine) with what helped in the lab on top (docs/results.md): Muon, rotary positions,
+# normalised queries and keys. It stacks on a shape and a budget; 8e-3 is the lab's learning rate
+# for Muon:
 #
 #     python train.py config/lab.py config/modern.py --batch_size=8 --learning_rate=8e-3 --out_dir=out/lab/modern/42
 

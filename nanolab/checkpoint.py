@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from config import ARCHITECTURE_OPTIONS, OPTIONS, RESUME_MAY_CHANGE, GPTConfig, config_error
 from nanolab.common import UserError, describe, load_tensors
+from nanolab.devices import print0
 from nanolab.huggingface import OPENAI_REVISIONS, download_openai, read_hugging_face
 
 CHECKPOINT_FORMAT = 1
@@ -76,12 +77,14 @@ class Start:
         """Loads what there is. -> the RunState to go on from."""
         if self.weights:
             model.load_weights(self.weights)
+            print0(f"start:  from the weights of {self.weights['path']}")
         if not self.resumed:
             return RunState()
         model.load_state_dict(self.resumed["model"])
         optimizer.load_state_dict(self.resumed["optimizer"])
         if self.resumed["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(self.resumed["scaler"])
+        print0(f"resume: at step {self.resumed['step']:,}")
         known = [key for key in vars(RunState()) if key in self.resumed]
         return RunState(**{key: self.resumed[key] for key in known})
 

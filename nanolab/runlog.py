@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -33,6 +34,8 @@ class RunLog:
         self.tokens_per_step = config.global_batch_size * config.block_size
         self.flops_per_token = model.flops_per_token()
         self.peak_flops = all_reduce_scalar(dist.ReduceOp.SUM, matmul_peak(device, dtype), device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # from here on, the training's own
         self.tracker = self.file = None
         if self.enabled:
             self.open_files()
@@ -169,8 +172,9 @@ class RunLog:
         overhead = state.timed_outside / (state.timed_seconds or state.seconds)
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
               f"{self.peak_flops / 1e9:,.1f} of matrix products here "
-              f"({flops / self.peak_flops:.1%}); peak memory {peak_memory(self.device) / 2**20:,.0f} MB; {overhead:.2%} of the time "
-              "outside forward, backward and optimiser (data, log)")
+              f"({flops / self.peak_flops:.1%}); peak memory "
+              f"{peak_memory(self.device) / 2**20:,.0f} MB; {overhead:.2%} of the time outside "
+              "forward, backward and optimiser (data, log)")
         if self.config.save_weights:
             ckpt = "" if str(out_dir) == "out" else f" --ckpt {out_dir / 'best.pt'}"
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s; validation loss "

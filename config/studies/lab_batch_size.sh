@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Global batches of 2 to 64 sequences at equal tokens and the baseline's learning rate: two seeds
+# each, and for size 8 lab.sh's five baselines. 10 more runs, 10 minutes of training on 2 cores of
+# an AMD EPYC. Writes out/lab_batch, out/lab_batch_size.json and .png; prints the fit.
+set -euo pipefail
+export OMP_NUM_THREADS=1
+
+study() {
+  for seed in 1 2 3 4 5; do
+    echo config/lab.py --seed=$seed --out_dir=out/lab/baseline/$seed
+  done
+  for seed in 1 2; do
+    for size in 2 4 16 32 64; do
+      echo config/lab.py --global_batch_size=$size --batch_size=$size --seed=$seed \
+           --out_dir=out/lab_batch/$size/$seed
+    done
+  done
+}
+
+study | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
+python eval.py --ckpt 'out/lab/baseline/*/best.pt' 'out/lab_batch/*/*/best.pt' --fit_batch_size \
+  --json out/lab_batch_size.json --plot out/lab_batch_size.png
