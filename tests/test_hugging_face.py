@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL, call, equal_weights, losses, run_main
+from conftest import SMALL, assert_same_logits, call, equal_weights, losses, run_main
 from torch import nn
 
 import config
@@ -42,15 +42,6 @@ def make_hf_model(folder, scale=0.5, **options):
 def read_hf_model(folder):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def assert_same_logits(model, hf_model):
-    size = (3, model.config.block_size)
-    generator = torch.Generator().manual_seed(2)
-    tokens = torch.randint(model.config.vocab_size, size, generator=generator)
-    with torch.no_grad():
-        expected = hf_model(tokens).logits
-        assert expected.std() > 0.3 and (model(tokens) - expected).abs().max() < 1e-4
 
 
 def to_old_file(folder):
@@ -236,7 +227,9 @@ def test_export_of_bytes(tmp_path, small_run, capsys):
                                                         "model.safetensors", "README.md"}
     assert "no tokenizer files" in (folder / "README.md").read_text()
     run_code_of_card(folder, capsys)
-    assert_same_logits(GPT.from_checkpoint(run / "best.pt"), read_hf_model(folder))
+    hf_model = read_hf_model(folder)
+    assert_same_logits(GPT.from_checkpoint(run / "best.pt"), hf_model)
+    assert hf_model.config.eos_token_id == hf_model.generation_config.eos_token_id == 256
     back, ours = read_checkpoint(folder), read_checkpoint(run / "best.pt")
     assert (back["tokenizer"], back["config"]["tie_weights"]) == ("bytes", True)
     assert all(torch.equal(back["model"][name], tensor) for name, tensor in ours["model"].items())
@@ -252,6 +245,8 @@ def test_export_refuses_what_gpt2_lacks(tmp_path, small_run):
     with pytest.raises(UserError, match="rotary=True, which transformers' GPT-2"):
         export(checkpoint, model, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+    with pytest.raises(UserError, match="is there and not empty"):
+        export(checkpoint, model, tmp_path / "run")
 
 
 def test_start_from_weights(tmp_path, data_dir):

@@ -10,8 +10,8 @@ from conftest import HERE, SMALL
 
 from nanolab.checkpoint import read_checkpoint
 
-HEADING = "    # --- interventions\n"  # in GPTConfig
 NEW_OPTION = '    rotary: bool = option(False, "a throw-away flag")\n'
+ITS_NEIGHBOUR = "    qkv_bias: bool"  # in GPTConfig
 
 RUN_SCRIPTS = """
 import contextlib, io, json, runpy, sys
@@ -37,8 +37,9 @@ def copy(tmp_path):
     for script in HERE.glob("*.py"):
         shutil.copy(script, folder)
     path = folder / "config" / "__init__.py"
-    assert path.read_text().count(HEADING) == 1
-    path.write_text(path.read_text().replace(HEADING, HEADING + NEW_OPTION))
+    text = path.read_text()
+    assert text.count(ITS_NEIGHBOUR) == 1
+    path.write_text(text.replace(ITS_NEIGHBOUR, NEW_OPTION + ITS_NEIGHBOUR))
     return folder
 
 
