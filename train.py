@@ -77,10 +77,10 @@ def train(config):
     parameters = list(model.parameters())
     skipped_in_a_row = 0
     batches = log.timed(micro_batches(train_data, config, state.step, rank, world_size, device))
-    inputs, targets = next(batches)
 
     model.train()
     with saver, log:
+        inputs, targets = next(batches)
         for step in range(state.step, max_steps):
             lr = learning_rate_at(step, max_steps, config)
             for group in optimizer.param_groups:

@@ -1,0 +1,25 @@
+"""The first minute without data or GPU, and the learning-rate schedule of the quickstart as it is logged."""
+
+import pytest
+import torch
+
+from conftest import call
+from nanolab.logfile import read_log
+
+
+def test_quickstart_schedule(tmp_path, data_dir):
+    """Shortened, the quickstart still warms up and ends at a tenth of its peak rate."""
+    result = call("train.py", "config/quickstart.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out",
+                  "--max_steps=200", "--eval_every=100", "--eval_tokens=4096", "--device=cpu")
+    assert result.returncode == 0, result.stderr
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert made == {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "summary.json"}
+    log = read_log(tmp_path / "out" / "log.jsonl")[0]
+    assert log[-1]["loss"] < 3 and log[-1]["lr"] == pytest.approx(log[11]["lr"] * 0.1, rel=0.2)
+
+
+def test_3090_config_without_data_or_gpu(tmp_path):
+    result = call("train.py", "config/local_3090.py", f"--data_dir={tmp_path}", "--device=cpu")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "python prepare.py fineweb" in result.stderr
+    if not torch.backends.mps.is_available():
+        assert "falling back to the CPU" in call("train.py", "config/local_3090.py", f"--data_dir={tmp_path}").stdout
