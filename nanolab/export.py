@@ -92,56 +92,16 @@ def tokenizer_files(tokenizer, block_size):
 def model_card(checkpoint, model, title):
     """README.md: how the weights were made, from the checkpoint and the files beside it."""
     config, path = checkpoint["config"], Path(checkpoint["path"])
-    tokenizer, val_loss = checkpoint["tokenizer"], checkpoint["best_val_loss"]
-    facts = {
-        "data": f"`{config['dataset']}`, tokenizer {tokenizer}; "
-                f"sha256 of the training split {checkpoint['data_sha256']}",
-        "training": f"{checkpoint['step']:,} steps of {config['global_batch_size']} x "
-                    f"{config['block_size']:,} tokens, {checkpoint['tokens']:,} tokens",
-        "validation loss": f"{val_loss:.6f} nats per token, the lowest of the run up to this step"
-                           if math.isfinite(val_loss) else "not measured up to this step",
-        "test loss": saved_test_losses(path),
-        "seeds": ", ".join(f"{key} {config[key]}" for key in SEEDS),
-        "time": f"{checkpoint['seconds'] / 3600:.2f} hours up to this step",
-        "whole run": whole_run(path),
-        "versions": ", ".join(map(" ".join, checkpoint["versions"].items()))}
-    return CARD.format(
-        title=title, n_params=model.num_params(), name=config["name"],
-        usage=USAGE[tokenizer].format(length=min(config["block_size"], 50)),
-        facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
-        options="\n".join(f"{key} = {value!r}" for key, value in config.items()
-                          if key not in ("out_dir", "data_dir")))
-
-
-def saved_test_losses(path):
-    """From eval.py's file beside the checkpoint, if it is about the checkpoint as it is now."""
-    saved = read_json(path.with_suffix(".test.json"), "checkpoint_sha256", "results")
-    with open(path, "rb") as file:
-        if saved.get("checkpoint_sha256") != hashlib.file_digest(file, "sha256").hexdigest():
-            return "not measured (run eval.py before the export)"
-    return "; ".join(f"{test['test_loss']:.6f} nats per token, on {test['tokens']:,} tokens of "
-                     f"`{test['dataset']}`, amp {test['amp']}" for test in saved["results"])
-
-
-def whole_run(path):
-    run = read_json(path.with_name("summary.json"),
-                    "machine", "tokens_per_second", "peak_memory_mb", "cost")
-    if not run:
-        return "not recorded: there is no summary.json"
-    return (f"{run['machine']}, {run['tokens_per_second']:,} tokens/s, "
-            f"{run['peak_memory_mb']:,} MB, ${run['cost']:.2f}")
-
-
-def read_json(path, *keys):
-    """A JSON object that has these keys; {} if the file is missing, damaged or another."""
-    try:
-        content = json.loads(path.read_text())
-        return content if set(keys) <= content.keys() else {}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-CARD = """---
+    usage = USAGE[checkpoint["tokenizer"]].format(length=min(config["block_size"], 50))
+    training = (f"{checkpoint['step']:,} steps of {config['global_batch_size']} x "
+                f"{config['block_size']:,} tokens, {checkpoint['tokens']:,} tokens")
+    val_loss = checkpoint["best_val_loss"]
+    val_loss = f"{val_loss:.6f} nats per token" if math.isfinite(val_loss) else "not measured"
+    seeds = ", ".join(f"{key} {config[key]}" for key in SEEDS)
+    versions = ", ".join(map(" ".join, checkpoint["versions"].items()))
+    options = "\n".join(f"{key} = {value!r}" for key, value in config.items()
+                        if key not in ("out_dir", "data_dir"))
+    return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2, nanolab]
@@ -149,19 +109,50 @@ tags: [gpt2, nanolab]
 
 # {title}
 
-A GPT-2 of {n_params:,} parameters, trained with nanolab as the run `{name}`. It continues text; it
-follows no instructions.
+A GPT-2 of {model.num_params():,} parameters, trained with nanolab as the run `{config["name"]}`.
+It continues text; it follows no instructions.
 
 {usage}
 
 | | |
 | --- | --- |
-{facts}
+| data | `{config["dataset"]}`, tokenizer {checkpoint["tokenizer"]} |
+| sha256 of train.bin | {checkpoint["data_sha256"]} |
+| training | {training} in {checkpoint["seconds"] / 3600:.2f} hours |
+| best validation loss | {val_loss} |
+| test loss | {saved_test_losses(path)} |
+| whole run | {machine_and_cost(path)} |
+| seeds | {seeds} |
+| versions | {versions} |
 
 ```python
 {options}
 ```
 """
+
+
+def saved_test_losses(path):
+    """From eval.py's file beside the checkpoint, if it is about the checkpoint as it is now."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    form = "{test_loss:.6f} nats per token, on {tokens:,} tokens of `{dataset}`, amp {amp}"
+    try:
+        saved = json.loads(path.with_suffix(".test.json").read_text())
+        if saved["checkpoint_sha256"] == sha256:
+            return "; ".join(form.format(**result) for result in saved["results"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # missing, or damaged
+    return "not measured (run eval.py before the export)"
+
+
+def machine_and_cost(path):
+    """From summary.json, which a run writes at its end."""
+    form = "{machine}, {tokens_per_second:,} tokens/s, {peak_memory_mb:,} MB, ${cost:.2f}"
+    try:
+        return form.format(**json.loads(path.with_name("summary.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or damaged
+        return "not recorded"
+
 
 USAGE = {"gpt2": """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
