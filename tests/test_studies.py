@@ -1,0 +1,93 @@
+"""The runs in config/results/ are those of the commands in config/studies/."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+import eval as evaluation
+from conftest import HERE
+from nanolab.study import find_runs
+from nanolab.tokenizer import get_tokenizer
+
+STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh"))
+RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
+           "modern": ["modern"], "modern_core": ["modern_core"],
+           "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
+                            "modern_wide_half"]}
+
+# Instead of Python: writes its command line down.
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >> "$COMMAND_LINES"
+"""
+
+
+def command_lines(study, folder):
+    """What a study's script runs. -> (command lines of train.py, command lines of eval.py)."""
+    fake = folder / "bin/python"
+    fake.parent.mkdir()
+    fake.write_text(FAKE_PYTHON)
+    fake.chmod(0o755)
+    env = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}",
+           "COMMAND_LINES": str(folder / "commands")}
+    subprocess.run(["bash", f"config/studies/{study}.sh"], cwd=HERE, env=env, check=True,
+                   stdout=subprocess.DEVNULL, timeout=60)
+    lines = [line.split() for line in (folder / "commands").read_text().splitlines()]
+    scripts = {line[0] for line in lines}
+    assert scripts == {"train.py", "eval.py"}
+    return ([line[1:] for line in lines if line[0] == "train.py"],
+            [line[1:] for line in lines if line[0] == "eval.py"])
+
+
+def experiment(options):
+    """What tells one run of a study from another, to compare and to sort by."""
+    compared = set(config.OPTIONS) - config.RESUME_MAY_CHANGE | {"name", "seed"}
+    options = {key: options[key] for key in compared}
+    options["vocab_size"] = options["vocab_size"] or get_tokenizer("bytes").n_vocab
+    return json.dumps(options, sort_keys=True)
+
+
+def recorded_experiment(run):
+    defaults = {key: option.default for key, option in config.OPTIONS.items()}
+    return experiment({**defaults, **run["config"], "name": run["name"]})
+
+
+def test_each_result_has_its_study():
+    assert sorted(RESULTS) == STUDIES
+    files = [path.stem for path in (HERE / "config/results").glob("*.json")]
+    assert sorted(files) == sorted(name for names in RESULTS.values() for name in names)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="the studies are scripts for bash")
+@pytest.mark.parametrize("study", STUDIES)
+def test_study_makes_its_results(study, tmp_path, monkeypatch):
+    """A study trains the runs of its results, with equal options, and its tables gather them all."""
+    train_commands, eval_commands = command_lines(study, tmp_path)
+    runs = {}
+    monkeypatch.chdir(HERE)  # where the config files are
+    for argv in train_commands:
+        options = config.load(argv)
+        assert options.resume and options.out_dir not in runs
+        runs[options.out_dir] = experiment(vars(options))
+
+    monkeypatch.chdir(tmp_path)
+    for folder in runs:  # as finished runs leave them
+        Path(folder).mkdir(parents=True)
+        for name in ("config.json", "best.pt", "summary.json"):
+            Path(folder, name).touch()
+    gathered = {}
+    for argv in eval_commands:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+        args = evaluation.parse_arguments()
+        checkpoints, results_files, unfinished = find_runs(args.ckpt)
+        assert not results_files and not unfinished
+        gathered[Path(args.json).stem] = [runs[os.path.dirname(path)] for path in checkpoints]
+    assert sorted(gathered) == sorted(RESULTS[study])
+    for name, found in gathered.items():
+        recorded = json.loads((HERE / f"config/results/{name}.json").read_text())["runs"]
+        assert sorted(found) == sorted(map(recorded_experiment, recorded)), name
