@@ -1,0 +1,388 @@
+"""Data sets: what prepare.py makes of text, and the batches that training reads from it."""
+
+import hashlib
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import prepare
+import train
+from conftest import (HERE, SMALL, call, losses, no_file_larger_than, run_main, stop_after,
+                      write_texts)
+from nanolab import common, corpus, token_files, tokenizer
+from nanolab.checkpoint import read_checkpoint
+from nanolab.common import UserError, run_script
+from nanolab.corpus import own_files
+from nanolab.data import TokenDataset, window_ids
+from nanolab.token_files import UNFINISHED, DatasetWriter, read_meta
+from nanolab.tokenizer import encode, get_tokenizer
+
+SPLITS = ("train", "val", "test")
+
+
+def read_split(data_dir, name, split):
+    """The documents of a split, as text."""
+    meta = read_meta(data_dir, name)
+    tokens = np.fromfile(pathlib.Path(data_dir, name, f"{split}.bin"), meta["dtype"])
+    ends = np.flatnonzero(tokens == meta["eot_id"])
+    assert ends[-1] == len(tokens) - 1, "an end-of-text token closes every document"
+    decode = get_tokenizer(meta["tokenizer"]).decode
+    return [decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
+
+
+def read_bytes(folder):
+    return {split: (folder / f"{split}.bin").read_bytes() for split in SPLITS}
+
+
+# Own text
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_own_text_round_trip(tmp_path, tokenizer):
+    """All documents come back, none twice, split by their text and not by the order of files."""
+    rows = write_texts(tmp_path / "one", "abcd")
+    write_texts(tmp_path / "two", "dcba")
+    for name in ("one", "two"):
+        result = call("prepare.py", tmp_path / name, f"--data_dir={tmp_path}/data",
+                      f"--tokenizer={tokenizer}")
+        assert result.returncode == 0, result.stderr
+    one, two = ({split: read_split(tmp_path / "data", name, split) for split in SPLITS}
+                for name in ("one", "two"))
+    assert sorted(one["train"] + one["val"] + one["test"]) == sorted(rows)
+    assert all(one[split] and sorted(one[split]) == sorted(two[split]) for split in SPLITS)
+    by_hash = sorted(rows, key=lambda row: hashlib.blake2b(row.encode(), digest_size=8).digest())
+    assert (one["test"], one["val"]) == (by_hash[:1], by_hash[1:2]), "1 %, at least one"
+    meta = read_meta(tmp_path / "data", "one")
+    n_bytes = sum(facts["bytes"] for facts in meta["splits"].values())
+    assert n_bytes == sum(len(row.encode()) for row in rows)
+
+
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
+    write_texts(tmp_path / "mine", "abcd")
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 300)  # 20 shards
+    for workers in (1, 3):
+        prepare.prepare_text(own_files(tmp_path / "mine"), tmp_path / f"{workers}", "gpt2", "text",
+                             workers, "mine")
+    assert read_bytes(tmp_path / "1") == read_bytes(tmp_path / "3")
+
+
+def test_tokenising_processes_do_not_load_torch():
+    """They import prepare.py and what it imports: with torch, each would start seconds later."""
+    command = "import sys, prepare; print({'torch', 'pyarrow', 'datasets'} & set(sys.modules))"
+    assert call("-c", command).stdout == "set()\n"
+
+
+def test_a_line_of_100_megabytes_is_cut(tmp_path):
+    """A text without line ends is cut where it must be, and comes back whole."""
+    text = " ".join(map(str, range(11_000_000, 22_200_000)))[:100_000_000]
+    (tmp_path / "long.txt").write_text(text)
+    files = own_files(tmp_path / "long.txt")
+    prepare.prepare_text(files, tmp_path / "long", "bytes", "text", 1, "long")
+    splits = read_meta(tmp_path, "long")["splits"]
+    assert sum(facts["bytes"] for facts in splits.values()) == 100_000_000
+    assert splits["test"]["documents"] > 0
+    assert all(1_000_000 <= splits[split]["bytes"] < 3_100_000 for split in ("val", "test"))
+
+
+def test_two_at_once_make_one_data_set(tmp_path):
+    """Of two processes that make the same data set, one waits for the other and finds it made."""
+    write_texts(tmp_path / "mine", "abcd")
+    command = [sys.executable, "prepare.py", str(tmp_path / "mine"), f"--data_dir={tmp_path}/data",
+               "--tokenizer=bytes"]
+    both = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+            for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("is there already" in output for output in outputs) == 1
+
+
+def test_full_disk_and_kill_in_prepare(tmp_path, monkeypatch):
+    """Whatever stops prepare.py, it keeps what is done and then makes the bytes of a whole run."""
+    rows = write_texts(tmp_path / "mine", "abcd")
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 500)
+    files = own_files(tmp_path / "mine")
+
+    def make(name):
+        prepare.prepare_text(files, tmp_path / name, "bytes", "text", 1, "mine")
+
+    make("whole")
+    size = (tmp_path / "whole" / "train.bin").stat().st_size
+    with no_file_larger_than(size // 2), pytest.raises(OSError):
+        make("full")
+    progress = json.loads((tmp_path / "full" / UNFINISHED / "progress.json").read_text())
+    assert progress["n_shards"]["text"] > 0 and not (tmp_path / "full" / "meta.json").exists()
+
+    names = ["full"]
+    for owner, function, calls in (
+            (token_files, "encode", 20), (prepare, "choose_hash_limits", 0),
+            (DatasetWriter, "append", 7), (token_files, "write_atomically", 3),
+            (DatasetWriter, "finish", 0), (token_files, "count_tokens", 1)):
+        names.append(f"killed in {function}")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, function, stop_after(getattr(owner, function), calls))
+            make(names[-1])
+    tokenised = []
+    monkeypatch.setattr(token_files, "encode",
+                        lambda tokenizer, text: tokenised.append(text) or encode(tokenizer, text))
+    make("killed in encode")
+    assert len(rows) - 20 <= len(tokenised) < len(rows), "finished shards are not tokenised again"
+    tokenised.clear()
+    for name in names:
+        make(name)
+    assert not tokenised
+    for name in names:
+        assert read_bytes(tmp_path / name) == read_bytes(tmp_path / "whole")
+        left = sorted(file.name for file in (tmp_path / name).iterdir())
+        assert left == ["meta.json", "test.bin", "train.bin", "val.bin"]
+    splits = read_meta(tmp_path, "full")["splits"]
+    assert sum(facts["documents"] for facts in splits.values()) == len(rows)
+
+
+def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
+    """Before anything is tokenised."""
+    write_texts(tmp_path / "mine", "abcd")
+    monkeypatch.setattr(token_files.shutil, "disk_usage",
+                        lambda folder: types.SimpleNamespace(free=999))
+    monkeypatch.setattr(token_files, "encode", None)
+    with pytest.raises(UserError, match="its disk has 0 MB free"):
+        prepare.prepare_text(own_files(tmp_path / "mine"), tmp_path / "made", "bytes", "text", 1,
+                             "mine")
+
+
+# FineWeb
+
+
+@pytest.fixture(scope="session")
+def fineweb_copy(tmp_path_factory):
+    """A folder in FineWeb's layout, 400 rows in 2 files. -> folder, rows."""
+    from pyarrow import Table
+    from pyarrow.parquet import write_table
+    folder = tmp_path_factory.mktemp("hub") / "HuggingFaceFW" / "fineweb"
+    (folder / "sample" / "10BT").mkdir(parents=True)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n"
+                                      "  - split: train\n    path: sample/10BT/*.parquet\n---\n")
+    rows = [f"Row {i} says that {i} times {i} is {i * i}." for i in range(400)]
+    for i in range(2):
+        columns = {"text": rows[200 * i:200 * (i + 1)], "id": list(range(200))}
+        write_table(Table.from_pydict(columns),
+                    folder / "sample" / "10BT" / f"{i:03d}_00000.parquet", row_group_size=64)
+    return folder.parent.parent, rows
+
+
+def test_fineweb_split(tmp_path, fineweb_copy):
+    """Train is the first rows up to its budget; val and test are cut from the last 10 % as one
+    stream."""
+    folder, rows = fineweb_copy
+    result = call("prepare.py", "fineweb", f"--from={folder}", f"--data_dir={tmp_path}",
+                  "--heldout=0.1", "--test_offset=100", "--test_tokens=320", "--train_tokens=2048")
+    assert result.returncode == 0, result.stderr
+    train_tokens, heldout = (np.concatenate([encode(get_tokenizer("gpt2"), row) for row in part])
+                             for part in (rows[:360], rows[360:]))
+    for split, expected in (("train", train_tokens[:2049]), ("val", heldout[:100]),
+                            ("test", heldout[100:421])):
+        tokens = np.fromfile(tmp_path / "fineweb" / f"{split}.bin", "<u2")
+        assert tokens.tolist() == expected.tolist()
+    assert len(TokenDataset(tmp_path, "fineweb", "test", 32)) == 10
+
+
+def test_fineweb_after_a_kill(tmp_path, fineweb_copy, monkeypatch):
+    """The same bytes after a kill at any append or save, by any number of processes."""
+    folder, _ = fineweb_copy
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 1000)
+    files = sorted(map(str, folder.rglob("*.parquet")))
+
+    def make(name, workers=1):
+        prepare.prepare_fineweb(files, tmp_path / name, "gpt2", workers, "copy", 2048, 0.3, 900,
+                                320)
+
+    make("whole", workers=2)
+    for function in ("append", "save", "finish_shard", "finish"):
+        for calls in range(12):
+            name = f"{function} {calls}"
+            with monkeypatch.context() as patch:
+                patch.setattr(DatasetWriter, function,
+                              stop_after(getattr(DatasetWriter, function), calls))
+                try:
+                    make(name)
+                    break
+                except KeyboardInterrupt:
+                    pass
+            assert not (tmp_path / name / "meta.json").exists()
+            make(name)
+            assert read_bytes(tmp_path / name) == read_bytes(tmp_path / "whole")
+        assert calls > 0, "it was killed"
+
+
+def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
+    """Footers are read from afar, whole files through the hub's cache, only as many as the budget
+    needs, at one revision."""
+    import huggingface_hub
+    folder, rows = fineweb_copy
+    downloaded = []
+
+    class Hub:
+        def open(self, path):
+            return open(folder / path.removeprefix("hf://datasets/").replace("@abc", ""), "rb")
+
+        def resolve_path(self, path):
+            return types.SimpleNamespace(repo_id="HuggingFaceFW/fineweb", repo_type="dataset",
+                                         revision="abc", path_in_repo=path.split("@abc/")[1])
+
+    def download(repo_id, path_in_repo, repo_type, revision):
+        downloaded.append((repo_type, revision, path_in_repo))
+        return folder / repo_id / path_in_repo
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 1000)
+    names = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(2)]
+    files = [f"hf://datasets/HuggingFaceFW/fineweb@abc/{name}" for name in names]
+    prepare.prepare_fineweb(files, tmp_path / "fineweb", "gpt2", 1, "hub", 512, 0.1, 100, 320)
+    expected = np.concatenate([encode(get_tokenizer("gpt2"), row) for row in rows[:100]])[:513]
+    tokens = np.fromfile(tmp_path / "fineweb" / "train.bin", "<u2")
+    assert tokens.tolist() == expected.tolist()
+    assert set(downloaded) == {("dataset", "abc", name) for name in names}
+    assert downloaded.count(("dataset", "abc", names[0])) == 1, "one shard of train is enough"
+
+
+def test_published_budget_is_the_default():
+    text = call("prepare.py", "--help").stdout
+    assert "3260252160" in text
+    steps = train.count_steps(config.load([]))
+    assert steps * 96 * 1024 == 3_260_252_160 and 19_200 * 1024 == 19_660_800
+
+
+# Token files
+
+
+@pytest.fixture(scope="session")
+def published_tokens(tmp_path_factory):
+    """Token files as gpjt/fineweb-gpt2-tokens has them. -> folder, train and heldout tokens."""
+    from safetensors.torch import save_file
+    folder = tmp_path_factory.mktemp("tokens")
+    streams = [np.random.default_rng(seed).integers(50257, size=size).astype("<u2")
+               for seed, size in ((1, 3000), (2, 600))]
+    for name, tokens in zip(("train", "validation"), streams):
+        save_file({"tokens": torch.from_numpy(tokens)}, folder / f"{name}.safetensors")
+    return folder, *streams
+
+
+def test_published_token_files(tmp_path, published_tokens, monkeypatch):
+    """The same windows as `prepare.py fineweb` cuts, and the same after a kill."""
+    folder, train_tokens, heldout = published_tokens
+
+    def make(name):
+        run_script(lambda: run_main(monkeypatch, "prepare", "fineweb", f"--from={folder}",
+                                    "--test_offset=100", "--test_tokens=320", "--train_tokens=2048",
+                                    f"--data_dir={tmp_path}/{name}"))
+
+    make("whole")
+    whole = tmp_path / "whole" / "fineweb"
+    for split, expected in (("train", train_tokens[:2049]), ("val", heldout[:100]),
+                            ("test", heldout[100:421])):
+        assert np.fromfile(whole / f"{split}.bin", "<u2").tolist() == expected.tolist()
+    meta = read_meta(tmp_path / "whole", "fineweb")
+    assert meta["tokenizer"] == "gpt2"
+    assert meta["splits"]["train"]["documents"] == (train_tokens[:2049] == 50256).sum()
+    for calls in range(3):
+        folder_of_killed = tmp_path / str(calls) / "fineweb"
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+            patch.setattr(DatasetWriter, "append", stop_after(DatasetWriter.append, calls))
+            make(calls)
+        assert exit_.value.code == 130 and not (folder_of_killed / "meta.json").exists()
+        make(calls)
+        for file in ("train.bin", "val.bin", "test.bin", "meta.json"):
+            assert (folder_of_killed / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_files_of_nanogpt(tmp_path, small_run, capsys):
+    """train.bin and val.bin without meta.json are read when --vocab_size says what they hold."""
+    folder = tmp_path / "data" / "theirs"
+    folder.mkdir(parents=True)
+    tokens = np.random.default_rng(1).integers(65, size=1_200_000).astype("<u2")
+    assert tokens.nbytes > 2 * 2**20, "more than what is hashed"
+    for split in ("train", "val"):
+        tokens.tofile(folder / f"{split}.bin")
+    flags = ["--dataset=theirs", f"--data_dir={tmp_path}/data"]
+    run = small_run("run", *flags, "--vocab_size=65", "--max_steps=2")
+    assert "no meta.json" in capsys.readouterr().out
+    inputs, targets = TokenDataset(tmp_path / "data", "theirs", "train", 32, 65).batch([3])
+    assert inputs[0].tolist() == tokens[96:128].tolist()
+    assert targets[0].tolist() == tokens[97:129].tolist()
+    assert losses(run)[0] == pytest.approx(math.log(65), abs=0.7)
+    assert read_checkpoint(run / "last.pt")["tokenizer"] == "unknown"
+    gpt2_run = small_run("gpt2", *flags, "--vocab_size=50304", "--max_steps=1")
+    assert read_checkpoint(gpt2_run / "last.pt")["tokenizer"] == "gpt2"
+    tokens[-1] = 64 - tokens[-1]
+    tokens.tofile(folder / "train.bin")
+    with pytest.raises(UserError, match="another data set"):
+        small_run("run", *flags, "--vocab_size=65", "--max_steps=3", "--resume")
+
+
+def test_damaged_token_file_is_refused(tmp_path, data_dir):
+    folder = tmp_path / "torn"
+    folder.mkdir()
+    for file in (data_dir / "stdlib").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    opened = TokenDataset(tmp_path, "torn", "train", 16)
+    with open(folder / "train.bin", "ab") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="has become shorter"):
+        opened.batch([0, len(opened) - 1])
+    result = call("train.py", *SMALL, "--dataset=torn", f"--data_dir={tmp_path}",
+                  f"--out_dir={tmp_path}/out")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "train.bin has 1,000 bytes" in result.stderr
+
+
+# Batches
+
+
+def test_gpt2_tokens_and_batches(tmp_path):
+    """Window i is tokens i x T ... (i + 1) x T of the file, targets one further."""
+    tokens = encode(get_tokenizer("gpt2"), "Every effort moves you")
+    assert tokens.tolist() == [6109, 3626, 6100, 345, 50256]
+    write_texts(tmp_path / "mine", "abcd")
+    prepare.prepare_text(own_files(tmp_path / "mine"), tmp_path / "data" / "mine", "gpt2", "text",
+                         1, "mine")
+    dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
+    tokens = np.fromfile(dataset.path, "<u2").astype(np.int64)
+    inputs, targets = dataset.batch([0, 3, len(dataset) - 1])
+    assert inputs[1].tolist() == tokens[48:64].tolist()
+    assert targets[1].tolist() == tokens[49:65].tolist()
+    assert len(dataset) == (len(tokens) - 1) // 16 and targets.shape == (3, 16)
+
+
+def test_shuffled_order():
+    """Every window once an epoch, in another order each epoch; a pure function of the place."""
+    run = window_ids("shuffled", 1, 10, 0, 30)
+    epochs = [run[:10], run[10:20], run[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert window_ids("shuffled", 1, 10, 7, 6) == run[7:13] != window_ids("shuffled", 2, 10, 7, 6)
+    assert window_ids("sequential", 1, 10, 8, 4) == [8, 9, 0, 1]
+
+
+# Tokenizers
+
+
+def test_no_vocabulary_no_network(tmp_path, monkeypatch):
+    """Where nothing answers, an error within 2 seconds that says what to do."""
+    for proxy in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    start = time.perf_counter()
+    assert not common.reachable("192.0.2.1")  # an address that belongs to nobody (RFC 5737)
+    assert time.perf_counter() - start < 1.8
+    monkeypatch.setattr(tokenizer, "reachable", lambda host: False)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        get_tokenizer.__wrapped__("gpt2")
