@@ -1,5 +1,6 @@
 """What README.md and docs/ claim is what the program does."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,29 +8,127 @@ import sys
 
 import pytest
 
+import config
 from conftest import HERE, evaluate
 from model import GPT
 from nanolab.data import TokenDataset
 
+DOCS = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+YOUR_OWN = "config/interventions/mine.py"  # the README asks the reader to write it
+EVAL_COMMAND = re.compile(r"    python eval\.py (--ckpt config/\S+\.json[^#]*)")
 
-def test_readme_tables_come_from_the_data(monkeypatch, capsys):
-    """Each table in the README is, line for line, what the command above it prints."""
-    readme = (HERE / "README.md").read_text()
+
+def eval_command(line):
+    """The arguments of an eval.py command on the published data, without pictures; [] if it is none."""
+    match = EVAL_COMMAND.match(line)
+    words = match.group(1).split() if match else []
+    return [word for word in words if not word.endswith(".png") and word not in ("--plot", "--curves")]
+
+
+def test_tables_come_from_the_data(monkeypatch, capsys):
+    """After each eval.py command stands, line for line, what it prints; and no other such table is there."""
     monkeypatch.chdir(HERE)
-    commands = re.findall(r"^    python eval\.py (--ckpt config/\S+\.json.*)$", readme, re.MULTILINE)
-    assert len(commands) >= 4
-    for command in commands:
-        argv = [word for word in command.split("#")[0].split() if not word.endswith(".png") and word not in ("--plot", "--curves")]
-        for line in evaluate(monkeypatch, capsys, *argv).splitlines():
-            assert line.strip() in readme, f"{command}: {line}"
+    n_commands = 0
+    for doc in DOCS:
+        lines = [line.rstrip() for line in doc.read_text().splitlines()]
+        commands = [(i, argv) for i, line in enumerate(lines) if (argv := eval_command(line))]
+        made = set()
+        for i, argv in commands:
+            printed = evaluate(monkeypatch, capsys, *argv).splitlines()
+            indent = "" if "--markdown" in argv else "    "
+            expected = ["", *((indent + line).rstrip() for line in printed)]
+            assert lines[i + 1:i + 1 + len(expected)] == expected, f"{doc.name}, line {i + 1}"
+            made.update(range(i + 1, i + 1 + len(expected)))
+        for i, line in enumerate(lines):
+            is_result = re.search(r"p \(Holm\) \||\| (un)?paired|^ +varies  ", line)
+            assert i in made or not is_result, f"{doc.name}, line {i + 1} comes from no command: {line}"
+        n_commands += len(commands)
+    assert n_commands >= 12
+
+
+def test_each_result_is_in_the_docs():
+    text = "".join(doc.read_text() for doc in DOCS)
+    for path in (HERE / "config/results").iterdir():
+        assert f"config/results/{path.name}" in text
+
+
+def test_readmes_effects_are_those_of_the_tables(monkeypatch, capsys, tmp_path):
+    """The columns `published` and `lab` of the README's tables: difference and verdict, as in the study's own table."""
+    monkeypatch.chdir(HERE)
+    effects = {"published": {}, "lab": {}}
+    for column, path, *flags in (("published", "config/published.json"), ("lab", "config/results/lab.json"),
+                                 ("lab", "config/results/modern.json", "--baseline", "tuned_stack")):
+        evaluate(monkeypatch, capsys, "--ckpt", path, *flags, "--json", tmp_path / "table.json")
+        for row in json.loads((tmp_path / "table.json").read_text())["rows"]:
+            if "difference" in row:
+                effects[column][row["experiment"]] = f"{row['difference']:+.4f} {row['verdict']}"
+    n_checked, header = 0, []
+    for line in (HERE / "README.md").read_text().splitlines():
+        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        header = (header or cells) if line.startswith("|") else []
+        for name, effect in zip(header[1:], cells[1:]):
+            if name in effects and cells != header and not effect.startswith("-" * 3):
+                assert effect == effects[name].get(cells[0], ""), line
+                n_checked += 1
+    assert n_checked >= 20
+
+
+def test_promises_name_tests_that_exist():
+    """Each `tests/FILE.py -k WORDS` in the README chooses tests by every one of its words."""
+    chosen = re.findall(r"`(tests/test_\w+\.py)(?: -k (\w+|\"[^\"]+\"))?`", (HERE / "README.md").read_text())
+    assert len(chosen) >= 8
+    for file, words in chosen:
+        names = re.findall(r"^def (test_\w+)", (HERE / file).read_text(), re.MULTILINE)
+        for word in words.strip('"').split(" or "):
+            assert any(word in name for name in names), f"{file} -k {words}"
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: doc.name)
+def test_what_the_docs_name_exists(doc):
+    """Every file or folder of this repository, and every link."""
+    text = doc.read_text()
+    paths = re.findall(r"(?<![\w/.])(?:config|docs|bench|tests|nanolab)/[\w/.*-]*\w", text)
+    for path in set(paths) - {YOUR_OWN}:
+        assert list(HERE.glob(path)), f"{doc.name} names {path}"
+    folders = (HERE, HERE / "config", HERE / "config/interventions", HERE / "nanolab")
+    for name in set(re.findall(r"(?<![\w/.*])[a-z]\w*\.(?:py|sh)\b", text)):
+        assert any((folder / name).exists() for folder in folders), f"{doc.name} names {name}"
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)|src=\"([^\"]+)\"", text):
+        file, _, heading = "".join(target).partition("#")
+        linked = (doc.parent / file).resolve() if file else doc
+        assert linked.exists(), f"{doc.name} links to {file}"
+        if heading:
+            assert heading in map(anchor, linked.read_text().splitlines()), f"{doc.name} links to #{heading}"
+
+
+def anchor(line):
+    """GitHub's name for a heading: "## The lab study" -> "the-lab-study"; "" for other lines."""
+    match = re.match(r"#+ (.*)", line)
+    return re.sub(r"[^\w -]", "", match.group(1).lower()).replace(" ", "-") if match else ""
+
+
+def test_training_commands_are_accepted(monkeypatch):
+    """Each train.py command in the docs has config files and options that exist."""
+    monkeypatch.chdir(HERE)
+    n_commands = 0
+    for doc in DOCS:
+        text = doc.read_text()
+        commands = re.findall(r"^    [^#\n]*(?:python |torchrun [^#\n]*)train\.py ([^#\n|&]*)", text, re.MULTILINE)
+        commands += re.findall(r"`python train\.py ([^`]*)`", text)
+        for command in commands:
+            if not re.search(r"--help|\[FILE", command) and YOUR_OWN not in command:
+                config.load(command.replace("$seed", "1").split())
+                n_commands += 1
+    assert n_commands >= 10
 
 
 def test_notebook(small_run, data_dir, tmp_path):
-    """The README's lines for a notebook, as they stand there."""
+    """The lines for a notebook, as they stand in docs/hugging_face.md."""
     run = small_run("out")
     (tmp_path / "data").symlink_to(data_dir)
-    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True)
+    code = (HERE / "docs/hugging_face.md").read_text().split("```python\n")[1].split("```")[0]
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)},
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     text, loss = result.stdout.rsplit("\n", 2)[:2]
     inputs, targets = TokenDataset(data_dir, "stdlib", "test", 32).batch([0, 1, 2])

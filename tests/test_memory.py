@@ -73,14 +73,16 @@ def training_memory(batch_size, **options):
         return 16 * gpt.num_params() + sum(storage.nbytes() for storage in kept.values())
 
 
-def test_what_fits_is_the_readmes_table():
-    """The README's batch sizes by card: the largest whose training_memory is at most 90 % of it."""
+def test_what_fits_is_the_docs_table():
+    """The batch sizes by card in docs/speed.md: the largest whose training_memory is at most 90 % of it."""
     eight, nine = training_memory(8), training_memory(9)  # of a few sequences the MLP keeps more
     assert training_memory(12) == eight + 4 * (nine - eight), "it grows by the same for each sequence"
     fits = {card: int((0.9 * card * 2**30 - eight) // (nine - eight)) + 8 for card in (8, 12, 16, 24, 40, 80)}
-    rows = re.findall(r"^\| (\d+) GiB \| (\d+) \|", (HERE / "README.md").read_text(), re.MULTILINE)
+    text = (HERE / "docs/speed.md").read_text()
+    rows = re.findall(r"^\| (\d+) GiB \| (\d+) \|", text, re.MULTILINE)
     assert {int(card): int(size) for card, size in rows} == fits, (
         f"{eight / 2**20:.0f} MiB for 8 sequences, {(nine - eight) / 2**20:.0f} MiB more for each other")
+    assert f"{(nine - eight) / 2**20:.0f} MiB a sequence" in text
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads a process's memory as Linux shows it")
