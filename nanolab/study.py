@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import OPTIONS, RESUME_MAY_CHANGE, SEEDS
+from config import OPTIONS, SEEDS, resume_may_change
 from nanolab import stats
 from nanolab.common import UserError
 from nanolab.logfile import read_log
@@ -61,7 +61,8 @@ def find_in_glob(pattern):
     if name.endswith(".pt") and not glob.has_magic(name):
         for folder in glob.glob(folder_pattern, recursive=True):
             path = os.path.join(folder, name)
-            found.update([path] if has_beside(path, "config.json") else [])
+            if has_beside(path, "config.json"):
+                found.add(path)
     return sorted(found)
 
 
@@ -135,7 +136,8 @@ def group_by_experiment(runs):
     experiments = {}
     for run in runs:
         options = settings(run)
-        ignored = RESUME_MAY_CHANGE.union(SEEDS, {"max_tokens"} if options["max_steps"] else ())
+        ignored = resume_may_change(options).union(SEEDS)
+        ignored |= {"max_tokens"} if options["max_steps"] else set()
         relevant = tuple((key, value) for key, value in options.items() if key not in ignored)
         experiments.setdefault((run["name"], relevant), []).append(run)
     labelled = {}
@@ -219,8 +221,8 @@ def add_verdicts(rows):
     """Adds p_holm and the verdict, at 5 %, to each row that was compared."""
     tested = [row for row in rows if row.get("p") is not None]
     for row, p in zip(tested, stats.holm([row["p"] for row in tested])):
-        sign = "better" if row["difference"] < 0 else "worse"
-        row.update(p_holm=p, verdict=sign if p < 0.05 else "within noise")
+        direction = "better" if row["difference"] < 0 else "worse"
+        row.update(p_holm=p, verdict=direction if p < 0.05 else "within noise")
     for row in rows:
         if row.get("compared") == "one run each":
             row["verdict"] = "cannot be told"
