@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from config import OPTIONS, RESUME_MAY_CHANGE, SEEDS
+from config import OPTIONS, SEEDS
 from model import GPT
 from nanolab import plots, study
 from nanolab.checkpoint import read_checkpoint
@@ -161,7 +161,7 @@ def changed_options(config):
     """The seeds, and the options that differ from the published baseline's, the defaults."""
     return {key: value for key, value in config.items()
             if key in SEEDS or key == "seed"
-            or key not in RESUME_MAY_CHANGE and value != OPTIONS[key].default}
+            or key not in study.SAME_EXPERIMENT and value != OPTIONS[key].default}
 
 
 def training_cost(path, checkpoint):

@@ -12,10 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from config import OPTIONS, SEEDS, resume_may_change
+from config import OPTIONS, RESUME_MAY_CHANGE, SEEDS
 from nanolab import stats
 from nanolab.common import UserError
 from nanolab.logfile import read_log
+
+# Runs that differ only in these are one experiment: their results are the same up to noise.
+# (Compiled code draws other dropout masks.)
+SAME_EXPERIMENT = {*RESUME_MAY_CHANGE, *SEEDS, "compile"}
 
 # What the seeds of a set of runs vary: the sources of noise.
 ONE_SEED = "both, by one seed"
@@ -130,14 +134,13 @@ def settings(run):
 def group_by_experiment(runs):
     """-> {label: runs}
 
-    The runs of one experiment have one name, and differ only in seeds and in options that do not
-    change the result. The label is the name; if experiments share it, the options that differ too.
+    The runs of one experiment have one name and differ only in SAME_EXPERIMENT. The label is the
+    name; if experiments share it, the options that differ too.
     """
     experiments = {}
     for run in runs:
         options = settings(run)
-        ignored = resume_may_change(options).union(SEEDS)
-        ignored |= {"max_tokens"} if options["max_steps"] else set()
+        ignored = SAME_EXPERIMENT.union({"max_tokens"} if options["max_steps"] else ())
         relevant = tuple((key, value) for key, value in options.items() if key not in ignored)
         experiments.setdefault((run["name"], relevant), []).append(run)
     labelled = {}

@@ -214,7 +214,8 @@ def test_batch_size_fit_says_what_it_cannot(tmp_path, monkeypatch, capsys, point
 def test_what_counts_as_one_experiment():
     """Seeds and what cannot change the result do not tell runs apart; a repeat of the same seeds counts once."""
     runs = [{"name": "a", "test_loss": 3.0, "seed": 1}, {"name": "a", "test_loss": 3.2, "seed": 1, "device": "cuda"},
-            {"name": "a", "test_loss": 3.3, "seed": 2, "batch_size": 1}, {"name": "a", "test_loss": 2.0, "seed": 1, "dropout": 0.0}]
+            {"name": "a", "test_loss": 3.3, "seed": 2, "batch_size": 1, "compile": True},
+            {"name": "a", "test_loss": 2.0, "seed": 1, "dropout": 0.0}]
     experiments = study.group_by_experiment(runs)
     assert experiments.keys() == {"a, dropout=0.1", "a, dropout=0.0"}
     assert list(study.by_seed(experiments["a, dropout=0.1"]).values()) == pytest.approx([3.1, 3.3])
