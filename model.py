@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from config import GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.kernels import HeadLoss, Linear, softcap
+from nanolab.kernels import Linear, head_loss, head_loss_outside_graph, softcap
 
 
 def rms_norm(x):
@@ -162,8 +162,9 @@ class GPT(nn.Module):
         x = self.hidden_states(tokens)
         if targets is None:
             return self.logits(x)
-        return HeadLoss.apply(x.flatten(0, 1), self.head.weight, targets.flatten(),
-                              self.config.logit_softcap, torch.is_grad_enabled())
+        loss = head_loss_outside_graph if torch.compiler.is_compiling() else head_loss
+        return loss(x.flatten(0, 1), self.head.weight, targets.flatten(),
+                    self.config.logit_softcap, torch.is_grad_enabled())
 
     def hidden_states(self, tokens, cache=None, start=0):
         """(B, T) token ids at positions start ... start + T - 1, below block_size -> (B, T, C), the

@@ -63,11 +63,12 @@ def train(config):
         print0(f"{config.out_dir} is finished: {state.step:,} steps are done, "
                f"{max_steps:,} were asked for")
         return
+    compiled_model = compile_model(model, config, device)  # the same weights
     if config.batch_size == "auto":
-        config.batch_size = largest_batch_size(model, train_data, config.global_batch_size,
-                                               world_size, device, dtype)
+        config.batch_size = largest_batch_size(model, compiled_model, optimizer, train_data,
+                                               config.global_batch_size, world_size, device, dtype)
     grad_accum_steps = count_grad_accum_steps(config, world_size)
-    ddp_model = compile_and_wrap(model, config, device, world_size)
+    ddp_model = wrap_ddp(compiled_model, device, world_size)
 
     # what goes on beside the loop
     print_setup(config, meta, model, train_data, n_val_windows, max_steps, dtype, world_size)
@@ -105,14 +106,14 @@ def train(config):
             clipped = finite and 0 < config.grad_clip < norm
             if clipped:
                 clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
-            if finite:
-                scaler.step(optimizer)
+            if finite:  # scaler.step would check it again, and wait for the device
+                optimizer.step()
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row == 20:
                 saver.wait()
                 raise UserError(describe_bad_numbers(model, step, config.out_dir))
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's are views of its buckets
             state.step += 1
             state.skipped += not finite
             log.step(loss, lr, norm, clipped, skipped=not finite)
@@ -121,7 +122,7 @@ def train(config):
             last_step = state.step == max_steps
             with log.clock_stopped():  # what follows leaves no trace in the training
                 if last_step or is_due(config.eval_every, state.step):
-                    val_loss = mean_loss(model, val_data, n_val_windows, config.batch_size,
+                    val_loss = mean_loss(compiled_model, val_data, n_val_windows, config.batch_size,
                                          device, dtype, rank, world_size)
                     log.validation(val_loss, is_best=saver.save_best(val_loss, wait=last_step))
                 if last_step:
@@ -182,7 +183,7 @@ def seed_dropout(dropout_seed, step, micro_batch):
 def read_step(loss, grad_norm, stop_requested):
     """The step's one wait for the device. -> the loss averaged over the ranks, the gradient norm,
     whether any rank was asked to stop. All ranks get the same (DDP has averaged the gradients)."""
-    sums = torch.stack((loss, loss.new_tensor(float(stop_requested))))
+    sums = torch.stack((loss, loss.new_full((), float(stop_requested))))
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums[0] /= dist.get_world_size()
@@ -227,14 +228,18 @@ def open_split(config, split):
                         config.vocab_size)
 
 
-def compile_and_wrap(model, config, device, world_size):
+def compile_model(model, config, device):
     if config.compile is True or config.compile == "auto" and device.type == "cuda":
-        model = torch.compile(model)
-    if world_size > 1:
-        model = DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True, broadcast_buffers=False)
+        return torch.compile(model)
     return model
+
+
+def wrap_ddp(model, device, world_size):
+    if world_size == 1:
+        return model
+    return DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def warn_if_cpu(config, device):

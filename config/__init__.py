@@ -189,13 +189,17 @@ SEEDS = ("init_seed", "data_seed", "dropout_seed")
 ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
                         if f.name not in ("dropout", "init", "zero_init")]
 
-# Options that do not change what a run computes, up to rounding (with dropout on, batch_size and
-# compile change the masks; on another device, amp='auto' may choose another type). A resumed run
-# may change them, and runs that differ only in these and in their seeds are one experiment. `seed`
-# acts through SEEDS alone.
-RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "compile", "device",
-                     "eval_every", "save_every", "save_weights", "log_every", "wandb",
-                     "dollars_per_hour", "seed"}
+# Options that do not change what a run computes, up to rounding (with dropout on, batch_size
+# changes the masks; on another device, amp='auto' may choose another type). A resumed run may
+# change them, and runs that differ only in these and in their seeds are one experiment. `seed` acts
+# through SEEDS.
+RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "device", "eval_every",
+                     "save_every", "save_weights", "log_every", "wandb", "dollars_per_hour", "seed"}
+
+
+def resume_may_change(options):
+    """RESUME_MAY_CHANGE, and `compile` too without dropout: compiled code draws other masks."""
+    return RESUME_MAY_CHANGE if options["dropout"] else RESUME_MAY_CHANGE | {"compile"}
 
 
 def load(argv):

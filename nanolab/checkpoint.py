@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import ARCHITECTURE_OPTIONS, OPTIONS, RESUME_MAY_CHANGE, GPTConfig, config_error
+from config import ARCHITECTURE_OPTIONS, OPTIONS, GPTConfig, config_error, resume_may_change
 from nanolab.common import UserError, describe, load_tensors
 from nanolab.devices import print0
 from nanolab.huggingface import OPENAI_REVISIONS, download_openai, read_hugging_face
@@ -158,7 +158,7 @@ def check_init_from(weights, config, tokenizer):
 
 def config_diff(then, now):
     """The changed options that would make it another run, as text."""
-    may_change = RESUME_MAY_CHANGE
+    may_change = resume_may_change(now)
     if now["schedule"] == "constant" and not now["warmup_fraction"]:
         # a longer run passes through the same states
         may_change = may_change | {"max_tokens", "max_steps"}

@@ -108,11 +108,11 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
-def machine():
+def machine(device):
     """The name of what a run ran on: its GPUs, or its processor."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         n_gpus = dist.get_world_size() if dist.is_initialized() else 1
-        return f"{n_gpus} x {torch.cuda.get_device_name()}"
+        return f"{n_gpus} x {torch.cuda.get_device_name(device)}"
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

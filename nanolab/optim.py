@@ -1,6 +1,10 @@
 """Which optimiser updates which parameter; Muon."""
 
+import math
+
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from nanolab.devices import autocast_dtype
 
@@ -99,8 +103,21 @@ class Muon(torch.optim.Optimizer):
                 stack = torch.stack([directions[i] for i in same])
                 matrices = stack.view(len(same) * group["n_split"], -1, shape[1])
                 scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-                updates = list(newton_schulz(matrices).reshape(stack.shape))
+                updates = list(orthogonalise(matrices).reshape(stack.shape))
                 torch._foreach_add_([params[i] for i in same], updates, alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrices):
+    """newton_schulz of (n, rows, columns) matrices; each rank does its share, and all get all."""
+    if not dist.is_initialized():
+        return newton_schulz(matrices)
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    share = math.ceil(len(matrices) / world_size)
+    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world_size - len(matrices)))
+    mine = newton_schulz(padded[rank * share:(rank + 1) * share]).contiguous()
+    gathered = mine.new_empty(padded.shape)
+    dist.all_gather_into_tensor(gathered, mine)
+    return gathered[:len(matrices)]
 
 
 def newton_schulz(matrices):

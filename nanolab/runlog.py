@@ -140,12 +140,13 @@ class RunLog:
             "tokens_per_second": round(state.tokens_per_second(), 1),
             "peak_memory_mb": round(peak_memory(self.device) / 2**20),
             "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
-            "machine": machine(), "versions": versions()}, indent=1) + "\n")
+            "machine": machine(self.device), "versions": versions()}, indent=1) + "\n")
 
     def plot(self):
         """Draws loss.png: at the end, and else at most once a minute."""
         now = time.perf_counter()
-        if self.enabled and (self.state.step == self.max_steps or now - self.plotted > 60):
+        is_due = self.state.step == self.max_steps or now - self.plotted > 60
+        if self.enabled and self.config.save_weights and is_due:
             self.plotted = now
             try:
                 plot_run(self.out_dir / "log.jsonl", self.out_dir / "loss.png", self.config)

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-import model
-from conftest import HERE, SMALL, call, losses, write_script
+from conftest import HERE, SMALL, call, equal_weights, losses, write_script
 from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
+from nanolab.memory import count_training_memory
 
 
 def test_batch_size_auto(small_run):
@@ -50,39 +50,30 @@ def test_batch_size_auto_under_a_limit(small_run, tmp_path, data_dir):
     assert losses(tmp_path / "auto") == pytest.approx(losses(small_run("whole", *flags, "--batch_size=64")), rel=1e-5)
 
 
-def training_memory(batch_size, **options):
-    """Bytes that a training step in bfloat16 autocast holds at the end of its forward pass: weights, gradients, AdamW's moments
-    and what is kept for backward, counted on tensors without content. What one layer needs in passing comes on top."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "initialise", lambda *args: None)
-        gpt = GPT(GPTConfig(dropout=0.0, **options))
-        tokens = torch.zeros(batch_size, gpt.config.block_size, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-            loss = gpt(tokens, tokens)
-        for p in gpt.parameters():  # counted with their gradients and moments
-            kept.pop(p.untyped_storage()._cdata, None)
-        assert loss.ndim == 0
-        return 16 * gpt.num_params() + sum(storage.nbytes() for storage in kept.values())
+def test_a_trial_changes_nothing(small_run):
+    """Of the weights, the optimiser and a resumed run; Muon's state too is made and goes again."""
+    for optimizer in ("adamw", "muon"):
+        flags = [f"--optimizer={optimizer}", "--weight_decay=0.5"]
+        whole = small_run(f"{optimizer}", *flags)
+        small_run(f"{optimizer}_auto", *flags, "--batch_size=auto", "--max_steps=4")
+        auto = small_run(f"{optimizer}_auto", *flags, "--batch_size=auto", "--resume")
+        assert equal_weights(whole / "last.pt", auto / "last.pt")
 
 
 def test_what_fits_is_the_docs_table():
-    """The batch sizes by card in docs/speed.md: the largest whose training_memory is at most 90 % of it."""
-    eight, nine = training_memory(8), training_memory(9)  # of a few sequences the MLP keeps more
-    assert training_memory(12) == eight + 4 * (nine - eight), "it grows by the same for each sequence"
-    fits = {card: int((0.9 * card * 2**30 - eight) // (nine - eight)) + 8 for card in (8, 12, 16, 24, 40, 80)}
+    """The batch sizes by card in docs/speed.md: the largest whose count_training_memory is at most 90 % of it, which is
+    also where batch_size=auto begins to try."""
+    gpt = GPT(GPTConfig(dropout=0.0))
+    count = {size: count_training_memory(gpt, size, torch.bfloat16) for size in (8, 9, 12)}
+    each = count[9] - count[8]  # of fewer sequences the MLP stores more
+    assert count[12] == count[8] + 4 * each, "it grows by the same for each sequence"
+    assert count[8] > 16 * gpt.num_params() + 8 * 1024 * 768 * 12 * 2, "more than an activation a layer"
+    fits = {card: int((0.9 * card * 2**30 - count[8]) // each) + 8 for card in (8, 12, 16, 24, 40, 80)}
     text = (HERE / "docs/speed.md").read_text()
     rows = re.findall(r"^\| (\d+) GiB \| (\d+) \|", text, re.MULTILINE)
     assert {int(card): int(size) for card, size in rows} == fits, (
-        f"{eight / 2**20:.0f} MiB for 8 sequences, {(nine - eight) / 2**20:.0f} MiB more for each other")
-    assert f"{(nine - eight) / 2**20:.0f} MiB a sequence" in text
+        f"{count[8] / 2**20:.0f} MiB for 8 sequences, {each / 2**20:.0f} MiB more for each other")
+    assert f"{each / 2**20:.0f} MiB a sequence" in text
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads a process's memory as Linux shows it")
@@ -103,7 +94,7 @@ def test_freed_memory_is_kept():
 
 
 def test_bench(tmp_path):
-    """Random tokens need no file; a second run takes the place of the first; the last line says how fast, and what it took beside."""
+    """A timing run needs no data and keeps no weights, so a second one may follow; the last line has its figures."""
     flags = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=32", "--vocab_size=300", "--max_steps=30", "--batch_size=8",
              "--global_batch_size=8", "--device=cpu"]
     for _ in range(2):
@@ -115,5 +106,3 @@ def test_bench(tmp_path):
     assert done == pytest.approx(rate * GPT(GPTConfig(300, 32, 2, 2, 64)).flops_per_token() / 1e9, rel=0.05, abs=0.06)
     assert share == pytest.approx(100 * done / peak, rel=0.1, abs=0.2) and 50 < megabytes < 4000 and 0 < outside < 20
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["log.jsonl", "summary.json"]
-    one, other = (TokenDataset(tmp_path, "random", "train", 32, 300).batch([0, 5])[0] for _ in range(2))
-    assert torch.equal(one, other) and one.max() < 300

@@ -64,8 +64,8 @@ def test_model_sees_the_past_only():
 def test_loss_and_gradients_are_the_plain_ones(monkeypatch, dtype, scale, tolerance, softcap, tied):
     """In chunks, with activations computed anew, in 16 bits (on a vocabulary that is no multiple of 64), scaled or compiled:
     what cross_entropy of all the logits gives in float32; and no tensor of all logits is kept."""
-    monkeypatch.setattr(nanolab.kernels.HeadLoss, "CHUNK", 301 * 40)
-    monkeypatch.setattr(nanolab.kernels.HeadLoss, "SLICE", 128)
+    monkeypatch.setattr(nanolab.kernels, "EAGER_CHUNK", 301 * 40)
+    monkeypatch.setattr(nanolab.kernels, "CPU_SLICE", 128)
     monkeypatch.setattr(model.MLP, "RECOMPUTE_ABOVE", 0)
     gpt = GPT(GPTConfig(vocab_size=301, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0, init="gpt2", tie_weights=tied,
                         logit_softcap=softcap))

@@ -201,17 +201,21 @@ def test_torchrun_restarts_resume(small_run, tmp_path, tiny_data):
 
 
 @pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
-                                  "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon"])
+                                  "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon",
+                                  "--compile=True"])
 def test_resume_refuses_another_run(finished_run, flag):
     key = flag[2:].split("=")[0]
     with pytest.raises(UserError, match=f"belongs to another run: .*{'init_seed' if key == 'seed' else key} was .*, is "):
         finished_run("--resume", flag)
 
 
-def test_resume_allows_what_changes_nothing(finished_run, tmp_path):
-    folder = finished_run("--resume", "--max_steps=14", "--batch_size=2", "--compile=False", "--device=cpu", "--eval_every=3",
+def test_resume_allows_what_changes_nothing(finished_run, small_run):
+    folder = finished_run("--resume", "--max_steps=14", "--batch_size=2", "--device=cpu", "--eval_every=3",
                           "--save_every=2", "--log_every=2", "--dollars_per_hour=2", "--name=other")
     assert read_checkpoint(folder / "last.pt")["step"] == 14
+    small_run("no_dropout", "--max_steps=2")  # then compiled code draws no other masks
+    folder = small_run("no_dropout", "--max_steps=4", "--compile=False", "--resume")
+    assert read_checkpoint(folder / "last.pt")["step"] == 4
 
 
 @pytest.fixture
