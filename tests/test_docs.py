@@ -134,3 +134,13 @@ def test_notebook(small_run, data_dir, tmp_path):
     inputs, targets = TokenDataset(data_dir, "stdlib", "test", 32).batch([0, 1, 2])
     assert text.startswith("def main():") and len(text) > 20
     assert float(loss) == pytest.approx(GPT.from_checkpoint(run / "best.pt")(inputs, targets).item(), abs=1e-4)
+
+
+def test_readmes_first_run_is_the_one_on_record():
+    """The figures that the README promises a newcomer are those of docs/quickstart.json."""
+    run = json.loads((HERE / "docs/quickstart.json").read_text())["runs"][0]
+    readme = (HERE / "README.md").read_text()
+    assert f"test loss      {run['test_loss']:.6f} nats per token" in readme
+    assert f"bits per byte  {run['bits_per_byte']:.6f}" in readme
+    assert f"done:   {run['trained_tokens']:,} tokens in {run['seconds']:.0f} s" in readme
+    assert f"speed:  {run['tokens_per_second']:,.0f} tokens/s" in readme
