@@ -1,6 +1,7 @@
 """Which text becomes which data set.
 
     python prepare.py stdlib                 Python's own library as bytes; needs no network
+    python prepare.py pypi                   the source of the pinned packages in config/pypi.txt
     python prepare.py fineweb                FineWeb sample-10BT as GPT-2 tokens, as published
     python prepare.py fineweb --from=FOLDER  the same from a copy, or from the published token files
     python prepare.py PATH [--name=NAME]     your own .txt .md .jsonl .parquet: file, folder or glob
@@ -16,10 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.corpus import file_ranges, fineweb_files, own_files, stdlib_files
+from nanolab.corpus import (file_ranges, fineweb_files, own_files, pypi_wheels, stdlib_files,
+                            wheel_documents)
 from nanolab.token_files import DatasetWriter, dataset_lock, fingerprint, is_complete, read_meta
-from nanolab.tokenizer import get_tokenizer
+from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
+PYPI = Path(__file__).parent / "config" / "pypi.txt"
 HELDOUT = 0.01  # the share of FineWeb's rows, at the end, that val and test are cut from
 
 
@@ -29,6 +32,8 @@ def main():
     get_tokenizer(args.tokenizer)  # fails before anything is read or downloaded
     if args.source == "stdlib":
         prepare_stdlib(args.data_dir, args.tokenizer, args.name, args.workers)
+    elif args.source == "pypi":
+        prepare_pypi(folder, args.tokenizer)
     elif args.source != "fineweb":
         prepare_text(own_files(args.source), folder, args.tokenizer, args.text_column, args.workers,
                      args.source)
@@ -49,12 +54,12 @@ def main():
 
 def parse_arguments():
     parser = argument_parser(__doc__)
-    parser.add_argument("source", help="stdlib, fineweb, or a file, folder or glob of "
+    parser.add_argument("source", help="stdlib, pypi, fineweb, or a file, folder or glob of "
                                        ".txt .md .jsonl .parquet")
     parser.add_argument("--name", help="the data set's folder in data_dir; default: as the source")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"),
-                        help="default: bytes for stdlib, else gpt2")
+                        help="default: bytes for stdlib and pypi, else gpt2")
     parser.add_argument("--text_column", default="text", help="of .jsonl and .parquet files")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="processes; any number gives the same bytes")
@@ -70,9 +75,9 @@ def parse_arguments():
                          help="where test starts in them; val is before")
     fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024)
     args = parser.parse_args()
-    has_own_name = args.source in ("stdlib", "fineweb")
+    has_own_name = args.source in ("stdlib", "pypi", "fineweb")
     args.name = args.name or (args.source if has_own_name else Path(args.source).resolve().stem)
-    args.tokenizer = args.tokenizer or ("bytes" if args.source == "stdlib" else "gpt2")
+    args.tokenizer = args.tokenizer or ("bytes" if args.source in ("stdlib", "pypi") else "gpt2")
     for is_wrong, message in (
             (not args.name or set(args.name) & set("*?["),
              f"'{args.source}' gives no name; choose one with --name"),
@@ -92,6 +97,30 @@ def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1)
     """Python's standard library: small, on every machine, different from one version to another."""
     prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
                  source=f"the standard library of Python {sys.version.split()[0]}")
+
+
+def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
+    """The Python files of pinned wheels from PyPI: the same bytes on every machine.
+
+    Whole packages are held out. A file that is there twice counts once, in test before val before
+    train. After a kill it starts again, but for the download. Raises UserError.
+    """
+    plan = fingerprint(Path(requirements).read_text(), tokenizer_name)
+    with dataset_lock(folder):
+        if is_complete(folder, plan):
+            return
+        wheels = pypi_wheels(requirements, folder.with_suffix(".wheels"))
+        writer, tokenizer = DatasetWriter(folder, plan, tokenizer_name), get_tokenizer(tokenizer_name)
+        writer.n_tokens.clear()
+        seen = set()
+        for split in ("test", "val", "train"):
+            for wheel in wheels[split]:
+                texts = [text for text in wheel_documents(wheel) if text not in seen]
+                seen.update(texts)
+                tokens = [encode(tokenizer, text) for text in dict.fromkeys(texts)]
+                writer.append(split, np.concatenate(tokens).astype(token_dtype(tokenizer)))
+        writer.save()
+        writer.finish(f"the wheels of {requirements}")
 
 
 def prepare_text(files, folder, tokenizer, text_column, workers, source):

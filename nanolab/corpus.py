@@ -4,11 +4,15 @@ Files are cut into ranges, and consecutive ranges are grouped into shards of abo
 The shards depend on the files alone, not on the number of processes that will read them.
 """
 
+import contextlib
 import glob
 import itertools
 import json
 import os
+import subprocess
+import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +46,7 @@ def own_files(source):
     if not files:
         problem = f"has no {' '.join(READABLE)} file" if matches else "does not exist"
         raise UserError(f"'{source}' {problem}; "
-                        "give stdlib, fineweb, or a file, folder or glob of text")
+                        "give stdlib, pypi, fineweb, or a file, folder or glob of text")
     return sorted(files)
 
 
@@ -56,6 +60,49 @@ def stdlib_files():
         raise UserError(f"the Python library at {root} has no source files; "
                         "prepare a text of your own instead")
     return files
+
+
+def pypi_wheels(requirements, folder):
+    """The wheels of a requirements file, downloaded to a folder by pip, which checks their hashes.
+
+    Comments `# test`, `# val` and `# train` in the file begin a split. -> {split: paths}. Raises
+    UserError.
+    """
+    wheels = {"test": [], "val": [], "train": []}
+    for line in Path(requirements).read_text().splitlines():
+        if line.removeprefix("# ") in wheels:
+            split = line.removeprefix("# ")
+        elif "==" in line:
+            name, version = line.split()[0].split("==")
+            name = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
+            wheels[split].append(Path(folder, name))
+    if all(path.exists() for paths in wheels.values() for path in paths):
+        return wheels
+    print(f"downloading the wheels of {requirements} to {folder}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+               "--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none",
+               "--python-version=3.11", f"--dest={folder}", f"--requirement={requirements}"]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["pip failed"])[-1]
+        raise UserError(f"the wheels of {requirements} could not be downloaded ({reason}); "
+                        "connect to PyPI, and run the same command again")
+    return wheels
+
+
+def wheel_documents(path):
+    """The Python files of a wheel, by name; those that are UTF-8 and not empty. Raises UserError."""
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            names = sorted(name for name in wheel.namelist() if name.endswith(".py"))
+            files = [wheel.read(name) for name in names]
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is damaged; delete it, and run the same command again") from None
+    for data in files:
+        with contextlib.suppress(UnicodeDecodeError):
+            text = data.decode()
+            if text.strip():
+                yield text
 
 
 def fineweb_files(folder):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -386,3 +387,47 @@ def test_no_vocabulary_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
         get_tokenizer.__wrapped__("gpt2")
+
+
+def write_wheels(folder, requirements):
+    """Three wheels and the requirements file that names them; `shared` is in all, and latin-1 is no UTF-8."""
+    folder.mkdir(parents=True)
+    lines = []
+    for split in ("test", "val", "train"):
+        with zipfile.ZipFile(folder / f"pack_{split}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("pack/z.py", f"print('{split} z')\n")
+            wheel.writestr("pack/a.py", "shared = 'é'\n")
+            wheel.writestr("pack/b.py", f"b = '{split}'\n")
+            wheel.writestr("pack/copy_of_b.py", f"b = '{split}'\n")
+            wheel.writestr("pack/latin.py", "é".encode("latin-1"))
+            wheel.writestr("pack/empty.py", "\n")
+            wheel.writestr("pack/data.json", "{}")
+        lines += [f"# {split}", f"pack-{split}==1.0 --hash=sha256:{'0' * 64}"]
+    requirements.write_text("\n".join(lines) + "\n")
+
+
+def test_wheels_are_split_by_package(tmp_path):
+    """Whole packages are held out, in the order of the files' names; a file that is there twice counts once, in test."""
+    write_wheels(tmp_path / "data" / "pypi.wheels", tmp_path / "wheels.txt")
+    prepare.prepare_pypi(tmp_path / "data" / "pypi", "bytes", tmp_path / "wheels.txt")
+    for split in ("test", "val", "train"):
+        shared = ["shared = 'é'\n"] if split == "test" else []
+        assert read_split(tmp_path / "data", "pypi", split) == [*shared, f"b = '{split}'\n", f"print('{split} z')\n"]
+
+
+def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
+    """Without an index it is one line; after a kill the same command makes the same bytes."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    write_wheels(tmp_path / "data" / "pypi.wheels", tmp_path / "wheels.txt")
+    whole = tmp_path / "data" / "pypi"
+    wheel = tmp_path / "data" / "pypi.wheels" / "pack_train-1.0-py3-none-any.whl"
+    content = wheel.read_bytes()
+    wheel.write_bytes(content[:40])
+    with pytest.raises(UserError, match="pack_train.*is damaged"):
+        prepare.prepare_pypi(whole, "bytes", tmp_path / "wheels.txt")
+    wheel.unlink()
+    with pytest.raises(UserError, match="could not be downloaded .*No matching distribution"):
+        prepare.prepare_pypi(whole, "bytes", tmp_path / "wheels.txt")
+    wheel.write_bytes(content)
+    prepare.prepare_pypi(whole, "bytes", tmp_path / "wheels.txt")
+    assert len(read_split(tmp_path / "data", "pypi", "train")) == 2
