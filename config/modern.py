@@ -3,7 +3,7 @@
 # normalised queries and keys. It stacks on a shape and a budget; 8e-3 is the lab's learning rate
 # for Muon:
 #
-#     python train.py config/lab.py config/modern.py --batch_size=8 --learning_rate=8e-3 --out_dir=out/lab/modern/42
+#     python train.py config/lab.py config/modern.py --batch_size=8 --learning_rate=8e-3
 
 from config.cloud import *
 
