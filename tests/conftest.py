@@ -10,7 +10,6 @@ import resource
 import subprocess
 import sys
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the program, on the device that every machine has
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
 
 HERE = pathlib.Path(__file__).parent.parent  # the repository
@@ -32,6 +31,27 @@ from nanolab.tokenizer import GPT2_VOCABULARY
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8", "--global_batch_size=8",
          "--max_steps=10", "--eval_every=0", "--save_every=0", "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0",
          "--device=cpu"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """On the CPU, which every machine has: a test and the processes that it starts find no GPU, unless it is marked gpu.
+
+    CUDA reads CUDA_VISIBLE_DEVICES once in a process. So in this one, which may run a test marked gpu next, the GPU is only
+    said to be missing.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not item.get_closest_marker("gpu"):
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+        return (yield)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests recorded as "table", for pytest shows nothing else that a passing test prints."""
+    for report in terminalreporter.stats.get("passed", []):
+        for table in (value for name, value in report.user_properties if name == "table"):
+            terminalreporter.write_line(f"\n{table}\n")
 
 
 @pytest.fixture(scope="session", autouse=True)
