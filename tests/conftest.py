@@ -23,6 +23,7 @@ import config
 import nanolab.checkpoint
 import prepare
 import train
+from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.corpus import own_files
 from nanolab.logfile import read_log
@@ -209,3 +210,44 @@ def write(content):
         path.parent.mkdir(exist_ok=True)
         (path.write_bytes if isinstance(content, bytes) else path.write_text)(content)
     return change
+
+
+def small_model_batch(flags):
+    """A model with these options whose attention and head matter as they do after training, and tokens: inputs, targets."""
+    gpt = GPT(GPTConfig(**{"vocab_size": 301, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 64, "dropout": 0.0,
+                           "init": "gpt2", **flags}))
+    draw = torch.Generator().manual_seed(1)
+    for matrix in (gpt.head.weight, *(block.attn.qkv.weight for block in gpt.blocks)):
+        torch.nn.init.normal_(matrix, std=0.2, generator=draw)
+    tokens = torch.randint(301, (8, 65), generator=draw)
+    return gpt, (tokens[:, :-1], tokens[:, 1:])
+
+
+def watch_waits(monkeypatch, set_mode, first_step):
+    """Has the device refuse to be waited for in every step of train.py from first_step on, but in read_step.
+
+    set_mode: torch.cuda.set_sync_debug_mode. -> a list that gets the numbers of the steps watched to their end.
+    """
+    watched = []
+    learning_rate_at, read_step, log_step = train.learning_rate_at, train.read_step, train.RunLog.step
+
+    def start_of_step(step, *args):
+        if step >= first_step:
+            watched.append(step)
+            set_mode("error")
+        return learning_rate_at(step, *args)
+
+    def allowed_wait(*args):
+        set_mode("default")
+        values = read_step(*args)
+        set_mode("error" if watched else "default")
+        return values
+
+    def end_of_step(*args, **kwargs):
+        set_mode("default")
+        return log_step(*args, **kwargs)
+
+    monkeypatch.setattr(train, "learning_rate_at", start_of_step)
+    monkeypatch.setattr(train, "read_step", allowed_wait)
+    monkeypatch.setattr(train.RunLog, "step", end_of_step)
+    return watched
