@@ -1,0 +1,61 @@
+"""torch.compile: what it makes of the model, how often it compiles, and compiled runs.
+
+The head is the GPU's: the loop over chunks stays outside the graph.
+"""
+
+import pytest
+import torch
+
+from model import GPT
+from nanolab.kernels import logits_to_gradient_, loss_of_logits
+from nanolab.measure import mean_loss
+from probes import counting_backend, flag_combinations, force_gpu_head, small_gpt_config
+
+CPU = torch.device("cpu")
+
+
+class Windows:
+    """Stands for a data set."""
+
+    def batch(self, ids, device):
+        draw = torch.Generator().manual_seed(ids[0])
+        tokens = torch.randint(301, (len(ids), 17), generator=draw)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_the_trunk_is_one_graph(monkeypatch):
+    """Whatever the flags, with and without 16 bits; and a second step compiles nothing."""
+    force_gpu_head(monkeypatch, kernels=(loss_of_logits, logits_to_gradient_))
+    inputs, targets = Windows().batch(range(4), CPU)
+    for i, flags in enumerate(flag_combinations(4)):
+        torch._dynamo.reset()
+        trunk = []
+        compiled = torch.compile(GPT(small_gpt_config(**flags)), backend=counting_backend(trunk))
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=i % 2 == 1):
+                loss = compiled(inputs, targets)
+            loss.backward()
+            assert len(trunk) == 1, f"{len(trunk)} graphs with {flags}"
+
+
+def test_a_run_compiles_few_graphs(monkeypatch):
+    """Training and validation in turn, the last batch of a validation short: 3 graphs of the trunk
+    (training, validation, a short batch) and 3 of the head's kernels (the short batch needs another
+    for the loss; validation wants no gradient)."""
+    trunk, head = [], []
+    force_gpu_head(monkeypatch, kernels=[torch.compile(kernel, backend=counting_backend(head))
+                                         for kernel in (loss_of_logits, logits_to_gradient_)])
+    gpt = GPT(small_gpt_config(**flag_combinations(1)[-1]))
+    compiled = torch.compile(gpt, backend=counting_backend(trunk))
+    for step in range(3):
+        compiled(*Windows().batch(range(step, step + 4), CPU)).backward()
+        mean_loss(compiled, Windows(), 7 + step % 2, 4, CPU)
+    compiled(*Windows().batch(range(4), CPU)).backward()
+    assert len(trunk) <= 3 and len(head) <= 3
