@@ -115,13 +115,13 @@ def checkpoint_to_resume(config, data_sha256, restarted):
     """last.pt in out_dir, or None if there is none. best.pt, too, must belong to this run."""
     paths = [Path(config.out_dir, name) for name in ("last.pt", "best.pt")]
     files = [path for path in paths if path.exists()]
-    same_torchrun = restarted and files and read_checkpoint(files[0])["launch"] == torchrun_run_id()
+    same_torchrun = restarted and files and read_run_checkpoint(files[0])["launch"] == torchrun_run_id()
     if files and not config.resume and not same_torchrun:
         raise config_error(f"{config.out_dir} holds a run already: --resume continues it, "
                            "--out_dir=ANOTHER starts one beside it")
     found = {}
     for path in files:
-        found[path.name] = checkpoint = read_checkpoint(path)
+        found[path.name] = checkpoint = read_run_checkpoint(path)
         inherit_architecture(config, checkpoint)
         if changed := config_diff(checkpoint["config"], vars(config)):
             raise config_error(f"{path} belongs to another run: {'; '.join(changed)}")
@@ -129,6 +129,19 @@ def checkpoint_to_resume(config, data_sha256, restarted):
             raise config_error(f"{path} was trained on another data set of the name "
                                f"{config.dataset}")
     return found.get("last.pt")
+
+
+def read_run_checkpoint(path):
+    """read_checkpoint; if last.pt is damaged and best.pt beside it is not, the error says so."""
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        best = path.with_name("best.pt")
+        if path == best or not best.exists():
+            raise
+        step = read_checkpoint(best)["step"]
+        raise UserError(f"{error}; {best} is whole: copy it over {path.name} to resume from step "
+                        f"{step:,}") from None
 
 
 def inherit_architecture(config, checkpoint):

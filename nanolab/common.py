@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import warnings
+import zipfile
 from pathlib import Path
 
 
@@ -79,12 +80,19 @@ def load_tensors(path, mmap=False):
     """What torch.save wrote to a file, tensors on the CPU. Only tensors and plain values are
     loaded; no code runs.
 
-    mmap: leave the tensors on disk until they are used. Raises UserError.
+    mmap: leave the tensors on disk until they are used, without a check of them. Raises UserError.
     """
     import torch  # here, because the tokenising processes start faster without it
     try:
+        # torch.save writes a zip file, which has a checksum for each tensor and for the rest.
+        if not mmap and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                if record := file.testzip():
+                    raise UserError(f"{path} is damaged: the checksum of {record} does not match")
         with warnings.catch_warnings(action="ignore"):  # about foreign pickles, refused here
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except PermissionError:

@@ -4,12 +4,15 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
 import time
 
+import numpy as np
 import pytest
+import torch
 
 import nanolab.checkpoint
 import train
@@ -171,3 +174,44 @@ def test_float16_scales_and_unscales(small_run):
     assert norms[1] == pytest.approx(norms[0], rel=5e-2) and max(norms[0]) > 0.5
     assert read_checkpoint(half / "last.pt")["scaler"]["scale"] == 65536 and not read_checkpoint(full / "last.pt")["scaler"]
     small_run("bfloat16", "--amp=bfloat16", "--max_steps=2")
+
+
+def test_a_flipped_bit_is_noticed(small_run, tiny_data):
+    """In a checkpoint, wherever it is: the file is refused, or what is read is what was saved."""
+    folder = small_run("run", *tiny_data, "--max_steps=2")
+    last = folder / "last.pt"
+    content, good = last.read_bytes(), read_checkpoint(last)
+    rng = np.random.default_rng(1)
+    outcomes = []
+    for place in rng.integers(len(content), size=150).tolist():
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.integers(8)
+        last.write_bytes(flipped)
+        try:
+            read = read_checkpoint(last)
+        except UserError as error:
+            assert str(error).startswith(str(last)) and "\n" not in str(error)
+            outcomes.append("refused")
+        else:
+            assert str(read["config"]) == str(good["config"]) and str(read["optimizer"]) == str(good["optimizer"])
+            assert all(torch.equal(read["model"][key], good["model"][key]) for key in good["model"])
+            outcomes.append("the same")
+    assert outcomes.count("refused") > 100
+
+
+def test_a_damaged_last_names_the_best(small_run, tiny_data):
+    """--resume refuses a damaged last.pt, and best.pt, copied over it, is a way out; if both are damaged, none is named."""
+    flags = [*tiny_data, "--max_steps=4", "--eval_every=4"]
+    folder = small_run("run", *flags)
+    last, best = folder / "last.pt", folder / "best.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=r"last.pt is damaged: .*; .*best.pt is whole: copy it over last.pt to resume from step 4$"):
+        small_run("run", *flags, "--resume")
+    shutil.copy(best, last)
+    small_run("run", *flags, "--resume")
+    last.write_bytes(content)
+    best.write_bytes(content)
+    with pytest.raises(UserError, match=r"best.pt is damaged: the checksum of [^;]*$"):
+        small_run("run", *flags, "--resume")
