@@ -142,6 +142,7 @@ def sum_chunks_gpu(hidden, weight, targets, cap, dtype, grads, compiled):
             to_gradient(logits, chunk_targets, log_sum_exp, V, cap)
             grad_hidden[start:start + rows] = logits @ head
             grad_weight += (logits.T @ chunk)[:V]
+        del logits  # before the next chunk has its own
     return loss
 
 
