@@ -1,6 +1,7 @@
 """Token files to batches."""
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from nanolab.common import UserError
-from nanolab.token_files import NANOGPT, read_meta
+from nanolab.token_files import CHUNK_BYTES, NANOGPT, read_meta
 
 
 class TokenDataset:
@@ -16,6 +17,9 @@ class TokenDataset:
 
     Window i is tokens i * block_size ... (i + 1) * block_size. Neighbours share one token: the last
     target of the one is the first input of the other. vocab_size: see read_meta. Raises UserError.
+
+    Every token that is read has been checked against the SHA-256 sums in meta.json: val and test
+    at the start, train a chunk at a time, before a window in it is first read.
     """
 
     def __init__(self, data_dir, dataset, split, block_size, vocab_size=0):
@@ -39,6 +43,28 @@ class TokenDataset:
             raise UserError(f"{self.path} has {self.n_tokens:,} tokens, less than one window of "
                             f"{block_size + 1:,}; use more text or a smaller --block_size")
         self.file = open(self.path, "rb", buffering=0)
+        self.chunk_sums = meta["splits"][split].get("chunks", [])
+        self.unchecked = set(range(len(self.chunk_sums)))
+        if meta["source"] == NANOGPT:
+            return  # which has no sums
+        if not self.chunk_sums:  # a data set made before there were chunks
+            self.check_sum(0, size, meta["splits"][split]["sha256"])
+        if split != "train":
+            self.check_chunks(0, size)
+
+    def check_chunks(self, start, stop):
+        """Checks the chunks that hold bytes start ... stop - 1, unless they were checked before."""
+        for i in self.unchecked.intersection(range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))):
+            self.check_sum(i * CHUNK_BYTES, CHUNK_BYTES, self.chunk_sums[i])
+            self.unchecked.remove(i)
+
+    def check_sum(self, start, n_bytes, expected):
+        digest = hashlib.sha256()
+        for place in range(start, start + n_bytes, CHUNK_BYTES):
+            digest.update(os.pread(self.file.fileno(), min(CHUNK_BYTES, n_bytes), place))
+        if digest.hexdigest() != expected:
+            raise UserError(f"{self.path} is damaged: bytes {start:,} to {start + n_bytes:,} do not "
+                            f"have the SHA-256 that meta.json gives; {self.advice}")
 
     def __len__(self):
         return (self.n_tokens - 1) // self.block_size
@@ -52,6 +78,8 @@ class TokenDataset:
         for window, i in zip(windows, ids):
             # Not a memory map: its pages would count as this process's memory, and it is slower.
             start = i * self.block_size * self.dtype.itemsize
+            if self.unchecked:
+                self.check_chunks(start, start + window.nbytes)
             if os.preadv(self.file.fileno(), [window], start) < window.nbytes:
                 raise UserError(f"{self.path} has become shorter since the run began; "
                                 f"{self.advice}")

@@ -30,6 +30,7 @@ from nanolab.tokenizer import encode, get_tokenizer, guess_tokenizer, token_dtyp
 
 UNFINISHED = "nanolab_unfinished"
 NANOGPT = "nanoGPT's prepare.py"  # the source of a data set that nanoGPT made
+CHUNK_BYTES = 2**24  # of a token file; meta.json has the SHA-256 of each chunk
 DOCUMENT = np.dtype([("n_tokens", "u8"), ("n_bytes", "u8"), ("hash", "u8")])
 
 
@@ -52,7 +53,7 @@ def read_meta(data_dir, dataset, vocab_size=0):
         if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
             return nanogpt_meta(folder, vocab_size)
         state = "is unfinished" if folder.is_dir() else "is not there"
-        has_own_name = dataset in ("stdlib", "fineweb")
+        has_own_name = dataset in ("stdlib", "pypi", "fineweb")
         source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={dataset}"
         option = "" if data_dir == "data" else f" --data_dir={data_dir}"
         raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source}"
@@ -198,17 +199,18 @@ class DatasetWriter:
 
 
 def count_tokens(path, tokenizer):
-    """What meta.json has about a split: its tokens, documents, bytes of text, and SHA-256."""
+    """What meta.json has about a split: its tokens, documents, bytes of text, and SHA-256 sums."""
     token_bytes = [len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab)]
     token_bytes[tokenizer.eot_token] = 0
-    digest, counts = hashlib.sha256(), np.zeros(tokenizer.n_vocab, np.int64)
+    digest, counts, chunks = hashlib.sha256(), np.zeros(tokenizer.n_vocab, np.int64), []
     with open(path, "rb") as file:
-        while chunk := file.read(2**24):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
+            chunks.append(hashlib.sha256(chunk).hexdigest())
             counts += np.bincount(np.frombuffer(chunk, token_dtype(tokenizer)),
                                   minlength=tokenizer.n_vocab)
     return {"tokens": int(counts.sum()), "documents": int(counts[tokenizer.eot_token]),
-            "bytes": int(counts @ token_bytes), "sha256": digest.hexdigest()}
+            "bytes": int(counts @ token_bytes), "sha256": digest.hexdigest(), "chunks": chunks}
 
 
 def map_in_processes(function, paths, shards, workers):

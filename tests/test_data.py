@@ -19,7 +19,7 @@ import prepare
 import train
 from conftest import (HERE, SMALL, call, losses, no_file_larger_than, run_main, stop_after,
                       write_texts)
-from nanolab import common, corpus, token_files, tokenizer
+from nanolab import common, corpus, data, token_files, tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, run_script
 from nanolab.corpus import own_files
@@ -335,6 +335,7 @@ def test_damaged_token_file_is_refused(tmp_path, data_dir):
     for file in (data_dir / "stdlib").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     opened = TokenDataset(tmp_path, "torn", "train", 16)
+    opened.batch([0, len(opened) - 1])
     with open(folder / "train.bin", "ab") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="has become shorter"):
@@ -431,3 +432,44 @@ def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
     wheel.write_bytes(content)
     prepare.prepare_pypi(whole, "bytes", tmp_path / "wheels.txt")
     assert len(read_split(tmp_path / "data", "pypi", "train")) == 2
+
+
+def flip(path, place):
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_a_flipped_token_is_noticed(tmp_path, monkeypatch):
+    """In train when its chunk is first read, in val and test at the start; also where meta.json has no sums of chunks."""
+    for module in (data, token_files):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 300)
+    write_texts(tmp_path / "mine", "abcd")
+    prepare.prepare_text(own_files(tmp_path / "mine"), tmp_path / "data" / "mine", "bytes", "text", 1, "mine")
+    folder = tmp_path / "data" / "mine"
+    dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
+    dataset.batch(range(len(dataset)))
+    assert not dataset.unchecked
+
+    flip(folder / "train.bin", 1000)  # in the fourth chunk
+    dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
+    dataset.batch(range(900 // 32 - 1))  # windows of 32 bytes and a token
+    with pytest.raises(UserError, match=r"train.bin is damaged: bytes 900 to 1,200 .*make it again"):
+        dataset.batch([900 // 32])  # its last tokens are the chunk's first
+    flip(folder / "train.bin", 1000)
+    for split in ("val", "test"):
+        flip(folder / f"{split}.bin", 10)
+        with pytest.raises(UserError, match=f"{split}.bin is damaged: bytes 0 to 300"):
+            TokenDataset(tmp_path / "data", "mine", split, 16)
+        flip(folder / f"{split}.bin", 10)
+
+    meta = json.loads((folder / "meta.json").read_text())
+    for facts in meta["splits"].values():
+        del facts["chunks"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    TokenDataset(tmp_path / "data", "mine", "train", 16).batch([0])
+    flip(folder / "train.bin", 1000)
+    with pytest.raises(UserError, match="train.bin is damaged"):
+        TokenDataset(tmp_path / "data", "mine", "train", 16)
