@@ -1,8 +1,11 @@
 """What a run reports: log.jsonl, the progress bar, Weights & Biases, loss.png, summary.json; and
 the clock behind it."""
 
+import fcntl
 import json
 import math
+import os
+import socket
 import sys
 import time
 from contextlib import contextmanager, suppress
@@ -36,7 +39,7 @@ class RunLog:
         self.peak_flops = all_reduce_scalar(dist.ReduceOp.SUM, matmul_peak(device, dtype), device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # from here on, the training's own
-        self.tracker = self.file = None
+        self.tracker = self.file = self.lock = None
         if self.enabled:
             self.open_files()
         self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not self.enabled,
@@ -49,6 +52,7 @@ class RunLog:
 
     def open_files(self):
         self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.out_dir / "run.lock")
         if self.config.wandb:
             id_file, resumed = self.out_dir / "wandb_id", self.state.step > 0
             self.tracker = start_wandb(self.config, id_file, resumed)
@@ -65,6 +69,9 @@ class RunLog:
         if self.file:
             with suppress(OSError):  # a full disk; write() has reported it
                 self.file.close()
+        if self.lock:
+            Path(self.lock.name).unlink(missing_ok=True)
+            self.lock.close()
 
     def timed(self, batches):
         """The same batches. Their reading counts as time outside forward, backward and
@@ -182,6 +189,24 @@ class RunLog:
                   f"{state.val_loss:.4f}, best {state.best_val_loss:.4f}\n"
                   f"next:   python eval.py --ckpt {out_dir / 'best.pt'}\n"
                   f"        python sample.py{ckpt}")
+
+
+def lock(path):
+    """A file that only one process can have; the system frees it when that process ends, however it
+    ends. -> the open file. Raises UserError, with the owner's process id and machine."""
+    while True:
+        file = open(path, "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"another run is writing to {path.parent} ({file.read().strip()}); "
+                            "choose another --out_dir, or stop that run first") from None
+        if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+            break  # or else its former owner has just deleted it
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+    return file
 
 
 def open_log(path, step):

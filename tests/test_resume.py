@@ -230,3 +230,23 @@ def test_a_second_run_does_not_overwrite_the_first(finished_run, capsys):
         finished_run()
     finished_run("--resume")
     assert "is finished: 10 steps are done" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_folder(tmp_path, data_dir):
+    """The second is one line with the first one's process, with and without --resume, and changes nothing; after a kill
+    of the first the folder is free."""
+    first = start_long_run(tmp_path, data_dir, "--save_every=5")
+    while not (tmp_path / "out" / "last.pt").exists():
+        time.sleep(0.05)
+    config_json = (tmp_path / "out" / "config.json").read_text()
+    command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--resume"]
+    second = call(*command, "--max_steps=100000", "--save_every=5", "--name=second")
+    assert second.returncode == 1 and "Traceback" not in second.stderr
+    assert second.stderr.splitlines()[-1].startswith(f"train.py: another run is writing to {tmp_path / 'out'} (process {first.pid} on ")
+    assert first.poll() is None and (tmp_path / "out" / "config.json").read_text() == config_json
+    first.kill()
+    first.wait()
+    step = read_checkpoint(tmp_path / "out" / "last.pt")["step"]
+    third = call(*command, f"--max_steps={step + 2}")
+    assert third.returncode == 0, third.stderr
+    assert not (tmp_path / "out" / "run.lock").exists()
