@@ -36,10 +36,11 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """On the CPU, which every machine has: a test and the processes that it starts find no GPU, unless it is marked gpu.
+    """On the CPU, which every machine has: a test and the processes that it starts find no GPU,
+    unless it is marked gpu.
 
-    CUDA reads CUDA_VISIBLE_DEVICES once in a process. So in this one, which may run a test marked gpu next, the GPU is only
-    said to be missing.
+    CUDA reads CUDA_VISIBLE_DEVICES once in a process. This one may run a test marked gpu next, so
+    here torch only says that there is none.
     """
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("gpu"):
@@ -49,7 +50,7 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints what tests recorded as "table", for pytest shows nothing else that a passing test prints."""
+    """Prints what tests recorded as "table"; what a passing test prints, pytest does not show."""
     for report in terminalreporter.stats.get("passed", []):
         for table in (value for name, value in report.user_properties if name == "table"):
             terminalreporter.write_line(f"\n{table}\n")
@@ -213,9 +214,10 @@ def write(content):
 
 
 def small_model_batch(flags):
-    """A model with these options whose attention and head matter as they do after training, and tokens: inputs, targets."""
-    gpt = GPT(GPTConfig(**{"vocab_size": 301, "block_size": 64, "n_layer": 3, "n_head": 2, "n_embd": 64, "dropout": 0.0,
-                           "init": "gpt2", **flags}))
+    """A model with these options, whose attention and head matter as they do after training; and
+    tokens for it: inputs, targets."""
+    gpt = GPT(GPTConfig(**{"vocab_size": 301, "block_size": 64, "n_layer": 3, "n_head": 2,
+                           "n_embd": 64, "dropout": 0.0, "init": "gpt2", **flags}))
     draw = torch.Generator().manual_seed(1)
     for matrix in (gpt.head.weight, *(block.attn.qkv.weight for block in gpt.blocks)):
         torch.nn.init.normal_(matrix, std=0.2, generator=draw)
@@ -224,7 +226,8 @@ def small_model_batch(flags):
 
 
 def watch_waits(monkeypatch, set_mode, first_step):
-    """Has the device refuse to be waited for in every step of train.py from first_step on, but in read_step.
+    """Makes waiting for the device an error in the steps of train.py from first_step on, but not in
+    read_step.
 
     set_mode: torch.cuda.set_sync_debug_mode. -> a list that gets the numbers of the steps watched to their end.
     """

@@ -1,4 +1,5 @@
-"""On a GPU: the CPU's numbers in every precision, compiled or not, no wait but one, resuming, memory, several processes, speed.
+"""On a GPU: the CPU's numbers in every precision, compiled or not; one wait a step; flash
+attention; resuming; memory; several processes; speed.
 
     python -m pytest -m gpu         # these alone; at the end they print the table for docs/gpu.md
 """
@@ -12,7 +13,8 @@ import torch
 import bench.gpu
 import nanolab.memory
 import train
-from conftest import HERE, SMALL, assert_same_run, call, losses, small_model_batch, watch_waits, write_script
+from conftest import (HERE, SMALL, assert_same_run, call, losses, small_model_batch, watch_waits,
+                      write_script)
 from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.devices import autocast
@@ -30,23 +32,27 @@ N_GPUS = torch.cuda.device_count()
 
 # The precision, the scale of the loss, and how far the gradients may be from the CPU's in float32.
 PRECISIONS = [(None, 1, 1e-4), (torch.bfloat16, 1, 0.05), (torch.float16, 2**12, 0.01)]
-ONE_FLAG = [{}, {"qkv_bias": True}, {"tie_weights": True}, {"init": "pytorch"}, {"norm": "rmsnorm"}, {"position": "rope"},
-            {"qk_norm": True}, {"activation": "relu2"}, {"activation": "swiglu"}, {"logit_softcap": 3.0}, {"zero_init": True},
+ONE_FLAG = [{}, {"qkv_bias": True}, {"tie_weights": True}, {"init": "pytorch"},
+            {"norm": "rmsnorm"}, {"position": "rope"}, {"qk_norm": True}, {"activation": "relu2"},
+            {"activation": "swiglu"}, {"logit_softcap": 3.0}, {"zero_init": True},
             {"value_residual": True}]
 STACKS = [{}, {"tie_weights": True, "qkv_bias": True, "logit_softcap": 3.0},
-          {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "swiglu", "value_residual": True}]
+          {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "swiglu",
+           "value_residual": True}]
 
 
 @pytest.fixture(autouse=True)
 def own_process():
-    """Each test starts as if in a process of its own: nothing compiled, full float32, waits allowed."""
+    """Each test starts as in a process of its own: nothing compiled, full float32, waits
+    allowed."""
     torch._dynamo.reset()
     torch.set_float32_matmul_precision("highest")
     torch.cuda.set_sync_debug_mode("default")
 
 
 def loss_and_gradients(gpt, loss_of, batch, dtype=None, scale=1):
-    """-> the loss, {parameter: gradient in float32 on the CPU}; the loss is scaled for the backward pass only."""
+    """-> the loss, {parameter: gradient in float32 on the CPU}. The loss is scaled for the backward
+    pass only."""
     device = next(gpt.parameters()).device
     gpt.zero_grad()
     with autocast(dtype, device):
@@ -56,7 +62,8 @@ def loss_and_gradients(gpt, loss_of, batch, dtype=None, scale=1):
 
 
 def assert_close(ours, theirs, tolerance):
-    """Two results of loss_and_gradients; each gradient as a whole, and against the largest of all where it is nearly 0."""
+    """Two results of loss_and_gradients. Each gradient as a whole; where it is nearly 0, against
+    the largest of all."""
     (loss, grads), (their_loss, their_grads) = ours, theirs
     assert loss == pytest.approx(their_loss, rel=tolerance / 10)
     largest = max(grad.norm() for grad in their_grads.values())
@@ -79,24 +86,29 @@ def test_compiled_is_eager(flags, dtype, scale, tolerance):
     """In training, and in a validation of a batch of another size."""
     gpt, batch = small_model_batch(flags)
     gpt.to(CUDA)
-    eager, compiled = loss_and_gradients(gpt, gpt, batch, dtype, scale), torch.compile(gpt)
+    eager = loss_and_gradients(gpt, gpt, batch, dtype, scale)
+    compiled = torch.compile(gpt)
     for _ in range(2):
         assert_close(loss_and_gradients(gpt, compiled, batch, dtype, scale), eager, tolerance)
     short = [tokens[:3].to(CUDA) for tokens in batch]
     with torch.no_grad(), autocast(dtype, CUDA):
-        assert compiled.eval()(*short).item() == pytest.approx(gpt.eval()(*short).item(), rel=tolerance / 10)
+        expected = gpt.eval()(*short).item()
+        assert compiled(*short).item() == pytest.approx(expected, rel=tolerance / 10)
 
 
-@pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("bfloat16", "muon"), ("float16", "adamw"), ("float16", "muon")])
+@pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("bfloat16", "muon"),
+                                            ("float16", "adamw"), ("float16", "muon")])
 def test_a_step_waits_once(small_run, monkeypatch, amp, optimizer):
-    """With micro-steps, dropout and clipping, nothing but read_step waits for the GPU, once all is compiled."""
+    """With micro-steps, dropout and clipping, nothing but read_step waits for the GPU, once all is
+    compiled."""
     steps = watch_waits(monkeypatch, torch.cuda.set_sync_debug_mode, first_step=3)
-    small_run("run", *ON_CUDA, f"--amp={amp}", f"--optimizer={optimizer}", "--batch_size=2", "--dropout=0.1", "--grad_clip=0.1",
-              "--max_steps=8")
+    small_run("run", *ON_CUDA, f"--amp={amp}", f"--optimizer={optimizer}", "--batch_size=2",
+              "--dropout=0.1", "--grad_clip=0.1", "--max_steps=8")
     assert steps == [3, 4, 5, 6, 7]
 
 
-@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0), reason="flash attention needs an Ampere GPU or a newer one")
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (8, 0),
+                    reason="flash attention needs an Ampere GPU or a newer one")
 @pytest.mark.parametrize("flags", [{}, {"qkv_bias": True, "dropout": 0.1}, STACKS[2]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_is_flash(flags, dtype):
@@ -108,11 +120,14 @@ def test_attention_is_flash(flags, dtype):
     assert 0 < loss < 20
 
 
-@pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("float16", "adamw"), ("bfloat16", "muon")])
+@pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("float16", "adamw"),
+                                            ("bfloat16", "muon")])
 def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer):
-    """Bit for bit, where torch uses deterministic kernels only: by default some add up in any order."""
+    """Bit for bit, where torch uses deterministic kernels only: by default some add up in any
+    order."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    flags = [*tiny_data, *ON_CUDA, "--eval_every=4", "--max_steps=12", f"--amp={amp}", f"--optimizer={optimizer}"]
+    flags = [*tiny_data, *ON_CUDA, "--eval_every=4", "--max_steps=12", f"--amp={amp}",
+             f"--optimizer={optimizer}"]
     torch.use_deterministic_algorithms(True)
     try:
         whole = small_run("whole", *flags)
@@ -126,8 +141,10 @@ def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer):
 
 
 def test_batch_size_auto(small_run, monkeypatch):
-    """With memory for all it takes the whole share of the process; with less it takes less, and the run stays the same."""
-    flags = [*ON_CUDA, "--amp=off", "--n_layer=4", "--n_embd=256", "--block_size=256", "--global_batch_size=64", "--max_steps=2"]
+    """With memory for all it takes the whole share of the process; with less it takes less, and the
+    run stays the same."""
+    flags = [*ON_CUDA, "--amp=off", "--n_layer=4", "--n_embd=256", "--block_size=256",
+             "--global_batch_size=64", "--max_steps=2"]
     whole = small_run("whole", *flags, "--batch_size=auto")
     assert read_checkpoint(whole / "last.pt")["config"]["batch_size"] == 64
     total = torch.cuda.get_device_properties(CUDA).total_memory
@@ -141,44 +158,55 @@ def test_batch_size_auto(small_run, monkeypatch):
 @pytest.mark.skipif(N_GPUS < 2, reason="only one CUDA GPU here")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_gpus_equal_one(small_run, tmp_path, data_dir, optimizer):
-    flags = [*ON_CUDA, "--amp=off", f"--optimizer={optimizer}", "--batch_size=2", "--max_steps=30", "--eval_every=15"]
+    flags = [*ON_CUDA, "--amp=off", f"--optimizer={optimizer}", "--batch_size=2", "--max_steps=30",
+             "--eval_every=15"]
     one = small_run("one", *flags)
-    two = call("train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'two'}", *flags, processes=2,
-               timeout=600)
+    two = call("train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
+               f"--out_dir={tmp_path / 'two'}", *flags, processes=2, timeout=600)
     assert two.returncode == 0, two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3 if optimizer == "muon" else 1e-4)
+    tolerance = 1e-3 if optimizer == "muon" else 1e-4  # Muon orthogonalises in 16 bits
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=tolerance)
 
 
 def test_torchrun_restarts_resume(small_run, tmp_path, tiny_data):
-    """A rank that dies, on as many GPUs as there are up to two, and the run goes on from its last checkpoint by itself."""
+    """A rank dies, of one or two as there are GPUs, and the run goes on from its last checkpoint by
+    itself."""
     processes = min(N_GPUS, 2)
     script = write_script(tmp_path / "die.py", DIE_ONCE.replace('== "1"', f'== "{processes - 1}"'))
     flags = [*tiny_data, *ON_CUDA, "--amp=off", "--batch_size=4", "--save_every=3"]
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                             "--max-restarts=3", str(script), *SMALL, *flags, f"--out_dir={tmp_path / 'out'}"], cwd=HERE,
-                            capture_output=True, text=True, timeout=600)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=3",
+                f"--nproc_per_node={processes}"]
+    result = subprocess.run([*torchrun, str(script), *SMALL, *flags,
+                             f"--out_dir={tmp_path / 'out'}"], cwd=HERE, capture_output=True,
+                            text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert "resume: at step 6" in result.stdout
-    assert losses(tmp_path / "out") == pytest.approx(losses(small_run("one", *flags)), rel=1e-4)
+    one = small_run("one", *flags)
+    assert losses(tmp_path / "out") == pytest.approx(losses(one), rel=1e-4)
 
 
 def test_train_evaluate_sample(tmp_path, data_dir):
     """The quickstart's three commands, with device and precision as they come."""
-    run = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--max_steps=200", "--eval_every=100", "--eval_tokens=4096"]
+    run = [f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--max_steps=200",
+           "--eval_every=100", "--eval_tokens=4096"]
     trained = call("train.py", "config/quickstart.py", *run, timeout=600)
     assert trained.returncode == 0 and "cuda" in trained.stdout, trained.stderr
     assert losses(tmp_path / "out")[-1] < 3
-    for command in (["eval.py", f"--data_dir={data_dir}"], ["sample.py", "--prompt=def main", "--max_new_tokens=20"]):
+    for command in (["eval.py", f"--data_dir={data_dir}"],
+                    ["sample.py", "--prompt=def main", "--max_new_tokens=20"]):
         result = call(*command, "--ckpt", tmp_path / "out/best.pt", timeout=600)
         assert result.returncode == 0 and result.stdout, result.stderr
 
 
 def test_table(data_dir, record_property):
-    """GPT-2 small's shape: the head takes at most a quarter longer than compiled cross-entropy of all logits and needs less
-    memory; the published batch fits."""
-    flags = [f"--data_dir={data_dir}", "--device=cuda", "--batch_size=12", "--global_batch_size=12", "--max_steps=12"]
-    amps = [amp for amp in bench.gpu.PRECISIONS if amp != "bfloat16" or torch.cuda.is_bf16_supported(False)]
-    figures = {amp: bench.gpu.measure_in_new_process([*flags, f"--amp={amp}"], 5040) for amp in amps}
+    """GPT-2 small's shape: the head takes at most a quarter longer than compiled cross-entropy of
+    all logits and needs less memory; the published batch fits."""
+    flags = [f"--data_dir={data_dir}", "--device=cuda", "--batch_size=12",
+             "--global_batch_size=12", "--max_steps=12"]
+    figures = {}
+    for amp in bench.gpu.PRECISIONS:
+        if amp != "bfloat16" or torch.cuda.is_bf16_supported(False):
+            figures[amp] = bench.gpu.measure_in_new_process([*flags, f"--amp={amp}"], 5040)
     record_property("table", bench.gpu.format_table(figures, flags))
     for amp, one in figures.items():
         assert one["head_seconds"] < 1.25 * one["cross_entropy_seconds"], amp
