@@ -149,8 +149,8 @@ def sum_chunks_gpu(hidden, weight, targets, cap, dtype, grads, compiled):
 def padded_head(weight, dtype):
     """(V, C) in dtype, with rows of zeros up to a multiple of 64, which GPUs multiply faster."""
     V, C = weight.shape
-    head = weight.new_zeros(V + -V % 64, C, dtype=dtype)
-    head[:V] = weight
+    head = weight.new_empty(V + -V % 64, C, dtype=dtype)
+    head[:V], head[V:] = weight, 0
     return head
 
 
