@@ -42,7 +42,7 @@ K = math.ceil(N * P / GPU_CHUNK)
 
 HEAD = [  # what, bytes
     ("hidden states to 16 bits", "N*C * (4+2)"),
-    ("the head to 16 bits, padded: zeros, then a copy", "P*C * 2 + V*C * (4+2)"),
+    ("the head to 16 bits, padded with zeros", "V*C * (4+2) + (P-V)*C * 2"),
     ("both gradients start as zeros in float32", "(N*C + V*C) * 4"),
     ("logits = hidden @ head.T", "N*P*2 + N*C*2 + K * P*C*2"),
     ("logsumexp and the target's logit (compiled): reads the logits", "N*P*2"),
