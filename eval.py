@@ -1,4 +1,4 @@
-"""Test loss: of one checkpoint, or of a study's runs, with error bars that tell effect from noise.
+"""Test loss: of one checkpoint, or of a study's runs, compared with a baseline.
 
     python eval.py --ckpt out/best.pt
     python eval.py --ckpt 'out/lab/*/*/best.pt' --baseline baseline --plot table.png
@@ -14,7 +14,8 @@ NAME.test.json, and not measured again until the checkpoint or the data change.
 
 --ckpt takes checkpoints, folders of runs, globs in quotes, and results files: what --json writes,
 or by hand [{"name": "baseline", "test_loss": 3.69, "seed": 42}, ...] with any other options of
-config/__init__.py.
+config/__init__.py. A comparison ends in better, worse, not shown (its interval has 0 in it, which
+is no proof of no effect) or identical (to the last bit). The table's legend states the rules.
 """
 
 import hashlib
@@ -28,7 +29,7 @@ import torch.distributed as dist
 
 from config import OPTIONS, SEEDS
 from model import GPT
-from nanolab import plots, study
+from nanolab import plots, study, tables
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, describe, run_script, write_atomically
 from nanolab.data import TokenDataset
@@ -185,7 +186,7 @@ def report(args, runs, unfinished):
     if args.fit_batch_size:
         name, sizes, losses = study.points_to_fit(experiments, args.baseline)
         content["fit"] = fit = fit_batch_size(sizes, losses)
-        print(study.format_fit(name, fit, sizes))
+        print(tables.format_fit(name, fit, sizes))
         if args.plot:
             plots.plot_fit(name, fit, sizes, losses, args.plot)
     else:
@@ -193,7 +194,7 @@ def report(args, runs, unfinished):
         if args.noise:
             only = next(iter(experiments)) if len(experiments) == 1 else None
             content["noise"] = noise = study.noise(experiments.get(baseline or only, []))
-            print(study.format_noise(noise, args.markdown))
+            print(tables.format_noise(noise, args.markdown))
             if args.plot:
                 plots.plot_noise(noise, args.plot)
         else:
@@ -201,7 +202,7 @@ def report(args, runs, unfinished):
             if len(runs) == 1 and "perplexity" in runs[0] and not args.markdown:
                 print(format_result(runs[0]))
             else:
-                print(format_study(args, rows, baseline))
+                print(format_study(args, experiments, rows, baseline))
             if args.plot:
                 plots.plot_comparison(rows, baseline, args.plot)
         if args.curves:
@@ -222,15 +223,15 @@ def format_result(result):
             f"{result['tokens']:,} tokens")
 
 
-def format_study(args, rows, baseline):
+def format_study(args, experiments, rows, baseline):
     """The table, with a column for the other study that --beside names, and its legend."""
     other = None
     if args.beside:
-        experiments = study.group_by_experiment(study.read_results(args.beside))
-        other_baseline = study.choose_baseline(experiments, None)
-        other = Path(args.beside).stem, study.compare(experiments, other_baseline)
-    table = study.format_comparison(rows, args.markdown, other)
-    return table + "\n\n" + study.format_legend(rows, baseline)
+        others = study.group_by_experiment(study.read_results(args.beside))
+        other = Path(args.beside).stem, study.compare(others, study.choose_baseline(others, None))
+    table = tables.format_comparison(rows, args.markdown, other)
+    same = tables.format_same_configurations(study.same_configurations(experiments), experiments)
+    return "\n\n".join(filter(None, [table, tables.format_legend(rows, baseline), same]))
 
 
 def as_json(content):

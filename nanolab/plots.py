@@ -9,7 +9,7 @@ import numpy as np
 
 from nanolab.common import UserError
 from nanolab.logfile import read_log, smooth
-from nanolab.stats import curve, curve_interval, mean_interval, prediction_interval
+from nanolab.stats import curve, curve_interval
 
 
 def plot_run(log_path, png_path, config):
@@ -49,43 +49,48 @@ def plot_run(log_path, png_path, config):
 
 def plot_comparison(rows, baseline, path):
     """Draws the rows of study.compare."""
-    lines, baseline_losses = [], None
+    lines, band = [], None
     for row in rows:
-        remark = f"{row['difference']:+.4f}  {row['verdict']}" if "verdict" in row else ""
-        lines.append((f"{row['experiment']} ({row['n']})", row["losses"], remark))
+        remark = ""
+        if "difference" in row:
+            remark = f"{row['difference']:+.4f}  {row.get('verdict', '')}"
+        lines.append((f"{row['experiment']} ({row['n']})", row["losses"],
+                      row.get("mean_interval"), remark))
         if row["experiment"] == baseline:
-            baseline_losses = row["losses"]
-    title = ("Circles: runs. Diamond and bar: their mean and its 95 % interval. Right: difference "
-             "to the baseline,\nand verdict. Grey: where one more run of the baseline would fall, "
-             "95 times in 100.")
-    plot_lines(lines, baseline_losses, title, path)
+            band = row.get("one_more_run")
+    title = ("Circles: runs. Diamond and bar: their mean and its own 95 % interval, uncorrected. "
+             "Right: difference to\nthe baseline, and verdict, corrected. Grey: where one more run "
+             "of the baseline would fall, 95 times in 100.")
+    plot_lines(lines, band, title, path)
 
 
 def plot_noise(result, path):
     """Draws the sources of study.noise."""
-    lines = [(f"{row['source'].split(',')[0]} ({row['n']})", row["losses"], f"SD {row['sd']:.4f}")
-             for row in result["sources"]]
-    title = "Runs of one experiment that differ in their seeds, by what the seeds vary"
-    plot_lines(lines, None, title, path)
+    lines = [(f"{row['source'].split(',')[0]} ({row['n']})", row["losses"], None,
+              f"SD {row['sd']:.4f}") for row in result["sources"]]
+    title = ("Runs of one experiment that differ in their seeds, by what the seeds vary.\n"
+             "Grey: where one more run would fall, 95 times in 100.")
+    plot_lines(lines, result["one_more_run"], title, path)
 
 
-def plot_lines(lines, baseline_losses, title, path):
+def plot_lines(lines, band, title, path):
     """Draws a line for each set of runs: a circle for each run, the mean and its interval.
 
-    lines: (label, losses, remark for the right margin). baseline_losses: of the grey band, or None.
+    lines: (label, losses, interval of the mean or None, remark for the right margin).
+    band: the ends of the grey band, or None.
     """
     figure, ax = new_figure(figsize=(10, 1.6 + 0.42 * len(lines)))
-    if baseline_losses and len(baseline_losses) > 1:
-        ax.axvspan(*prediction_interval(baseline_losses), color="0.9", linewidth=0)
-        ax.axvline(np.mean(baseline_losses), color="0.6", linewidth=0.8)
+    if band:
+        ax.axvspan(*band, color="0.9", linewidth=0)
+        ax.axvline(np.mean(band), color="0.6", linewidth=0.8)
     heights = range(len(lines), 0, -1)
-    for y, (_, losses, remark) in zip(heights, lines):
+    for y, (_, losses, interval, remark) in zip(heights, lines):
         ax.plot(losses, [y] * len(losses), "o", color="0.45", markerfacecolor="none", markersize=5)
-        if len(losses) > 1:
-            ax.plot(mean_interval(losses), [y, y], color="black", linewidth=1.6)
+        if interval:
+            ax.plot(interval, [y, y], color="black", linewidth=1.6)
         ax.plot(np.mean(losses), y, "D", color="black", markersize=5)
         ax.text(1.01, y, remark, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
-    ax.set_yticks(heights, [label for label, _, _ in lines])
+    ax.set_yticks(heights, [label for label, *_ in lines])
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.set_ylim(0.3, len(lines) + 0.7)
@@ -105,7 +110,8 @@ def plot_fit(name, fit, sizes, losses, path):
             label=f"{fit['a']:.4f} ln(B)$^2$ {fit['b']:+.4f} ln(B) {fit['c']:+.4f}")
     ax.plot(sizes, losses, "o", color="black", markerfacecolor="white", label="runs")
     if fit["optimum"] and min(sizes) <= fit["optimum"] <= max(sizes):
-        interval = " ({:.0f} to {:.0f})".format(*fit["optimum_interval"]) if fit["df"] else ""
+        ends = fit["optimum_interval"]
+        interval = " ({:.0f} to {:.0f})".format(*ends) if ends else ""
         ax.axvline(fit["optimum"], color="black", linestyle="--", linewidth=0.8,
                    label=f"optimum {fit['optimum']:.1f}{interval}")
     ax.set_xscale("log", base=2)

@@ -1,7 +1,8 @@
-"""A study: its runs found, grouped into experiments, compared, and put into tables and sentences.
+"""A study: its runs found, grouped into experiments, and compared.
 
 A run is a dict with a name, a test_loss and options. eval.py writes the options in "config"; a file
-written by hand may have them beside the name. An option that is missing has its default.
+written by hand may have them beside the name. An option that is missing has its default. A run with
+"reference" is shown beside the others but not tested: it differs in more than options.
 """
 
 import glob
@@ -139,10 +140,7 @@ def group_by_experiment(runs):
     """
     experiments = {}
     for run in runs:
-        options = settings(run)
-        ignored = SAME_EXPERIMENT.union({"max_tokens"} if options["max_steps"] else ())
-        relevant = tuple((key, value) for key, value in options.items() if key not in ignored)
-        experiments.setdefault((run["name"], relevant), []).append(run)
+        experiments.setdefault((run["name"], relevant_options(run)), []).append(run)
     labelled = {}
     for (name, options), members in experiments.items():
         namesakes = [dict(others) for other_name, others in experiments if other_name == name]
@@ -150,6 +148,13 @@ def group_by_experiment(runs):
                      if any(others.get(key) != value for others in namesakes)]
         labelled[", ".join([name, *differing])] = members
     return labelled
+
+
+def relevant_options(run):
+    """The options that tell experiments apart, as pairs."""
+    options = settings(run)
+    ignored = SAME_EXPERIMENT.union({"max_tokens"} if options["max_steps"] else ())
+    return tuple((key, value) for key, value in options.items() if key not in ignored)
 
 
 def seeds_of(run):
@@ -165,7 +170,8 @@ def by_seed(runs):
     losses = {}
     for run in runs:
         losses.setdefault(seeds_of(run), []).append(run["test_loss"])
-    return {seeds: float(np.mean(repeats)) for seeds, repeats in losses.items()}
+    return {seeds: float(np.mean(repeats)) if len(set(repeats)) > 1 else repeats[0]
+            for seeds, repeats in losses.items()}
 
 
 def choose_baseline(experiments, wanted):
@@ -195,9 +201,16 @@ def compare(experiments, baseline):
         rows.append({"experiment": label, "n": len(losses), "test_loss": float(np.mean(losses)),
                      "sd": stats.sample_sd(losses), "losses": losses,
                      "tokens_per_second": mean_of(runs, "tokens_per_second"),
-                     "hours": seconds and seconds / 3600, "cost": mean_of(runs, "cost")})
-        if baseline and label != baseline:
-            rows[-1].update(difference_over_seeds(by_seeds, by_seed(experiments[baseline])))
+                     "hours": seconds and seconds / 3600, "cost": cost_of(runs)})
+        if len(losses) > 1:
+            rows[-1]["mean_interval"] = stats.mean_interval(by_seeds)
+        if label == baseline and len(losses) > 1:
+            rows[-1]["one_more_run"] = stats.prediction_interval(by_seeds)
+        elif baseline and label != baseline:
+            result = stats.difference(by_seeds, by_seed(experiments[baseline]))
+            if all(run.get("reference") for run in runs):
+                result = {"difference": result["difference"], "compared": "reference"}
+            rows[-1].update(result)
     add_verdicts(rows)
     return sorted(rows, key=lambda row: -row["test_loss"])
 
@@ -208,46 +221,56 @@ def mean_of(runs, key):
     return float(np.mean(values)) if values else None
 
 
-def difference_over_seeds(ours, theirs):
-    """The difference in mean loss, paired if two seeds or more are common to both sides.
-
-    ours, theirs: seeds -> test loss.
-    """
-    common = sorted(ours.keys() & theirs.keys())
-    if len(common) < 2:
-        return stats.difference(list(ours.values()), list(theirs.values()), paired=False)
-    return stats.difference([ours[seeds] for seeds in common],
-                            [theirs[seeds] for seeds in common], paired=True)
+def cost_of(runs):
+    """The mean cost in US$; or the words of a file written by hand, such as "35 to 42"; or None."""
+    words = [run["cost"] for run in runs if isinstance(run.get("cost"), str)]
+    return words[0] if words else mean_of(runs, "cost")
 
 
 def add_verdicts(rows):
-    """Adds p_holm and the verdict, at 5 %, to each row that was compared."""
+    """Adds the verdict to each row that was compared, and to each that was tested its interval.
+
+    The rule is Bonferroni's. Of m tests each is made at 5 % / m, so that all m intervals hold
+    together 95 times in 100. A difference is shown if its interval leaves out 0.
+    """
     tested = [row for row in rows if row.get("p") is not None]
-    for row, p in zip(tested, stats.holm([row["p"] for row in tested])):
-        direction = "better" if row["difference"] < 0 else "worse"
-        row.update(p_holm=p, verdict=direction if p < 0.05 else "within noise")
+    for row in tested:
+        level = 0.05 / len(tested)
+        low, high = stats.t_interval(row["difference"], row["error"], row["df"], level)
+        verdict = "better" if high < 0 else "worse" if low > 0 else "not shown"
+        row.update(low=low, high=high, p_corrected=min(1.0, len(tested) * row["p"]),
+                   verdict=verdict,
+                   detectable=stats.detectable(row["error"], row["df"], level))
     for row in rows:
-        if row.get("compared") == "one run each":
-            row["verdict"] = "cannot be told"
+        if row.get("compared", "").startswith("identical"):
+            row["verdict"] = "identical"
+        elif "p" in row:
+            row.setdefault("verdict", "not shown")
+
+
+def same_configurations(experiments):
+    """Labels of experiments with different names but equal options, in lists."""
+    labels = {}
+    for label, runs in experiments.items():
+        if all("config" in run and not run.get("reference") for run in runs):
+            labels.setdefault(relevant_options(runs[0]), []).append(label)
+    return [members for members in labels.values() if len(members) > 1]
 
 
 def noise(runs):
-    """The spread of one experiment's losses by its source, and whether the sources differ.
-
-    -> a dict. Raises UserError.
-    """
-    sources = sources_of_noise(runs)
-    if not sources:
+    """The spread of one experiment's losses by its source. -> a dict. Raises UserError."""
+    losses, groups = by_seed(runs), sources_of_noise(runs)
+    if not groups:
         raise UserError("--noise needs at least two runs of the baseline that differ in their "
                         "seeds; name it with --baseline")
-    rows = {**sources, "all runs": list(by_seed(runs).values())}
-    result = {"sources": [{"source": source, **stats.spread(losses)}
-                          for source, losses in rows.items()]}
-    if len(sources) > 1 and all(len(losses) > 2 for losses in sources.values()):
-        result["levene"] = stats.levene_test(list(sources.values()))
-    if sources.keys() >= {INITIAL_WEIGHTS, LOOP} and stats.sample_sd(sources[LOOP]):
-        result["f_test"] = stats.variance_f_test(sources[INITIAL_WEIGHTS], sources[LOOP])
-    return result
+    rows = [{"source": source, **stats.spread(group), "sd_interval": stats.sd_interval(group)}
+            for source, group in groups.items()]
+    rows.append({"source": "all runs", **stats.spread(list(losses.values()))})
+    model = stats.mixed_model(list(losses.values()), list(losses))
+    sds = {effect: model[effect] and math.sqrt(model[effect])
+           for effect in ("weights", "loop", "rest")}
+    return {"sources": rows, "sd_by_effect": sds, "mean_interval": stats.mean_interval(losses),
+            "one_more_run": stats.prediction_interval(losses)}
 
 
 def sources_of_noise(runs):
@@ -281,108 +304,3 @@ def points_to_fit(experiments, wanted):
         raise UserError("--fit_batch_size needs runs of at least 3 global batch sizes; "
                         f"{name} has {len(set(sizes))}")
     return name, sizes, losses
-
-
-def format_table(rows, markdown=False):
-    """The text of a table. rows: lists of cells, the header first.
-
-    Columns without a value are left out. Words are aligned to the left, numbers to the right.
-    """
-    lines, rule = [[] for _ in rows], []
-    for column in zip(*rows):
-        if any(column[1:]):
-            width = max(map(len, column))
-            is_text = column[0] in ("experiment", "compared", "verdict", "varies")
-            rule.append("-" * (width + 1) + ("-" if is_text else ":"))
-            for line, cell in zip(lines, column):
-                line.append(cell.ljust(width) if is_text else cell.rjust(width))
-    if not markdown:
-        return "\n".join("  ".join(line).rstrip() for line in lines)
-    header, *body = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([header, "|" + "|".join(rule) + "|", *body])
-
-
-def format_number(value, form):
-    return "" if value is None else format(value, form)
-
-
-def format_interval(interval, form):
-    return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
-
-
-def format_comparison(rows, markdown, other=None):
-    """The table of `compare`.
-
-    other: (title, rows) of another study, whose differences get a column.
-    """
-    title, other_rows = other or ("", [])
-    theirs = {row["experiment"]: f"{row['difference']:+.4f} {row['verdict']}"
-              for row in other_rows if "difference" in row}
-    cells = [["experiment", "n", "test loss", "SD", "difference", "95 % interval", "compared",
-              "p (Holm)", "verdict", title, "tokens/s", "hours", "US$"]]
-    for row in rows:
-        interval = (row["low"], row["high"]) if "low" in row else None
-        cells.append([row["experiment"], str(row["n"]), f"{row['test_loss']:.6f}",
-                      format_number(row["sd"], ".6f"),
-                      format_number(row.get("difference"), "+.4f"),
-                      format_interval(interval, "+.4f"), row.get("compared", ""),
-                      format_number(row.get("p_holm"), ".2g"), row.get("verdict", ""),
-                      theirs.get(row["experiment"], ""),
-                      format_number(row["tokens_per_second"], ",.0f"),
-                      format_number(row["hours"], ".3g"),
-                      format_number(row["cost"] or None, ".2f")])
-    return format_table(cells, markdown)
-
-
-def format_legend(rows, baseline):
-    """What the columns of the table mean."""
-    n_compared = sum("verdict" in row for row in rows)
-    if not n_compared:
-        return ("n: runs with different seeds; SD: sample standard deviation. "
-                "No experiment is called baseline; --baseline names one.")
-    return (f"Difference: to {baseline}, negative is better, with its 95 % Student-t interval; "
-            "paired: over that many equal seeds; unpaired: Welch's, or where one side is one run, "
-            "with the other side's spread. Verdict: at 5 %, corrected for "
-            f"{n_compared} comparisons (Holm). "
-            "n: seeds; SD: sample standard deviation; hours: per run.")
-
-
-def format_noise(result, markdown):
-    cells = [["varies", "n", "mean", "SD (sample)", "95 % interval", "SD (population)", "lowest",
-              "highest"]]
-    for row in result["sources"]:
-        cells.append([row["source"], str(row["n"]), f"{row['mean']:.6f}", f"{row['sd']:.6f}",
-                      format_interval(row["sd_interval"], ".4f"), f"{row['population_sd']:.6f}",
-                      f"{row['lowest']:.6f}", f"{row['highest']:.6f}"])
-    lines = [format_table(cells, markdown), ""]
-    if test := result.get("levene"):
-        answer = "Yes" if test["p"] < 0.05 else "Not that these runs could show"
-        lines.append("Levene's test (Brown-Forsythe): do the sources differ in spread? "
-                     f"{answer}: {format_f(test)}, p = {test['p']:.3f}.")
-    if test := result.get("f_test"):
-        lines.append("F test, variance by initial weights over variance by the loop: "
-                     f"{format_f(test)}, two-sided p = {test['p']:.3f}.")
-    return "\n".join(lines)
-
-
-def format_f(test):
-    return "F({}, {}) = {:.3f}".format(*test["df"], test["f"])
-
-
-def format_fit(name, fit, sizes):
-    lines = [f"{name}: {fit['n']} runs, global batch {min(sizes):g} to {max(sizes):g}",
-             "loss = a ln(B)^2 + b ln(B) + c: "
-             f"a {fit['a']:.7f}, b {fit['b']:.7f}, c {fit['c']:.7f}"]
-    if fit["optimum"] is None:
-        return "\n".join([*lines, "the curve has no lowest point: a is not positive"])
-    optimum = f"optimum {fit['optimum']:.1f}"
-    predicted = f"predicted loss there {fit['predicted']:.3f}"
-    if fit["df"]:
-        optimum += f" (95 % interval {format_interval(fit['optimum_interval'], '.1f')})"
-        predicted += f" (95 % interval {format_interval(fit['predicted_interval'], '.3f')})"
-    else:
-        exact = " (no interval: three runs fit three coefficients exactly)"
-        optimum, predicted = optimum + exact, predicted + exact
-    if not min(sizes) <= fit["optimum"] <= max(sizes):
-        optimum += "; beyond the sizes measured, so do not trust it"
-    return "\n".join([*lines, optimum, predicted])

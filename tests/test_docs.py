@@ -40,7 +40,7 @@ def test_tables_come_from_the_data(monkeypatch, capsys):
             assert lines[i + 1:i + 1 + len(expected)] == expected, f"{doc.name}, line {i + 1}"
             made.update(range(i + 1, i + 1 + len(expected)))
         for i, line in enumerate(lines):
-            is_result = re.search(r"p \(Holm\) \||\| (un)?paired|^ +varies  ", line)
+            is_result = re.search(r"p \(corrected\) \||\| (un|partly )?paired|^ +varies  ", line)
             assert i in made or not is_result, f"{doc.name}, line {i + 1} comes from no command: {line}"
         n_commands += len(commands)
     assert n_commands >= 12
@@ -60,7 +60,7 @@ def test_readmes_effects_are_those_of_the_tables(monkeypatch, capsys, tmp_path):
                                  ("lab", "config/results/modern.json", "--baseline", "tuned_stack")):
         evaluate(monkeypatch, capsys, "--ckpt", path, *flags, "--json", tmp_path / "table.json")
         for row in json.loads((tmp_path / "table.json").read_text())["rows"]:
-            if "difference" in row:
+            if "verdict" in row:
                 effects[column][row["experiment"]] = f"{row['difference']:+.4f} {row['verdict']}"
     n_checked, header = 0, []
     for line in (HERE / "README.md").read_text().splitlines():

@@ -1,0 +1,158 @@
+"""Tables and sentences: what eval.py prints of a study."""
+
+from nanolab import stats, study
+
+
+def format_table(rows, markdown=False):
+    """The text of a table. rows: lists of cells, the header first.
+
+    Columns without a value are left out. Words are aligned to the left, numbers to the right.
+    """
+    lines, rule = [[] for _ in rows], []
+    for column in zip(*rows):
+        if any(column[1:]):
+            width = max(map(len, column))
+            is_text = column[0] in ("experiment", "compared", "verdict", "varies")
+            rule.append("-" * (width + 1) + ("-" if is_text else ":"))
+            for line, cell in zip(lines, column):
+                line.append(cell.ljust(width) if is_text else cell.rjust(width))
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+    header, *body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([header, "|" + "|".join(rule) + "|", *body])
+
+
+def format_number(value, form):
+    return "" if value is None else format(value, form)
+
+
+def format_interval(interval, form):
+    return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def format_comparison(rows, markdown, other=None):
+    """The table of study.compare.
+
+    other: (title, rows) of another study, whose differences get a column.
+    """
+    title, other_rows = other or ("", [])
+    theirs = {row["experiment"]: f"{row['difference']:+.4f} {row.get('verdict', '')}".strip()
+              for row in other_rows if "difference" in row}
+    cells = [["experiment", "n", "test loss", "SD", "difference", "95 % interval", "compared",
+              "p (corrected)", "verdict", "same seed", title, "tokens/s", "hours", "US$"]]
+    for row in rows:
+        interval = (row["low"], row["high"]) if "low" in row else None
+        cost = row["cost"] or ""
+        cells.append([row["experiment"], str(row["n"]), f"{row['test_loss']:.6f}",
+                      format_number(row["sd"], ".6f"),
+                      format_number(row.get("difference"), "+.4f"),
+                      format_interval(interval, "+.4f"), row.get("compared", ""),
+                      format_number(row.get("p_corrected"), ".3g"), row.get("verdict", ""),
+                      format_number(row.get("same_seed"), "+.4f"),
+                      theirs.get(row["experiment"], ""),
+                      format_number(row["tokens_per_second"], ",.0f"),
+                      format_number(row["hours"], ".3g"),
+                      cost if isinstance(cost, str) else f"{cost:.2f}"])
+    return format_table(cells, markdown)
+
+
+def format_legend(rows, baseline):
+    """What the columns of the table mean, and which effects it could have shown."""
+    kinds = {row["compared"].split(",")[0] for row in rows if "compared" in row}
+    if not kinds:
+        return ("n: runs with different seeds; SD: sample standard deviation. "
+                "No experiment is called baseline; --baseline names one.")
+    tested = [row for row in rows if "low" in row]
+    sentences = [f"Difference: to {baseline}, negative is better."]
+    sentences += [sentence for kind, sentence in COMPARED.items() if kind in kinds]
+    if tested:
+        sentences.append(CORRECTED.format(n=len(tested)) if len(tested) > 1 else
+                         "Interval and p: of the one test, not corrected.")
+        sentences.append("Better, worse: the interval leaves out 0. Not shown: it does not, which "
+                         "is no proof of no effect.")
+    if any("same_seed" in row for row in rows):
+        sentences.append("Same seed: to the one baseline of the same seed; a single pair has no "
+                         "interval.")
+    sentences.append("n: seeds; SD: sample standard deviation; hours: per run.")
+    lines = [" ".join(sentences)]
+    if tested:
+        lines += ["", "Smallest effect that such a row shows in 80 % of studies, at the corrected "
+                  f"level: {format_detectable(tested)}."]
+    return "\n".join(lines)
+
+
+COMPARED = {
+    "paired": "Paired: seed by seed, over that many.",
+    "partly paired": "Partly paired: all runs, that many seeds in common, by a mixed model.",
+    "unpaired": "Unpaired: Welch's test; if a side has one or two runs, both are taken to have one "
+                "spread; where the seeds of weights and loop cross, by a mixed model.",
+    "identical": "Identical: the same losses bit for bit over that many seeds; not tested.",
+    "one run each": "One run each: nothing shows the noise.",
+    "reference": "Reference: differs in more than the options; not tested.",
+}
+CORRECTED = ("Intervals and p: corrected for {n} tests (Bonferroni), so that all {n} intervals "
+             "hold together 95 times in 100.")
+
+
+def format_detectable(tested):
+    effects = {}
+    for row in tested:
+        effects.setdefault(row["compared"], []).append(row["detectable"])
+    return "; ".join(f"{compared}: " + " to ".join(dict.fromkeys(
+        f"{effect:.4f}" for effect in (min(found), max(found))))
+        for compared, found in effects.items())
+
+
+def format_same_configurations(groups, experiments):
+    """Lines that say which names are one configuration, and how far its runs lie apart."""
+    lines = []
+    for labels in groups:
+        losses = sorted({(study.seeds_of(run), run["test_loss"])
+                         for label in labels for run in experiments[label]}, key=lambda x: x[1])
+        losses = [loss for _, loss in losses]
+        lines.append(f"One configuration, whatever ran it: {', '.join(labels)}. {len(losses)} "
+                     f"different runs, {losses[0]:.6f} to {losses[-1]:.6f}, "
+                     f"SD {stats.sample_sd(losses):.4f}.")
+    return "\n".join(lines)
+
+
+def format_noise(result, markdown):
+    cells = [["varies", "n", "mean", "SD (sample)", "95 % interval", "SD (population)", "lowest",
+              "highest"]]
+    for row in result["sources"]:
+        cells.append([row["source"], str(row["n"]), f"{row['mean']:.6f}", f"{row['sd']:.6f}",
+                      format_interval(row.get("sd_interval"), ".4f"),
+                      f"{row['population_sd']:.6f}",
+                      f"{row['lowest']:.6f}", f"{row['highest']:.6f}"])
+    named = [f"{name} {sd:.4f}" for effect, name in EFFECTS.items()
+             if (sd := result["sd_by_effect"][effect]) is not None]
+    mixed_in = [name for effect, name in EFFECTS.items() if result["sd_by_effect"][effect] is None]
+    remark = f" ({', '.join(mixed_in)}: not varied, or part of the rest)" if mixed_in else ""
+    return "\n".join([
+        format_table(cells, markdown), "",
+        f"SD by a mixed model of all runs (REML): {', '.join(named)}{remark}.",
+        f"95 % interval of the mean: {format_interval(result['mean_interval'], '.4f')}; "
+        f"of one more run: {format_interval(result['one_more_run'], '.4f')}."])
+
+
+EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
+
+
+def format_fit(name, fit, sizes):
+    lines = [f"{name}: {fit['n']} runs, global batch {min(sizes):g} to {max(sizes):g}",
+             "loss = a ln(B)^2 + b ln(B) + c: "
+             f"a {fit['a']:.7f}, b {fit['b']:.7f}, c {fit['c']:.7f}"]
+    if fit["optimum"] is None:
+        return "\n".join([*lines, "the curve has no lowest point: a is not positive"])
+    optimum = f"optimum {fit['optimum']:.1f}"
+    predicted = f"predicted loss there {fit['predicted']:.3f}"
+    if fit["df"]:
+        interval = format_interval(fit["optimum_interval"], ".1f") or "without an end"
+        optimum += f" (95 % interval, Fieller's: {interval})"
+        predicted += f" (95 % interval {format_interval(fit['predicted_interval'], '.3f')})"
+    else:
+        exact = " (no interval: three runs fit three coefficients exactly)"
+        optimum, predicted = optimum + exact, predicted + exact
+    if not min(sizes) <= fit["optimum"] <= max(sizes):
+        optimum += "; beyond the sizes measured, so do not trust it"
+    return "\n".join([*lines, optimum, predicted])
