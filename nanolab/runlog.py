@@ -211,18 +211,33 @@ def lock(path):
 
 def open_log(path, step):
     """log.jsonl, open for more lines, without those that a killed run wrote after its last
-    checkpoint, at `step`."""
+    checkpoint, at `step`. Lines that are damaged are reported, and kept in another file."""
     lines = []
     if step and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the end of a line that was being written
-            if entry["step"] < step + ("val_loss" in entry):
+        text = path.read_text(errors="replace")
+        n_damaged = 0
+        for line in text.splitlines():
+            entry = parse_entry(line)
+            if entry is None:
+                n_damaged += 1
+            elif entry["step"] < step + ("val_loss" in entry):
                 lines.append(line + "\n")
+        if n_damaged > (not text.endswith("\n")):  # the last may be one that was being written
+            path.with_name("log.damaged.jsonl").write_bytes(path.read_bytes())
+            print(f"note:   {path} has {n_damaged} damaged lines, which are left out; the file as "
+                  "it was is log.damaged.jsonl", flush=True)
     write_atomically(path, "".join(lines))
     return open(path, "a", buffering=1)
+
+
+def parse_entry(line):
+    """A line of log.jsonl as a dict, or None if it is damaged."""
+    try:
+        entry = json.loads(line)
+        is_entry = type(entry["step"]) is int and ("loss" in entry or "val_loss" in entry)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return entry if is_entry else None
 
 
 def finite_or_none(value):

@@ -12,6 +12,7 @@ import train
 from conftest import HERE, SMALL, assert_same_run, call, equal_weights, losses, write_script
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
+from nanolab.logfile import read_log
 
 
 def stop_at(step, number=signal.SIGINT):
@@ -250,3 +251,19 @@ def test_two_runs_in_one_folder(tmp_path, data_dir):
     third = call(*command, f"--max_steps={step + 2}")
     assert third.returncode == 0, third.stderr
     assert not (tmp_path / "out" / "run.lock").exists()
+
+
+def test_a_damaged_log_is_reported(small_run, tiny_data, capsys):
+    """Garbage in log.jsonl does not stop a resumed run: the good lines stay, the file as it was is kept, one line says so."""
+    flags = [*tiny_data, "--max_steps=4"]
+    folder = small_run("run", *flags)
+    log = folder / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    garbage = [b"5\n", b"null\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\n", b"[" * 100_000 + b"\n"]
+    damaged = b"".join([lines[0], *garbage, *lines[1:]])
+    log.write_bytes(damaged)
+    capsys.readouterr()
+    small_run("run", *flags, "--resume", "--max_steps=6")
+    assert f"{log} has {len(garbage)} damaged lines" in capsys.readouterr().out
+    assert (folder / "log.damaged.jsonl").read_bytes() == damaged
+    assert [entry["step"] for entry in read_log(log)[0]] == [0, 1, 2, 3, 4, 5]
