@@ -157,7 +157,10 @@ def padded_head(weight, dtype):
 def loss_of_logits(logits, targets, V, cap):
     """(rows, padded V) logits, (rows, 1) targets -> the summed loss, and each row's logsumexp."""
     is_token = torch.arange(logits.shape[1], device=logits.device) < V
-    log_sum_exp = torch.where(is_token, softcap(logits.float(), cap), -math.inf).logsumexp(-1, True)
+    x = torch.where(is_token, softcap(logits.float(), cap), -math.inf)
+    # not x.logsumexp: in this form torch.compile finds maximum and sum in one pass over a row
+    top = x.amax(-1, keepdim=True)
+    log_sum_exp = top + (x - top).exp_().sum(-1, keepdim=True).log()
     target_logits = softcap(logits.gather(1, targets).float(), cap)
     return (log_sum_exp - target_logits).sum(), log_sum_exp
 
