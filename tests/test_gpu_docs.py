@@ -101,6 +101,31 @@ def test_head_moves_the_bytes_predicted(monkeypatch):
     assert gpu_predicted.head_bytes() < 10e9
 
 
+ONE_PASS = """
+import sys, torch, fake_cuda, nanolab.kernels
+fake_cuda.pretend_cuda()
+passes = fake_cuda.post_grad_passes
+
+def show(graph, is_inference):
+    passes(graph, is_inference)
+    print([str(node.target) for node in graph.graph.nodes])
+    sys.exit()
+
+fake_cuda.post_grad_passes = show
+torch._inductor.config.joint_graph_constant_folding = False
+with fake_cuda.FakeTensorMode():
+    logits = torch.empty(64, 320, dtype=torch.bfloat16, device="cuda")
+    targets = torch.empty(64, 1, dtype=torch.int64, device="cuda")
+    fake_cuda.count_bytes(nanolab.kernels.loss_of_logits, logits, targets, 301, 9.0)
+"""
+
+
+def test_loss_kernel_passes_over_a_row_once():
+    """torch.compile recognises the sum of exponentials, and finds it together with the maximum."""
+    result = call("-c", ONE_PASS, PYTHONPATH=str(HERE / "tests"))
+    assert "prepare_softmax_online" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize("n_ranks", [1, gpu_predicted.RANKS])
 def test_muon_does_what_is_predicted(monkeypatch, n_ranks):
     """Operations and bytes of rank 0's step at GPT-2 small's shape, and what it gathers."""
