@@ -1,5 +1,6 @@
 """One process or many, one micro-step or many, one machine or two: the same run."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -70,3 +71,58 @@ def test_gradients_are_reduced_once_a_step(tmp_path, data_dir):
                   "--batch_size=1", processes=2)
     count = next(int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("ALL-REDUCES"))
     assert count == 2 * 10 + 5
+
+
+WATCH_RANKS = """
+import json
+import torch.distributed as dist
+import nanolab.optim
+storages, matrices, parameters = [], [], []
+backward, newton_schulz, wrap_ddp = torch.Tensor.backward, nanolab.optim.newton_schulz, train.wrap_ddp
+
+def watch_parameters(model, *args):
+    parameters.extend(model.parameters())
+    return wrap_ddp(model, *args)
+
+def watch_gradients(*args):
+    backward(*args)
+    storages.append([p.grad.untyped_storage().data_ptr() for p in parameters])
+
+def count_matrices(stack):
+    matrices.append(len(stack))
+    return newton_schulz(stack)
+
+def report(*args):
+    weights = torch.cat([p.detach().flatten() for p in parameters])
+    others = [torch.empty_like(weights) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, weights)
+    if dist.get_rank() == 0:
+        print("SEEN", json.dumps([storages, matrices, all(map(weights.equal, others))]))
+
+torch.Tensor.backward, nanolab.optim.newton_schulz, train.wrap_ddp = watch_gradients, count_matrices, watch_parameters
+train.train(config.load(sys.argv[1:]))
+report()
+"""
+
+
+@pytest.mark.parametrize("processes, n_layer", [(2, 2), (4, 1)])
+def test_ranks_share_muon_and_store_gradients_once(small_run, data_dir, tmp_path, processes, n_layer):
+    """Each process orthogonalises its share of the matrices, also where there are fewer of a shape than processes, and all
+    have the same weights after it. The gradients are views of DDP's buckets (of 1 MiB, then of 25) in every micro-step
+    from the second step on: there is no second copy of them."""
+    flags = ["--n_embd=128", f"--n_layer={n_layer}", "--n_head=4", "--max_steps=4", "--optimizer=muon"]
+    one = small_run("one", *flags)
+    script = write_script(tmp_path / "watch.py", WATCH_RANKS)
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags, "--batch_size=1",
+                  f"--out_dir={tmp_path / 'many'}", processes=processes)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "many") == pytest.approx(losses(one), rel=1e-5)
+    line = next(line for line in result.stdout.splitlines() if line.startswith("SEEN"))
+    storages, matrices, same_weights = json.loads(line.removeprefix("SEEN"))
+    assert same_weights
+    stacks = [3 * n_layer, n_layer, n_layer, n_layer]  # Q, K and V; the MLP's two and attention's projection
+    assert sorted(matrices) == sorted(4 * [-(-n // processes) for n in stacks]), "each rank does its share"
+    micro_steps = 8 // processes
+    assert len(storages) == 4 * micro_steps
+    later = storages[micro_steps:]
+    assert all(pointers == later[0] for pointers in later) and len(set(later[0])) <= 2
