@@ -20,7 +20,7 @@ import nanolab.optim
 from bench import gpu_predicted
 from conftest import HERE, call, watch_waits
 from model import GPT, GPTConfig
-from nanolab.common import UserError
+from nanolab.common import run_script
 from nanolab.optim import Muon
 
 DOC = HERE / "docs/gpu.md"
@@ -200,12 +200,12 @@ def test_graphs_are_those_predicted(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_gpu_script_on_a_cpu(monkeypatch, data_dir):
+def test_gpu_script_on_a_cpu(data_dir):
     """Every figure that needs no GPU is there, and the table has as many cells as its header."""
     flags = ["--device=cpu", "--batch_size=2", "--global_batch_size=2", "--max_steps=8",
              "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--vocab_size=300",
              f"--data_dir={data_dir}"]
-    figures = bench.gpu.measure([*flags, "--amp=bfloat16"], largest=4)
+    figures = bench.gpu.measure_in_new_process([*flags, "--amp=bfloat16"], largest=4)
     assert figures["largest_batch"] == 4
     caption, _, header, line, row = bench.gpu.format_table({"bfloat16": figures}, flags).split("\n")
     assert " ".join(flags) in caption
@@ -215,14 +215,17 @@ def test_gpu_script_on_a_cpu(monkeypatch, data_dir):
     assert all(float(cell.strip("%").replace(",", "")) >= 0 for cell in cells[1:-2])
 
 
-def test_gpu_script_without_a_gpu(monkeypatch):
-    """It ends with one line; so it does where a flag is wrong, before anything is measured."""
-    result = call("bench/gpu.py")
-    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert "no CUDA GPU here" in result.stderr
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device=cpu", "--dropuot=1"])
-    with pytest.raises(UserError, match="did you mean 'dropout'"):
-        bench.gpu.main()
+@pytest.mark.parametrize("flags, message, exit_code", [
+    ([], "there is no CUDA GPU here", 1),
+    (["--device=cpu", "--dropuot=1"], "did you mean 'dropout'", 2)])
+def test_gpu_script_ends_with_one_line(monkeypatch, capsys, flags, message, exit_code):
+    """Without a GPU, or with a wrong flag for train.py; before anything is measured."""
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        run_script(bench.gpu.main)
+    out, err = capsys.readouterr()
+    assert ended.value.code == exit_code and out == ""
+    assert err.count("\n") == 1 and message in err
 
 
 def test_watching_for_waits(small_run, monkeypatch):
