@@ -53,20 +53,20 @@ def plot_comparison(rows, baseline, path):
     for row in rows:
         remark = ""
         if "difference" in row:
-            remark = f"{row['difference']:+.4f}  {row.get('verdict', '')}"
+            remark = f"{row['difference']:+.4f}  {row.get('verdict', row['compared'])}"
         lines.append((f"{row['experiment']} ({row['n']})", row["losses"],
                       row.get("mean_interval"), remark))
         if row["experiment"] == baseline:
             band = row.get("one_more_run")
-    title = ("Circles: runs. Diamond and bar: their mean and its own 95 % interval, uncorrected. "
-             "Right: difference to\nthe baseline, and verdict, corrected. Grey: where one more run "
-             "of the baseline would fall, 95 times in 100.")
+    title = ("Circles: runs. Diamond and bar: mean and its 95 % interval, uncorrected.\n"
+             "Right: difference to the baseline, and verdict, corrected.\n"
+             "Grey: where one more run of the baseline would fall, 95 times in 100.")
     plot_lines(lines, band, title, path)
 
 
 def plot_noise(result, path):
     """Draws the sources of study.noise."""
-    lines = [(f"{row['source'].split(',')[0]} ({row['n']})", row["losses"], None,
+    lines = [(f"{row['source'].split(' (')[0].split(',')[0]} ({row['n']})", row["losses"], None,
               f"SD {row['sd']:.4f}") for row in result["sources"]]
     title = ("Runs of one experiment that differ in their seeds, by what the seeds vary.\n"
              "Grey: where one more run would fall, 95 times in 100.")

@@ -19,21 +19,20 @@ def difference(ours, theirs):
     that cross (one set of initial weights with several loops) or are common in part. Without a
     spread there is no test: p is None.
     """
-    common = sorted(ours.keys() & theirs.keys())
-    gaps = [ours[seeds] - theirs[seeds] for seeds in common]
-    n_ours, n_theirs, n_common = len(ours), len(theirs), len(common)
+    gaps = {seeds: loss - theirs[seeds] for seeds, loss in ours.items() if seeds in theirs}
+    n_ours, n_theirs, n_common = len(ours), len(theirs), len(gaps)
     losses, side = [*ours.values(), *theirs.values()], [0] * n_ours + [1] * n_theirs
     result = {"difference": float(np.mean(losses[:n_ours]) - np.mean(losses[n_ours:])), "p": None}
     if n_common == 1:
-        result["same_seed"] = gaps[0]
-    if common and not any(gaps):
+        [result["same_seed"]] = gaps.values()
+    if gaps and not any(gaps.values()):
         return {**result, "difference": 0.0, "compared": f"identical, {n_common}"}
     if n_ours == n_theirs == 1:
         return {**result, "compared": "one run each"}
 
     if n_common > 1 and ours.keys() == theirs.keys():
-        compared, mean = f"paired, {n_common}", np.mean(gaps)
-        error, df = sample_sd(gaps) / math.sqrt(n_common), n_common - 1
+        compared = f"paired, {n_common}"
+        mean, error, df = mean_loss(gaps)
     elif n_common > 1:
         compared = f"partly paired, {n_common}"
         model = mixed_model(losses, [*ours, *theirs], side)
@@ -134,7 +133,7 @@ def best_weights(model):
 
 
 def mean_loss(losses, n_new_runs=0):
-    """The mean of two losses or more, its standard error and degrees of freedom."""
+    """The mean of two losses (or gaps) or more, its standard error and degrees of freedom."""
     values = list(losses.values())
     if not np.ptp(values):
         return values[0], 0.0, len(values) - 1

@@ -76,14 +76,15 @@ def format_legend(rows, baseline):
     sentences.append("n: seeds; SD: sample standard deviation; hours: per run.")
     lines = [" ".join(sentences)]
     if tested:
-        lines += ["", "Smallest effect that such a row shows in 80 % of studies, at the corrected "
-                  f"level: {format_detectable(tested)}."]
+        lines += ["", f"Minimum detectable effect (80 % power at 5 % / {len(tested)}): "
+                  f"{format_detectable(tested)}."]
     return "\n".join(lines)
 
 
 COMPARED = {
     "paired": "Paired: seed by seed, over that many.",
-    "partly paired": "Partly paired: all runs, that many seeds in common, by a mixed model.",
+    "partly paired": "Partly paired: all runs, that many seeds in common, by a mixed model; both sides "
+                     "are taken to have one spread.",
     "unpaired": "Unpaired: Welch's test; if a side has one or two runs, both are taken to have one "
                 "spread; where the seeds of weights and loop cross, by a mixed model.",
     "identical": "Identical: the same losses bit for bit over that many seeds; not tested.",

@@ -153,7 +153,7 @@ def test_the_smallest_effect_that_a_table_shows(tmp_path, monkeypatch, capsys):
                                               "b": draws(5, 3.6, 0.05, 3)})
     rows, printed = statistics(monkeypatch, capsys, file)
     smallest, largest = sorted(row["detectable"] for row in rows if "detectable" in row)
-    assert f"corrected level: paired, 5: {smallest:.4f} to {largest:.4f}.\n" in printed
+    assert f"(80 % power at 5 % / 2): paired, 5: {smallest:.4f} to {largest:.4f}.\n" in printed
 
 
 def reml(losses, matrices, sides):
@@ -255,7 +255,12 @@ def test_crossed_seeds_by_a_mixed_model(monkeypatch, capsys, tmp_path):
         assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, df) * error, rel=2e-3)
     assert errors["mean_interval"] ** 2 / np.var(PUBLISHED_LOSSES, ddof=1) > 1 / 7  # not seven independent runs
 
-    # One run each of four seeds: nothing separates weights, loop and rest, and the textbook holds.
+    # A second experiment with the same crossed seeds: its gaps are crossed in the same way.
+    baseline = dict(zip(PUBLISHED_SEEDS, PUBLISHED_LOSSES))
+    row = stats.difference({seeds: 2 * loss for seeds, loss in baseline.items()}, baseline)
+    assert row["compared"] == "paired, 7" and row["error"] == pytest.approx(errors["mean_interval"], rel=1e-3)
+
+    # One run each of seven seeds: nothing separates weights, loop and rest, and the textbook holds.
     independent = {(seed,) * 3: loss for seed, loss in enumerate(PUBLISHED_LOSSES)}
     low, high = stats.prediction_interval(independent)
     assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, 6) * math.sqrt(8 / 7) * 0.0123393, rel=1e-4)
