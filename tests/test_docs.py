@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import scipy
 
 import config
+from config import GPTConfig
 from conftest import HERE, evaluate
 from model import GPT
 from nanolab.data import TokenDataset
@@ -71,6 +74,48 @@ def test_readmes_effects_are_those_of_the_tables(monkeypatch, capsys, tmp_path):
                 assert effect == effects[name].get(cells[0], ""), line
                 n_checked += 1
     assert n_checked >= 20
+
+
+def test_figures_in_the_sentences_come_from_the_data(monkeypatch, capsys, tmp_path):
+    """What docs/results.md says in words about the published runs and the lab, computed anew."""
+    monkeypatch.chdir(HERE)
+    text = " ".join((HERE / "docs/results.md").read_text().split())
+    losses = {"published": {}, "lab": {}}
+    for study, path in (("published", "config/published.json"), ("lab", "config/results/lab.json")):
+        for run in json.loads((HERE / path).read_text())["runs"]:
+            losses[study].setdefault(run["name"], []).append(run["test_loss"])
+    published, lab = losses["published"], losses["lab"]
+    baselines, cloud = published["baseline"][1:], published["cloud"][0]  # the first is there twice
+    assert max(baselines) == baselines[0] and len(baselines) == 7
+    assert f"batch size gave {published['batch_size'][0] - baselines[0]:.6f} " in text
+    assert f"all interventions together gave {baselines[0] - cloud:.6f} " in text
+    assert f"is {baselines[0] - np.mean(baselines):.4f} above the mean of the seven" in text
+
+    one, other = published["local_3090"]
+    five = [cloud, one, other, *published["cloud_builtin_gelu"]]
+    f = np.var(five, ddof=1) / np.var(baselines, ddof=1)
+    assert f"SD {np.std(five, ddof=1):.4f}; the baselines have {np.std(baselines, ddof=1):.4f}." in text
+    assert f"p = {scipy.stats.f.sf(f, 4, 6):.2f}, one-sided" in text
+    assert f"Two 3090s differ by {other - one:.4f} " in text
+    assert f"lower than the A100s, by {cloud - one:.3f} and {cloud - other:.3f}" in text
+
+    seeds = {name: np.corrcoef(lab["baseline"], values)[0, 1] for name, values in lab.items()}
+    assert (f"the two weight decays (correlation over seeds {seeds['weight_decay_gpt2']:.3f}), the QKV bias "
+            f"({seeds['qkv_bias']:.2f}) and the stack ({seeds['cloud']:.2f}), less for the schedule "
+            f"({seeds['schedule_learning_rate']:.2f}), and hardly for tying ({seeds['weight_tying']:.2f})") in text
+    assert f"{seeds['weight_decay_cerebras']:.3f}" == f"{seeds['weight_decay_gpt2']:.3f}"
+    tokens_per_parameter = 614_400 / GPT(GPTConfig.from_options(vars(config.load(["config/lab.py"])) | {
+        "vocab_size": 257})).num_params()
+    tau = 1.084 * tokens_per_parameter ** -0.527  # of the rule that gave 0.33724
+    assert f"would give about {8 * 64 / (4e-4 * 614_400 * tau):.1f} for this budget" in text
+
+    evaluate(monkeypatch, capsys, "--ckpt", "config/published.json", "--json", tmp_path / "table.json")
+    rows = {row["experiment"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert f"ends at {rows['cloud']['high']:.4f}." in text
+    assert f"A change must be worth {rows['cloud']['detectable']:.2f} " in text
+    low, high = rows["baseline"]["one_more_run"]
+    independent = scipy.stats.t.ppf(0.975, 6) * np.std(baselines, ddof=1) * np.sqrt(8 / 7)
+    assert f"within {(high - low) / 2:.3f} of the mean; taking the seven for independent gives {independent:.3f}" in text
 
 
 def test_promises_name_tests_that_exist():
