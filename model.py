@@ -1,5 +1,5 @@
 """The model: a GPT-2-class language model with a switch for each intervention, its initialisation,
-its text.
+and text generation.
 
     python model.py export out/best.pt FOLDER      for Hugging Face's transformers
 
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from config import GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.kernels import Linear, head_loss, head_loss_outside_graph, softcap
+from nanolab.export import check_export, export
+from nanolab.kernels import Linear, head_loss, softcap
 
 
 def rms_norm(x):
@@ -37,8 +38,8 @@ ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"),
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (Su et al., "RoFormer", 2021). It turns numbers i and i + D/2 of a
-    head, as a point in the plane, by the angle position x 10000^(-2i/D)."""
+    """Rotary position embedding (Su et al., "RoFormer", 2021). Rotates the pair (i, i + D/2) of
+    each head by the angle position x 10000^(-2i/D)."""
 
     def __init__(self, config):
         super().__init__()
@@ -74,16 +75,17 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if self.qk_norm:  # before the rotation or after it is the same
+        if self.qk_norm:  # rotation keeps the norm, so the order does not matter
             q, k = rms_norm(q), rms_norm(k)
         if self.rope is not None:
             q, k = self.rope(q, start), self.rope(k, start)
-        if self.value_share is not None:
+        if self.value_share is not None:  # mix in the first block's values; no effect in that block
             v = v + self.value_share * ((v if first_values is None else first_values) - v)
         values = v
         if cache is not None:
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T]
+        # a single new token, with start above 0, sees every cached key
         y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
@@ -91,10 +93,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """4 C wide. SwiGLU has three matrices, so it is 8/3 C wide (a multiple of 8): the number of
-    parameters stays."""
+    """Hidden width 4 C. SwiGLU has three matrices, so its width is 8/3 C (a multiple of 8), for the
+    same number of parameters."""
 
-    RECOMPUTE_ABOVE = 2**22  # numbers, 16 MiB in float32
+    RECOMPUTE_ABOVE = 2**22  # elements, 16 MiB in float32
 
     def __init__(self, config):
         super().__init__()
@@ -138,7 +140,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only transformer (GPT-2: Radford et al., 2019) with the published study's switches.
 
-    seed: of the initial weights, which depend on it and on the config alone.
+    seed: for the initial weights, which depend only on it and the config.
     """
 
     def __init__(self, config, seed=42):
@@ -162,9 +164,9 @@ class GPT(nn.Module):
         x = self.hidden_states(tokens)
         if targets is None:
             return self.logits(x)
-        loss = head_loss_outside_graph if torch.compiler.is_compiling() else head_loss
-        return loss(x.flatten(0, 1), self.head.weight, targets.flatten(),
-                    self.config.logit_softcap, torch.is_grad_enabled())
+        # F.cross_entropy of self.logits(x), without all the logits in memory
+        return head_loss(x.flatten(0, 1), self.head.weight, targets.flatten(),
+                         self.config.logit_softcap)
 
     def hidden_states(self, tokens, cache=None, start=0):
         """(B, T) token ids at positions start ... start + T - 1, below block_size -> (B, T, C), the
@@ -197,9 +199,9 @@ class GPT(nn.Module):
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    def generate(self, tokens, max_new_tokens, **how):
-        """(B, T) prompts -> (B, T + max_new_tokens), prompts first. `how`: as for stream."""
-        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, **how)]
+    def generate(self, tokens, max_new_tokens, **options):
+        """(B, T) prompts -> (B, T + max_new_tokens), prompts first. options: as for stream."""
+        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, **options)]
         return torch.cat((tokens, *new), dim=1)
 
     @torch.no_grad()
@@ -213,7 +215,9 @@ class GPT(nn.Module):
         temperature: 0 takes the likeliest token; top_k: sample from the k likeliest only.
         generator: a torch.Generator on the model's device, or a list of one for each sequence.
         """
-        context, start, cache = tokens[:, -self.config.block_size:], 0, self.new_cache(len(tokens))
+        context = tokens[:, -self.config.block_size:]
+        start = 0  # the position of the first token that is not cached
+        cache = self.new_cache(len(tokens))
         for _ in range(max_new_tokens):
             if context.shape[1] > self.config.block_size:
                 context, start = context[:, -((self.config.block_size + 1) // 2):], 0
@@ -246,7 +250,7 @@ class GPT(nn.Module):
         return model.eval()
 
     def load_weights(self, checkpoint):
-        """Those of what read_checkpoint returned. Raises UserError."""
+        """Loads the weights of a checkpoint from read_checkpoint. Raises UserError."""
         try:
             self.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
@@ -271,7 +275,7 @@ def initialise(model, generator):
     matches is an error.
 
     'pytorch' draws in the order of the published code's constructors, so a seed gives the published
-    runs' very weights. Q, K and V biases are drawn last: switching them on leaves every other
+    runs' weights exactly. Q, K and V biases are drawn last: switching them on leaves every other
     weight as it was.
     """
     as_pytorch, zero_init = model.config.init == "pytorch", model.config.zero_init
@@ -280,6 +284,7 @@ def initialise(model, generator):
     parameters = dict(model.named_parameters())
     for name in sorted(parameters, key=lambda name: name.endswith("qkv.bias")):
         p = parameters[name]
+        # the first case that matches wins
         match name.split(".")[-2:]:
             case ["ln_1" | "ln_2" | "ln_f", "weight"]:
                 nn.init.ones_(p)
@@ -308,7 +313,6 @@ def initialise(model, generator):
 
 
 def main():
-    from nanolab.export import check_export, export
     parser = argument_parser(__doc__)
     parser.add_argument("command", choices=["export"])
     parser.add_argument("checkpoint", help="such as out/best.pt")
@@ -317,7 +321,7 @@ def main():
     check_export(args.checkpoint, args.folder)
     checkpoint = read_checkpoint(args.checkpoint)
     export(checkpoint, GPT.from_checkpoint(checkpoint), args.folder)
-    print(f"{args.folder} is written: config.json, model.safetensors and a model card; read the "
+    print(f"wrote {args.folder}: config.json, model.safetensors and a model card; read the "
           "card before you publish it")
 
 

@@ -1,4 +1,4 @@
-"""Which text becomes which data set.
+"""Turns text into a data set.
 
     python prepare.py stdlib                 Python's own library as bytes; needs no network
     python prepare.py pypi                   the source of the pinned packages in config/pypi.txt
@@ -23,7 +23,7 @@ from nanolab.token_files import DatasetWriter, dataset_lock, fingerprint, is_com
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
 PYPI = Path(__file__).parent / "config" / "pypi.txt"
-HELDOUT = 0.01  # the share of FineWeb's rows, at the end, that val and test are cut from
+HELDOUT = 0.01  # the share of FineWeb's rows, at the end, for val and test
 
 
 def main():
@@ -72,7 +72,7 @@ def parse_arguments():
     fineweb.add_argument("--heldout", type=float, default=HELDOUT,
                          help="share of the rows, at the end, for val and test")
     fineweb.add_argument("--test_offset", type=int, default=50_000_000,
-                         help="where test starts in them; val is before")
+                         help="where test starts in the held-out tokens; val is all before")
     fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024)
     args = parser.parse_args()
     has_own_name = args.source in ("stdlib", "pypi", "fineweb")
@@ -110,7 +110,8 @@ def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
         if is_complete(folder, plan):
             return
         wheels = pypi_wheels(requirements, folder.with_suffix(".wheels"))
-        writer, tokenizer = DatasetWriter(folder, plan, tokenizer_name), get_tokenizer(tokenizer_name)
+        tokenizer = get_tokenizer(tokenizer_name)
+        writer = DatasetWriter(folder, plan, tokenizer_name)
         writer.n_tokens.clear()
         seen = set()
         for split in ("test", "val", "train"):
@@ -132,9 +133,9 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source):
             return
         ranges = [file_range for file in files for file_range in file_ranges(file)]
         n_bytes = sum(file_range.n_bytes for file_range in ranges)
-        # Longer text files are cut: with documents of more than 1 %, val and test could not be 1 %.
+        # Longer text files are cut: with a document above 1 %, val and test could not be 1 % each.
         options = {"text_column": text_column, "max_length": min(max(n_bytes // 100, 2**14), 2**20)}
-        # A token of GPT-2 has 4.5 bytes of English, 2 of code.
+        # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
         n_tokens = n_bytes // (1 if tokenizer == "bytes" else 2) + 1
         writer = DatasetWriter(folder, plan, tokenizer)
         with writer.progress_bar(n_tokens) as bar:
@@ -150,10 +151,10 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source):
             with np.load(path) as shard:
                 tokens, documents = shard["tokens"], shard["documents"]
             # Of each document, then of each token: 0 for test, 1 for val, 2 for train.
-            number = np.searchsorted(np.array(writer.hash_limits, np.uint64), documents["hash"])
-            number = number.repeat(documents["n_tokens"].astype(int))
+            split_ids = np.searchsorted(np.array(writer.hash_limits, np.uint64), documents["hash"])
+            split_ids = split_ids.repeat(documents["n_tokens"].astype(int))
             for i, split in enumerate(("test", "val", "train")):
-                writer.append(split, tokens[number == i])
+                writer.append(split, tokens[split_ids == i])
             writer.finish_shard("text", path)
         writer.finish(source)
 

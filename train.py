@@ -3,12 +3,12 @@
     python train.py config/local_3090.py
     torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
 
-Step s trains on windows s x G ... s x G + G - 1 of the data's order, where G is global_batch_size.
-How many processes and micro-steps share them does not matter.
+Step s trains on windows s*G to (s+1)*G - 1 of the data's order, however many processes and
+micro-steps share them. G is global_batch_size; a window is block_size + 1 tokens.
 
-Everything random is a pure function of a seed and a place in the run: the initial weights of
-init_seed, the order of the windows of (data_seed, epoch), the dropout masks of (dropout_seed, step,
-micro-batch). So no random state is saved.
+Everything random is a pure function of a seed and a position in the run, so no random state is
+saved: the initial weights depend on init_seed, the order of the windows on (data_seed, epoch), the
+dropout masks on (dropout_seed, step, micro-batch). config/__init__.py has every option.
 """
 
 import math
@@ -37,14 +37,19 @@ from nanolab.token_files import NANOGPT, read_meta
 from prepare import prepare_stdlib
 
 
+MAX_SKIPPED = 20  # updates in a row that may be skipped
+
+
 def train(config):
     # processes, data, where to start
     device, rank, world_size = init_distributed(config.device)
     warn_if_cpu(config, device)
     make_stdlib_if_missing(config, rank, world_size)
     meta = read_meta(config.data_dir, config.dataset, config.vocab_size)
-    start = find_start(config, meta, torchrun_restarted(device))  # last.pt, other weights, or none
-    train_data, val_data = (open_split(config, split) for split in ("train", "val"))
+    # last.pt, the weights of init_from, or neither; completes config
+    start = find_start(config, meta, torchrun_restarted(device))
+    train_data = open_split(config, "train")
+    val_data = open_split(config, "val")
     n_val_windows = min(max(config.eval_tokens // config.block_size, 1), len(val_data))
 
     # model and optimiser
@@ -54,7 +59,7 @@ def train(config):
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     state = start.restore(model, optimizer, scaler)  # steps done, seconds, best validation loss
-    del start  # and with it the memory of the checkpoint
+    del start  # frees the checkpoint's memory
     if not same_on_all_ranks(state.step, device):
         raise UserError(f"the machines have different checkpoints in {config.out_dir}; "
                         "put it on a disk that they share")
@@ -63,15 +68,16 @@ def train(config):
         print0(f"{config.out_dir} is finished: {state.step:,} steps are done, "
                f"{max_steps:,} were asked for")
         return
-    compiled_model = compile_model(model, config, device)  # the same weights
+    compiled_model = compile_model(model, config, device)  # shares model's weights
     if config.batch_size == "auto":
         config.batch_size = largest_batch_size(model, compiled_model, optimizer, train_data,
                                                config.global_batch_size, world_size, device, dtype)
     grad_accum_steps = count_grad_accum_steps(config, world_size)
     ddp_model = wrap_ddp(compiled_model, device, world_size)
 
-    # what goes on beside the loop
-    print_setup(config, meta, model, train_data, n_val_windows, max_steps, dtype, world_size)
+    # logging, saving, stop signals, batches
+    print_setup(config, meta, model, train_data, n_val_windows, max_steps, grad_accum_steps, dtype,
+                world_size)
     log = RunLog(config, state, max_steps, model, device, dtype, rank)
     saver = CheckpointSaver(config, meta, state, model, optimizer, scaler, max_steps, rank)
     stop = StopSignal()
@@ -80,13 +86,14 @@ def train(config):
     batches = log.timed(micro_batches(train_data, config, state.step, rank, world_size, device))
 
     model.train()
-    with saver, log:
+    with saver, log:  # on exit: closes the log, waits for the last save
         inputs, targets = next(batches)
         for step in range(state.step, max_steps):
             lr = learning_rate_at(step, max_steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
+            # forward and backward, one micro-batch after the other
             loss_sum = torch.zeros((), device=device)
             for micro_step in range(grad_accum_steps):
                 if world_size > 1:  # all-reduce the gradients in the last backward pass only
@@ -99,9 +106,10 @@ def train(config):
                 scaler.scale(loss / grad_accum_steps).backward()
                 loss_sum += loss.detach()
 
+            # unscale, measure, clip; update the weights unless a number is not finite
             scaler.unscale_(optimizer)
             grad_norm = get_total_norm([p.grad for p in parameters])
-            loss, norm, stopping = read_step(loss_sum / grad_accum_steps, grad_norm, stop.requested)
+            loss, norm, stopping = sync_step(loss_sum / grad_accum_steps, grad_norm, stop.requested)
             finite = math.isfinite(loss) and math.isfinite(norm)  # the same answer on all ranks
             clipped = finite and 0 < config.grad_clip < norm
             if clipped:
@@ -109,18 +117,19 @@ def train(config):
             if finite:  # scaler.step would check it again, and wait for the device
                 optimizer.step()
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if skipped_in_a_row == 20:
+            if skipped_in_a_row == MAX_SKIPPED:
                 saver.wait()
                 raise UserError(describe_bad_numbers(model, step, config.out_dir))
             scaler.update()
-            optimizer.zero_grad(set_to_none=world_size == 1)  # DDP's are views of its buckets
+            optimizer.zero_grad(set_to_none=world_size == 1)  # under DDP they are views of buckets
             state.step += 1
             state.skipped += not finite
             log.step(loss, lr, norm, clipped, skipped=not finite)
             saver.allocate_buffers()
 
+            # validate and save: neither changes the training or its timing
             last_step = state.step == max_steps
-            with log.clock_stopped():  # what follows leaves no trace in the training
+            with log.clock_stopped():
                 if last_step or is_due(config.eval_every, state.step):
                     val_loss = mean_loss(compiled_model, val_data, n_val_windows, config.batch_size,
                                          device, dtype, rank, world_size)
@@ -138,36 +147,36 @@ def train(config):
 def learning_rate_at(step, max_steps, config):
     """The learning rate of step 0 ... max_steps - 1.
 
-    Linear warm-up over the first warmup_fraction of the steps, from 1e-5 of the peak. Then
-    constant; or down to min_lr_ratio x peak, which the last step has: by one half cosine, or
-    ('wsd') in a straight line over the last cooldown_fraction of the steps (Hu et al., "MiniCPM",
-    2024; Haegele et al., "Scaling laws and compute-optimal training beyond fixed training
-    durations", 2024). The published runs (part 32e) chained torch's LinearLR and CosineAnnealingLR,
-    which would reach the minimum one step after the last: at 33,165 steps the rates differ by at
+    Linear warm-up from 1e-5 of the peak over the first warmup_fraction of the steps. Then
+    'constant' stays; 'cosine' falls along half a cosine; 'wsd' stays, then falls linearly over the
+    last cooldown_fraction of the steps (Hu et al., "MiniCPM", 2024; Haegele et al., "Scaling laws
+    and compute-optimal training beyond fixed training durations", 2024). Both reach min_lr_ratio x
+    peak at the last step. The published runs (part 32e) chained torch's LinearLR and
+    CosineAnnealingLR, which would reach it one step later: at 33,165 steps the rates differ by at
     most 1.2e-4 of themselves.
     """
-    warmup_steps = int(config.warmup_fraction * max_steps + 1e-9)
+    warmup_steps = int(config.warmup_fraction * max_steps + 1e-9)  # 1e-9: 0.29 * 100 is 28.99...
     if step < warmup_steps:
         return config.learning_rate * (1e-5 + (1 - 1e-5) * step / warmup_steps)
     if config.schedule == "constant":
         return config.learning_rate
     if config.schedule == "cosine":
         progress = (step - warmup_steps) / max(max_steps - 1 - warmup_steps, 1)
-        height = 0.5 * (1 + math.cos(math.pi * progress))
+        coeff = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         cooldown_steps = max(int(config.cooldown_fraction * max_steps + 1e-9), 1)
-        height = min((max_steps - 1 - step) / cooldown_steps, 1.0)
+        coeff = min((max_steps - 1 - step) / cooldown_steps, 1.0)
     min_lr = config.learning_rate * config.min_lr_ratio
-    return min_lr + (config.learning_rate - min_lr) * height
+    return min_lr + (config.learning_rate - min_lr) * coeff
 
 
 def micro_batches(data, config, step, rank, world_size, device):
-    """Yields this rank's (inputs, targets), each (batch_size, block_size), from `step` on, for
-    ever."""
+    """Yields this rank's (inputs, targets), each (batch_size, block_size), from `step` on,
+    forever."""
     while True:
         first, end = step * config.global_batch_size, (step + 1) * config.global_batch_size
-        for place in range(first + rank * config.batch_size, end, world_size * config.batch_size):
-            ids = window_ids(config.order, config.data_seed, len(data), place, config.batch_size)
+        for i in range(first + rank * config.batch_size, end, world_size * config.batch_size):
+            ids = window_ids(config.order, config.data_seed, len(data), i, config.batch_size)
             yield data.batch(ids, device)
         step += 1
 
@@ -177,10 +186,10 @@ def seed_dropout(dropout_seed, step, micro_batch):
     resumed run draws what it would have drawn, and 8 processes draw the masks of one process with 8
     micro-steps."""
     seed = np.random.SeedSequence([dropout_seed, step, micro_batch]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(seed >> 1))
+    torch.manual_seed(int(seed >> 1))  # which takes 63 bits
 
 
-def read_step(loss, grad_norm, stop_requested):
+def sync_step(loss, grad_norm, stop_requested):
     """The step's one wait for the device. -> the loss averaged over the ranks, the gradient norm,
     whether any rank was asked to stop. All ranks get the same (DDP has averaged the gradients)."""
     sums = torch.stack((loss, loss.new_full((), float(stop_requested))))
@@ -195,8 +204,8 @@ def describe_bad_numbers(model, step, out_dir):
     bad = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
     last = Path(out_dir, "last.pt")
     saved = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was saved"
-    return ("20 updates in a row were skipped because the loss or a gradient was not finite, "
-            f"the last at step {step}; the first parameter that went bad is "
+    return (f"{MAX_SKIPPED} updates in a row were skipped because the loss or a gradient was not "
+            f"finite, the last at step {step}; the first parameter that went bad is "
             f"{bad[0] if bad else 'none of them alone'}. {saved}. "
             "Try a lower --learning_rate, or --grad_clip")
 
@@ -213,7 +222,7 @@ def count_steps(config):
 def count_grad_accum_steps(config, world_size):
     """Micro-steps of each process in one step. Raises UserError if the global batch does not
     divide."""
-    sequences = config.batch_size * world_size  # that all processes take at once
+    sequences = config.batch_size * world_size  # of one micro-step, over all processes
     if config.global_batch_size % sequences:
         below = config.global_batch_size // sequences * sequences
         nearest = " or ".join(str(size) for size in (below, below + sequences) if size)
@@ -249,7 +258,7 @@ def warn_if_cpu(config, device):
 
 
 def make_stdlib_if_missing(config, rank, world_size):
-    """The stdlib data set makes itself: on rank 0, then on machines that do not share its disk."""
+    """Makes the stdlib data set on rank 0, then on each machine that does not share its disk."""
     if config.dataset != "stdlib":
         return
     for my_turn in (rank == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
@@ -259,9 +268,9 @@ def make_stdlib_if_missing(config, rank, world_size):
             dist.barrier()
 
 
-def print_setup(config, meta, model, train_data, n_val_windows, max_steps, dtype, world_size):
+def print_setup(config, meta, model, train_data, n_val_windows, max_steps, grad_accum_steps, dtype,
+                world_size):
     sequences, tokens = config.global_batch_size, config.global_batch_size * config.block_size
-    grad_accum_steps = count_grad_accum_steps(config, world_size)
     print0(configuration.as_text(config))
     print0(f"model:  {model.num_params():,} parameters on {world_size} x "
            f"{model.wte.weight.device.type}, {str(dtype or torch.float32).removeprefix('torch.')}")

@@ -31,7 +31,7 @@ from bench.nanogpt import STEPS_NOT_TIMED, commit, run_python
 from model import GPT, GPTConfig
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.devices import autocast, autocast_dtype, machine, pick_device, synchronize
-from nanolab.kernels import head_loss, softcap
+from nanolab.kernels import head_loss, head_loss_outside_graph, softcap
 from nanolab.logfile import read_log
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer
@@ -94,7 +94,9 @@ def measure_head(config, device, dtype):
         return F.cross_entropy(softcap(F.linear(hidden, weight), cap).float(), targets)
 
     def nanolab_loss(hidden, weight):
-        return head_loss(hidden, weight, targets, cap, True, compiled)
+        if compiled:
+            return head_loss_outside_graph(hidden, weight, targets, cap, True)
+        return head_loss(hidden, weight, targets, cap)
 
     figures = {}
     losses = {"head": nanolab_loss,

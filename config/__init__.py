@@ -185,14 +185,13 @@ class Config(GPTConfig):
 OPTIONS = {f.name: f for f in fields(Config)}
 SEEDS = ("init_seed", "data_seed", "dropout_seed")
 
-# What given weights decide. Dropout and the random start are the new run's own.
+# What init_from's weights determine. Dropout and initialisation are the new run's own.
 ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
                         if f.name not in ("dropout", "init", "zero_init")]
 
 # Options that do not change what a run computes, up to rounding (with dropout on, batch_size
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
-# change them, and runs that differ only in these and in their seeds are one experiment. `seed` acts
-# through SEEDS.
+# change them. `seed` acts through SEEDS.
 RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "device", "eval_every",
                      "save_every", "save_weights", "log_every", "wandb", "dollars_per_hour", "seed"}
 
@@ -355,15 +354,15 @@ def check_combinations(config, origin):
         raise config_error(f"{shown('global_batch_size')} is not divisible by "
                            f"{shown('batch_size')}; batch_size could be {nearest_sizes}")
     if config.schedule == "wsd" and config.warmup_fraction + config.cooldown_fraction > 1:
-        raise config_error(f"{shown('warmup_fraction')} and {shown('cooldown_fraction')} are more "
-                           "than the whole run together")
+        raise config_error(f"{shown('warmup_fraction')} and {shown('cooldown_fraction')} together "
+                           "exceed the whole run")
     if config.position == "rope" and C and H and C // H % 2:
-        raise config_error(f"{shown('position')} turns pairs of numbers, but {shown('n_embd')} and "
-                           f"{shown('n_head')} give each head {C // H}")
+        raise config_error(f"{shown('position')} rotates pairs of numbers, but {shown('n_embd')} "
+                           f"and {shown('n_head')} give each head {C // H}")
     for key in ("init", "init_seed", "zero_init"):
         if config.init_from and key in origin:
-            raise config_error(f"{shown(key)} is of random weights, but {shown('init_from')} "
-                               "starts from others; leave one of them out")
+            raise config_error(f"{shown(key)} applies to random weights only, but "
+                               f"{shown('init_from')} starts from others; leave one of them out")
 
 
 def divisors_near(total, wanted):

@@ -1,5 +1,5 @@
-"""Checkpoints: read any kind, start or resume a run from one, save whole or not at all beside the
-training."""
+"""Checkpoints: read any kind, start or resume a run from one, save in the background, whole or not
+at all."""
 
 import math
 import os
@@ -90,8 +90,8 @@ class Start:
 
 
 def find_start(config, meta, restarted):
-    """The Start of a run, from out_dir, init_from and resume; fills in the options that given
-    weights decide.
+    """The Start of a run, from out_dir, init_from and resume. Completes config with the options
+    that given weights determine.
 
     meta: the data set's read_meta; restarted: torchrun started this run again after a process died,
     which may resume without --resume if it is the same run. Raises UserError where config or data
@@ -115,8 +115,9 @@ def checkpoint_to_resume(config, data_sha256, restarted):
     """last.pt in out_dir, or None if there is none. best.pt, too, must belong to this run."""
     paths = [Path(config.out_dir, name) for name in ("last.pt", "best.pt")]
     files = [path for path in paths if path.exists()]
-    same_torchrun = restarted and files and read_run_checkpoint(files[0])["launch"] == torchrun_run_id()
-    if files and not config.resume and not same_torchrun:
+    may_resume = config.resume or (
+        restarted and files and read_run_checkpoint(files[0])["launch"] == torchrun_run_id())
+    if files and not may_resume:
         raise config_error(f"{config.out_dir} holds a run already: --resume continues it, "
                            "--out_dir=ANOTHER starts one beside it")
     found = {}
@@ -186,8 +187,7 @@ def torchrun_run_id():
 
 
 class CheckpointSaver:
-    """Saves last.pt and best.pt beside the training: a background thread writes one file after the
-    other.
+    """Saves last.pt and best.pt in the background: a thread writes one file after the other.
 
     Only rank 0 has one that is enabled. As a context manager it waits for the last file.
     """
@@ -198,7 +198,7 @@ class CheckpointSaver:
         self.enabled = rank == 0 and config.save_weights
         self.out_dir = Path(config.out_dir)
         self.writer = ThreadPoolExecutor(max_workers=1)
-        self.pending_save = self.writer.submit(bool)  # nothing yet
+        self.pending_save = self.writer.submit(bool)  # a finished Future: nothing is pending
         self.buffers, self.snapshot = {}, None
         first_save = min(config.eval_every or max_steps, config.save_every or max_steps)
         self.needs_buffers = self.enabled and first_save < max_steps
@@ -238,7 +238,7 @@ class CheckpointSaver:
         self.pending_save.result()
 
     def submit(self, name, wait):
-        """Hands a file to the writer. While training waits, it needs no copy of the weights."""
+        """Hands a file to the writer. With wait, training is paused, so no copy is needed."""
         if wait:
             self.wait()
             checkpoint = self.checkpoint()

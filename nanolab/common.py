@@ -1,5 +1,4 @@
-"""What every script shares: the one error that users see, the end of a script, whole files or
-none."""
+"""What every script shares: UserError, running a script, reading and writing files safely."""
 
 import argparse
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that the user can mend, explained in one line. It ends a script without a
+    """Something that the user can fix, explained in one line. It ends a script without a
     traceback.
 
     exit_code: 2 for a mistake on the command line or in a config file, 1 for anything else.

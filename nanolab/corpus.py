@@ -91,7 +91,8 @@ def pypi_wheels(requirements, folder):
 
 
 def wheel_documents(path):
-    """The Python files of a wheel, by name; those that are UTF-8 and not empty. Raises UserError."""
+    """The Python files of a wheel, by name; those that are UTF-8 and not empty. Raises
+    UserError."""
     try:
         with zipfile.ZipFile(path) as wheel:
             names = sorted(name for name in wheel.namelist() if name.endswith(".py"))

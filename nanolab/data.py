@@ -63,8 +63,8 @@ class TokenDataset:
         for place in range(start, start + n_bytes, CHUNK_BYTES):
             digest.update(os.pread(self.file.fileno(), min(CHUNK_BYTES, n_bytes), place))
         if digest.hexdigest() != expected:
-            raise UserError(f"{self.path} is damaged: bytes {start:,} to {start + n_bytes:,} do not "
-                            f"have the SHA-256 that meta.json gives; {self.advice}")
+            raise UserError(f"{self.path} is damaged: bytes {start:,} to {start + n_bytes:,} do "
+                            f"not have the SHA-256 that meta.json gives; {self.advice}")
 
     def __len__(self):
         return (self.n_tokens - 1) // self.block_size

@@ -66,7 +66,7 @@ def keep_freed_memory():
     and the end of its heap, to the system, which hands them out again page by page, filled with
     zeros."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # a Mac's has not
+    if hasattr(libc, "mallopt"):  # macOS has none
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-2, 2**26)  # M_TOP_PAD
@@ -109,7 +109,7 @@ def synchronize(device):
 
 
 def machine(device):
-    """The name of what a run ran on: its GPUs, or its processor."""
+    """The run's hardware: its GPUs' name, or its processor's."""
     if device.type == "cuda":
         n_gpus = dist.get_world_size() if dist.is_initialized() else 1
         return f"{n_gpus} x {torch.cuda.get_device_name(device)}"

@@ -63,7 +63,7 @@ def softcap(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def head_loss(hidden, weight, targets, cap, needs_grad, compiled=False):
+def head_loss(hidden, weight, targets, cap):
     """Mean cross-entropy in nats of softcap(hidden @ weight.T, cap), (N, C) x (V, C), against N
     token ids. -> a scalar.
 
@@ -71,13 +71,18 @@ def head_loss(hidden, weight, targets, cap, needs_grad, compiled=False):
     into their gradient. So the gradients are ready when the forward pass ends. Under autocast the
     products run in its type and the sums in float32.
     """
-    return HeadLoss.apply(hidden, weight, targets, cap, needs_grad, compiled)
+    needs_grad = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return head_loss_outside_graph(hidden, weight, targets, cap, needs_grad)
+    return HeadLoss.apply(hidden, weight, targets, cap, needs_grad, False)
 
 
 # For a compiled model: torch.compile would unroll the loop over the chunks, so it must not trace
 # it. On a GPU, what the loop does with one chunk is compiled by itself. (_disable_dynamo is
 # torch.compiler.disable, but does not import the compiler before it is needed.)
-head_loss_outside_graph = torch._disable_dynamo(functools.partial(head_loss, compiled=True))
+@torch._disable_dynamo
+def head_loss_outside_graph(hidden, weight, targets, cap, needs_grad):
+    return HeadLoss.apply(hidden, weight, targets, cap, needs_grad, True)
 
 
 class HeadLoss(torch.autograd.Function):

@@ -25,8 +25,8 @@ def peak_memory(device):
 
 
 def free_memory(device):
-    """Bytes that a process may still take, in all: of a GPU, what MARGIN leaves of its free memory;
-    of the machine, free memory, page cache not counted, or infinite if it does not say (macOS)."""
+    """Bytes that are still available. GPU: its free memory, less MARGIN. CPU: free memory without
+    the page cache; infinite where the OS does not say (macOS)."""
     if device.type == "cuda":
         return (1 - MARGIN) * torch.cuda.mem_get_info(device)[0]
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
@@ -66,9 +66,9 @@ def largest_batch_size(model, compiled_model, optimizer, dataset, global_batch_s
     """The largest micro-batch that fits on every device, a divisor of a process's share of the
     global batch. Raises UserError.
 
-    It tries steps of what will run, the compiled model and the optimiser with its state, from the
-    size on that count_training_memory predicts: up while they fit, or down until one does. The OS
-    overcommits CPU memory, so on a CPU nothing above the prediction is tried.
+    Tries real steps, of the compiled model and with the optimiser's state, beginning at the size
+    that count_training_memory predicts: larger while they fit, else smaller. The OS overcommits CPU
+    memory, so on a CPU nothing above the prediction is tried.
     """
     if global_batch_size % world_size:
         raise UserError(f"global_batch_size={global_batch_size} is not divisible by {world_size} "
@@ -93,6 +93,8 @@ def largest_batch_size(model, compiled_model, optimizer, dataset, global_batch_s
             i -= 1
             while i >= 0 and not fits(sizes[i]):
                 i -= 1
+    if compiled_model is not model:
+        torch.compiler.reset()  # or the run would keep the graphs for any batch size, which are slower
     if i < 0:
         raise UserError("not even batch_size=1 fits in memory; use a smaller model or a smaller "
                         "--block_size")

@@ -227,12 +227,12 @@ def small_model_batch(flags):
 
 def watch_waits(monkeypatch, set_mode, first_step):
     """Makes waiting for the device an error in the steps of train.py from first_step on, but not in
-    read_step.
+    sync_step.
 
     set_mode: torch.cuda.set_sync_debug_mode. -> a list that gets the numbers of the steps watched to their end.
     """
     watched = []
-    learning_rate_at, read_step, log_step = train.learning_rate_at, train.read_step, train.RunLog.step
+    learning_rate_at, sync_step, log_step = train.learning_rate_at, train.sync_step, train.RunLog.step
 
     def start_of_step(step, *args):
         if step >= first_step:
@@ -242,7 +242,7 @@ def watch_waits(monkeypatch, set_mode, first_step):
 
     def allowed_wait(*args):
         set_mode("default")
-        values = read_step(*args)
+        values = sync_step(*args)
         set_mode("error" if watched else "default")
         return values
 
@@ -251,6 +251,6 @@ def watch_waits(monkeypatch, set_mode, first_step):
         return log_step(*args, **kwargs)
 
     monkeypatch.setattr(train, "learning_rate_at", start_of_step)
-    monkeypatch.setattr(train, "read_step", allowed_wait)
+    monkeypatch.setattr(train, "sync_step", allowed_wait)
     monkeypatch.setattr(train.RunLog, "step", end_of_step)
     return watched

@@ -99,7 +99,7 @@ def test_compiled_is_eager(flags, dtype, scale, tolerance):
 @pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("bfloat16", "muon"),
                                             ("float16", "adamw"), ("float16", "muon")])
 def test_a_step_waits_once(small_run, monkeypatch, amp, optimizer):
-    """With micro-steps, dropout and clipping, nothing but read_step waits for the GPU, once all is
+    """With micro-steps, dropout and clipping, nothing but sync_step waits for the GPU, once all is
     compiled."""
     steps = watch_waits(monkeypatch, torch.cuda.set_sync_debug_mode, first_step=3)
     small_run("run", *ON_CUDA, f"--amp={amp}", f"--optimizer={optimizer}", "--batch_size=2",

@@ -230,7 +230,7 @@ def test_gpu_script_ends_with_one_line(monkeypatch, capsys, flags, message, exit
 
 def test_watching_for_waits(small_run, monkeypatch):
     """What tests/test_gpu.py watches with: waits are forbidden from the first watched step on, but
-    in read_step and between the steps."""
+    in sync_step and between the steps."""
     modes = []
     watched = watch_waits(monkeypatch, modes.append, first_step=1)
     small_run("run", "--max_steps=3")

@@ -27,7 +27,7 @@ def test_a_step_reads_the_device_once(small_run, monkeypatch, optimizer, amp):
     with DeviceReads() as reads:
         small_run("run", *FLAGS, f"--optimizer={optimizer}", f"--amp={amp}")
     for start, end in zip(steps[1:-1], steps[2:]):  # the first and the last step do more
-        assert reads.events[start:end] == [("tolist", "read_step")]
+        assert reads.events[start:end] == [("tolist", "sync_step")]
 
 
 @pytest.mark.parametrize("what, read", [
