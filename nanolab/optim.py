@@ -116,7 +116,7 @@ def orthogonalise(matrices):
     padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world_size - len(matrices)))
     mine = newton_schulz(padded[rank * share:(rank + 1) * share]).contiguous()
     gathered = mine.new_empty(padded.shape)
-    dist.all_gather_into_tensor(gathered, mine)
+    dist.all_gather_single(gathered, mine)
     return gathered[:len(matrices)]
 
 

@@ -2,6 +2,7 @@
 many bytes it moves and holds. And the GPU's branch of the head on a CPU."""
 
 import random
+import re
 import sys
 from dataclasses import fields
 
@@ -146,3 +147,8 @@ class Traffic(TorchDispatchMode):
 def small_gpt_config(**flags):
     return GPTConfig(**{"vocab_size": 301, "block_size": 16, "n_layer": 2, "n_head": 2,
                         "n_embd": 32, "dropout": 0.0, **flags})
+
+
+def without_progress(stderr):
+    """The lines of a run's stderr that are not of its progress bar: warnings, errors."""
+    return [line for line in stderr.splitlines() if not re.fullmatch(r"\s*(\d+%\|.*)?", line)]
