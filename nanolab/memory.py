@@ -94,7 +94,8 @@ def largest_batch_size(model, compiled_model, optimizer, dataset, global_batch_s
             while i >= 0 and not fits(sizes[i]):
                 i -= 1
     if compiled_model is not model:
-        torch.compiler.reset()  # or the run would keep the graphs for any batch size, which are slower
+        # the trials leave graphs for any batch size, which are slower than those for one
+        torch.compiler.reset()
     if i < 0:
         raise UserError("not even batch_size=1 fits in memory; use a smaller model or a smaller "
                         "--block_size")
