@@ -19,6 +19,9 @@ from nanolab.common import UserError
     (["--learning_rate"], ["learning_rate", "value"]),
     (["config/clod.py"], ["config/clod.py", "config/cloud.py"]),
     (["out"], ["'out'", "neither"]),
+    (["--position=rope", "--n_embd=15", "--n_head=5"], ["pairs", "n_embd=15", "n_head=5", "3"]),
+    (["--init_from=gpt2", "--zero_init"], ["zero_init=True", "init_from='gpt2'", "random weights"]),
+    (["--init_from=gpt2", "--init_seed=1"], ["init_seed=1", "init_from='gpt2'", "random weights"]),
 ])
 def test_config_mistakes(argv, parts):
     """Exit code 2 and one line with the key, what is allowed, the nearest spelling."""
@@ -40,9 +43,12 @@ def test_config_file_mistakes(tmp_path, text, part):
 def test_config_stacks(tmp_path):
     """Later files win, flags win over files; 1e-3, True and 1e9 parse; helpers in a file are ignored."""
     file = tmp_path / "mine.py"
-    file.write_text("import math\ndef half(x): return x / 2\n_private = 3\nlearning_rate = half(2)\ndropout = 0\n")
-    got = config.load(["config/cloud.py", str(file), "--seed", "3", "--max_tokens=1e9", "--tie_weights", "--eps=1e-3"])
-    assert (got.learning_rate, got.dropout, got.grad_clip, got.max_tokens) == (1.0, 0.0, 3.5, 10**9)
+    file.write_text("import math\ndef half(x): return x / 2\n_private = 3\n"
+                    "learning_rate = half(2)\ndropout = 0\nweight_decay = 0\n")
+    got = config.load(["--dropout=0.3", "config/cloud.py", str(file), "--seed", "3",
+                       "--max_tokens=1e9", "--tie_weights", "--eps=1e-3"])
+    assert (got.learning_rate, got.weight_decay, got.grad_clip) == (1.0, 0.0, 3.5)
+    assert (got.dropout, got.max_tokens) == (0.3, 10**9)
     assert (got.seed, got.init_seed, got.data_seed, got.tie_weights, got.eps) == (3, 3, 3, True, 1e-3)
 
 
