@@ -10,7 +10,7 @@ import pytest
 
 import train
 from conftest import HERE, SMALL, assert_same_run, call, equal_weights, losses, write_script
-from nanolab.checkpoint import read_checkpoint
+from nanolab.checkpoint import CheckpointSaver, read_checkpoint
 from nanolab.common import UserError
 from nanolab.logfile import read_log
 
@@ -201,6 +201,16 @@ def test_torchrun_restarts_resume(small_run, tmp_path, tiny_data):
     assert losses(tmp_path / "out") == pytest.approx(losses(small_run("one", *flags)), rel=1e-5)
 
 
+def test_another_torchrun_does_not_resume(small_run, monkeypatch):
+    """A process that torchrun restarts resumes the run of the same torchrun only."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    small_run("run", "--max_steps=2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="holds a run already"):
+        small_run("run", "--max_steps=4")
+
+
 @pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
                                   "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon",
                                   "--compile=True"])
@@ -208,6 +218,14 @@ def test_resume_refuses_another_run(finished_run, flag):
     key = flag[2:].split("=")[0]
     with pytest.raises(UserError, match=f"belongs to another run: .*{'init_seed' if key == 'seed' else key} was .*, is "):
         finished_run("--resume", flag)
+
+
+@pytest.mark.parametrize("schedule", ["--warmup_fraction=0.5", "--schedule=cosine"])
+def test_a_schedule_fixes_the_number_of_steps(small_run, schedule):
+    """The learning rate of each step depends on it, so a run of another length is another run."""
+    small_run("run", schedule, "--max_steps=2")
+    with pytest.raises(UserError, match="max_steps was 2, is 4"):
+        small_run("run", schedule, "--max_steps=4", "--resume")
 
 
 def test_resume_allows_what_changes_nothing(finished_run, small_run):
@@ -224,6 +242,21 @@ def finished_run(small_run, tiny_data):
     """A run of 10 steps; called with flags, it runs once more."""
     small_run("run", *tiny_data)
     return lambda *flags: small_run("run", *tiny_data, *flags)
+
+
+def test_a_finished_run_has_its_summary(small_run, tmp_path, monkeypatch):
+    """Killed as soon as last.pt is written, it has summary.json: --resume would not make one."""
+    save_last = CheckpointSaver.save_last
+
+    def save_and_die(*args, **kwargs):
+        save_last(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointSaver, "save_last", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        small_run("run", "--max_steps=2")
+    assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 2
+    assert (tmp_path / "run/summary.json").exists()
 
 
 def test_a_second_run_does_not_overwrite_the_first(finished_run, capsys):
