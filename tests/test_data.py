@@ -319,6 +319,8 @@ def test_files_of_nanogpt(tmp_path, small_run, capsys):
     inputs, targets = TokenDataset(tmp_path / "data", "theirs", "train", 32, 65).batch([3])
     assert inputs[0].tolist() == tokens[96:128].tolist()
     assert targets[0].tolist() == tokens[97:129].tolist()
+    with pytest.raises(UserError, match="has the token 64, beyond its vocabulary of 64"):
+        TokenDataset(tmp_path / "data", "theirs", "train", 32, 64).batch(range(50))
     assert losses(run)[0] == pytest.approx(math.log(65), abs=0.7)
     assert read_checkpoint(run / "last.pt")["tokenizer"] == "unknown"
     gpt2_run = small_run("gpt2", *flags, "--vocab_size=50304", "--max_steps=1")
@@ -371,6 +373,7 @@ def test_shuffled_order():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert window_ids("shuffled", 1, 10, 7, 6) == run[7:13] != window_ids("shuffled", 2, 10, 7, 6)
+    assert window_ids("shuffled", 2, 10, 0, 10) not in epochs, "no epoch of seed 1"
     assert window_ids("sequential", 1, 10, 8, 4) == [8, 9, 0, 1]
 
 

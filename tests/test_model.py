@@ -43,6 +43,15 @@ def test_initial_weights_are_the_published_ones():
     assert len(drawn) == len(published) and all(map(torch.equal, drawn, published))
 
 
+def test_zero_init():
+    """The residual projections start at 0, biases too; every other weight starts as without it."""
+    size = {"vocab_size": 11, "block_size": 4, "n_layer": 2, "n_head": 1, "n_embd": 8}
+    plain = GPT(GPTConfig(**size))
+    for name, p in GPT(GPTConfig(**size, zero_init=True)).named_parameters():
+        expected = torch.zeros_like(p) if ".proj." in name else plain.get_parameter(name)
+        assert torch.equal(p, expected), name
+
+
 def test_unmatched_parameter_is_an_error(monkeypatch):
     monkeypatch.setattr("model.Attention", lambda config: nn.Bilinear(2, 2, 2))
     with pytest.raises(ValueError, match="no initialisation rule matches"):

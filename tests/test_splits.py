@@ -44,10 +44,12 @@ def two_machines(*command):
 
 
 def test_dropout_does_not_depend_on_the_split(small_run, data_dir, tmp_path):
-    """With the same micro-batch, two processes draw the masks of one; and not the same mask twice."""
-    one = small_run("one", "--dropout=0.5", "--batch_size=4")
-    call("train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/two", "--dropout=0.5",
-         "--batch_size=4", processes=2)
+    """Two micro-steps on each of two processes draw the masks of four on one process; and not the
+    same mask twice."""
+    flags = ["--dropout=0.5", "--batch_size=2"]
+    one = small_run("one", *flags)
+    call("train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
+         f"--out_dir={tmp_path}/two", *flags, processes=2)
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
     masks = []
     for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
