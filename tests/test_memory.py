@@ -4,10 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
+import nanolab.runlog
+import train
 from conftest import HERE, SMALL, call, equal_weights, losses, write_script
 from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
@@ -48,6 +51,29 @@ def test_batch_size_auto_under_a_limit(small_run, tmp_path, data_dir):
     assert result.returncode == 0, result.stderr
     assert 1 <= read_checkpoint(tmp_path / "auto/last.pt")["config"]["batch_size"] < 64
     assert losses(tmp_path / "auto") == pytest.approx(losses(small_run("whole", *flags, "--batch_size=64")), rel=1e-5)
+
+
+LESS_MEMORY_ON_ONE_RANK = """
+import nanolab.memory
+real = nanolab.memory.step_fits
+
+def step_fits(model, dataset, size, *args):
+    return real(model, dataset, size, *args) and (size <= 2 or os.environ["RANK"] == "0")
+
+nanolab.memory.step_fits = step_fits
+train.main()
+"""
+
+
+def test_ranks_agree_on_the_batch_size(small_run, tmp_path, data_dir):
+    """A batch size that does not fit on one of two ranks is used on neither."""
+    script = write_script(tmp_path / "less.py", LESS_MEMORY_ON_ONE_RANK)
+    auto, one = tmp_path / "auto", small_run("one", "--max_steps=2")
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={auto}",
+                  "--max_steps=2", "--batch_size=auto", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert read_checkpoint(auto / "last.pt")["config"]["batch_size"] == 2
+    assert losses(auto) == pytest.approx(losses(one), rel=1e-5)
 
 
 def test_a_trial_changes_nothing(small_run):
@@ -91,6 +117,24 @@ def test_freed_memory_is_kept():
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     given_back, kept = map(int, result.stdout.split())
     assert given_back < 2**26 < 2**27 < kept
+
+
+def test_timed_seconds(small_run, monkeypatch):
+    """Tokens per second are those of the steps after the first, without validations: here a clock
+    counts 100 s for the first step, 1 s for each later one and 1,000 s for a validation."""
+    now = [0.0]
+
+    def advance(seconds, value):
+        now[0] += seconds
+        return value
+
+    monkeypatch.setattr(nanolab.runlog, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train, "learning_rate_at",
+                        lambda step, *args: advance(1 if step else 100, 1e-3))
+    monkeypatch.setattr(train, "mean_loss", lambda *args: advance(1000, 3.0))
+    state = read_checkpoint(small_run("run", "--max_steps=4", "--eval_every=1") / "last.pt")
+    assert (state["timed_tokens"], state["timed_seconds"]) == (3 * 8 * 32, 3)
+    assert state["seconds"] == 100 + 3 + 4 * 1000
 
 
 def test_bench(tmp_path):
