@@ -18,7 +18,6 @@ config/__init__.py. A comparison ends in better, worse, not shown (its interval 
 is no proof of no effect) or identical (to the last bit). The table's legend states the rules.
 """
 
-import hashlib
 import json
 import math
 import sys
@@ -31,10 +30,11 @@ from config import OPTIONS, SEEDS
 from model import GPT
 from nanolab import plots, study, tables
 from nanolab.checkpoint import read_checkpoint
-from nanolab.common import UserError, argument_parser, describe, run_script, write_atomically
+from nanolab.common import UserError, argument_parser, run_script
 from nanolab.data import TokenDataset
 from nanolab.devices import autocast_dtype, end_distributed, init_distributed
 from nanolab.measure import mean_loss
+from nanolab.results import load_result, save_result
 from nanolab.stats import fit_batch_size
 from nanolab.token_files import read_meta
 
@@ -118,31 +118,6 @@ def from_rank_0(compute, world_size):
     box = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
     return box[0]
-
-
-def result_path(path):
-    return Path(path).with_suffix(".test.json")
-
-
-def load_result(path):
-    """What is saved for the checkpoint as it is: {"checkpoint_sha256": ..., "results": [...]}."""
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
-        saved = json.loads(result_path(path).read_text())
-        if saved["checkpoint_sha256"] == sha256:
-            return saved
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing or damaged: measure again
-    return {"checkpoint_sha256": sha256, "results": []}
-
-
-def save_result(path, saved):
-    try:
-        write_atomically(result_path(path), json.dumps(saved, indent=1) + "\n")
-    except OSError as error:
-        print(f"{path}: the result could not be saved ({describe(error)}); "
-              "it will be measured again", file=sys.stderr)
 
 
 def log_to_wandb(path, config, loss):

@@ -1,6 +1,5 @@
 """A checkpoint as a folder that Hugging Face's transformers reads as a GPT2LMHeadModel."""
 
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from config import SEEDS
 from nanolab.common import UserError, describe
 from nanolab.huggingface import (HF_SHAPE, OPENAI_REVISIONS, end_of_text_ids, to_hf_config,
                                  to_hf_state_dict)
+from nanolab.results import load_result
 from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, gpt2_vocabulary_files
 
 # GPT-2 can express any value of these. `init` is about the random start only.
@@ -132,17 +132,10 @@ It continues text; it follows no instructions.
 
 
 def saved_test_losses(path):
-    """From eval.py's file beside the checkpoint, if it is about the checkpoint as it is now."""
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    """What eval.py measured of the checkpoint as it is now."""
     form = "{test_loss:.6f} nats per token, on {tokens:,} tokens of `{dataset}`, amp {amp}"
-    try:
-        saved = json.loads(path.with_suffix(".test.json").read_text())
-        if saved["checkpoint_sha256"] == sha256:
-            return "; ".join(form.format(**result) for result in saved["results"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing, or damaged
-    return "not measured (run eval.py before the export)"
+    losses = [form.format(**result) for result in load_result(path)["results"]]
+    return "; ".join(losses) or "not measured (run eval.py before the export)"
 
 
 def machine_and_cost(path):
