@@ -18,7 +18,7 @@ def load_result(path):
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         saved = json.loads(result_path(path).read_text())
-        if saved["checkpoint_sha256"] == sha256:
+        if saved["checkpoint_sha256"] == sha256 and type(saved["results"]) is list:
             return saved
     except (OSError, ValueError, KeyError, TypeError):
         pass  # missing or damaged: measure again
