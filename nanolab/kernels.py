@@ -99,7 +99,9 @@ class HeadLoss(torch.autograd.Function):
         device = hidden.device.type
         autocasts = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocasts else hidden.dtype
-        grads = (torch.zeros_like(hidden), torch.zeros_like(weight)) if needs_grad else None
+        grads = None
+        if needs_grad:
+            grads = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (hidden, weight)]
         if device == "cpu":
             loss = sum_chunks_cpu(hidden, weight, targets, cap, dtype, grads)
         else:
@@ -154,7 +156,7 @@ def sum_chunks_gpu(hidden, weight, targets, cap, dtype, grads, compiled):
 def padded_head(weight, dtype):
     """(V, C) in dtype, with rows of zeros up to a multiple of 64, which GPUs multiply faster."""
     V, C = weight.shape
-    head = weight.new_empty(V + -V % 64, C, dtype=dtype)
+    head = torch.empty(V + -V % 64, C, dtype=dtype, device=weight.device)
     head[:V], head[V:] = weight, 0
     return head
 

@@ -130,8 +130,7 @@ class Traffic(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
                            for tree in ((args, kwargs), result))
-        name = function.overloadpacket.__name__
-        if function.namespace == "aten" and not function.is_view and "empty" not in name:
+        if function.namespace == "aten" and not function.is_view:
             self.bytes += sum(x.nbytes for x in inputs + outputs)
         for x in outputs:
             storage = x.untyped_storage()
