@@ -35,7 +35,8 @@ def difference(ours, theirs):
         mean, error, df = mean_loss(gaps)
     elif n_common > 1:
         compared = f"partly paired, {n_common}"
-        model = mixed_model(losses, [*ours, *theirs], side)
+        wider = int(sample_sd([*theirs.values()]) > sample_sd([*ours.values()]))
+        model = mixed_model(losses, [*ours, *theirs], side, wider)
         mean, error, df = estimate(model, best_weights(model))
     elif min(n_ours, n_theirs) > 2:
         compared, mean = "unpaired", result["difference"]
@@ -63,39 +64,41 @@ def detectable(error, df, level):
     return error * scipy.optimize.brentq(missed, critical / 2, 3 * critical + 3)
 
 
-def mixed_model(losses, seeds, side=None):
+def mixed_model(losses, seeds, side=None, wider=None):
     """loss = mean of its side + effect of the weights' seed + effect of the loop's seed + the rest.
 
     The variances of the three effects are estimated by REML. -> a dict. An effect that the seeds
-    cannot separate from the rest, or that they do not vary, has the variance None.
+    cannot separate from the rest, or that they do not vary, has the variance None. wider: the side
+    whose rest may vary more than the other's.
     """
     n = len(losses)
     side = np.zeros(n, int) if side is None else np.array(side)
     means = np.eye(side.max() + 1)[side]  # (n, sides)
     shared = {"rest": np.eye(n)}  # 1 where two runs have an effect in common
     centre = np.eye(n) - means @ np.linalg.pinv(means)
-    for effect, of in (("weights", lambda s: s[0]), ("loop", lambda s: tuple(s[1:]))):
-        equal = np.array([[of(a) == of(b) for b in seeds] for a in seeds], float)
-        candidates = [centre @ matrix @ centre for matrix in (*shared.values(), equal)]
-        if np.linalg.matrix_rank(np.reshape(candidates, (len(candidates), -1))) > len(shared):
-            shared[effect] = equal
+    for effect, matrix in (("weights", [[a[0] == b[0] for b in seeds] for a in seeds]),
+                           ("loop", [[a[1:] == b[1:] for b in seeds] for a in seeds]),
+                           ("wider", np.diag(side == wider))):
+        candidate = {**shared, effect: np.array(matrix, float)}
+        projected = [(centre @ each @ centre).ravel() for each in candidate.values()]
+        if np.linalg.matrix_rank(projected) == len(candidate):  # it can be told from the others
+            shared = candidate
     matrices, y = list(shared.values()), centre @ losses
 
     def at(logs):
-        """For variances expm1(logs) times that of the rest: inverse covariance, projection, fit."""
+        """For variances expm1(logs) times that of the rest: the fit, and what it gives."""
         ratios = [1, *np.expm1(logs)]
         covariance = np.tensordot(ratios, matrices, 1)
         inverse = np.linalg.inv(covariance)
         information = means.T @ inverse @ means
         projection = inverse - inverse @ means @ np.linalg.solve(information, means.T @ inverse)
         rest = max(y @ projection @ y, 1e-30) / (n - means.shape[1])
-        minus_log_likelihood = ((n - means.shape[1]) * math.log(rest)
-                                + np.linalg.slogdet(covariance)[1]
-                                + np.linalg.slogdet(information)[1])
+        deviance = ((n - means.shape[1]) * math.log(rest) + np.linalg.slogdet(covariance)[1]
+                    + np.linalg.slogdet(information)[1])
         gradient = [math.exp(log) * (np.sum(projection * matrix)
                                      - y @ projection @ matrix @ projection @ y / rest)
                     for log, matrix in zip(logs, matrices[1:])]
-        return minus_log_likelihood, np.array(gradient), inverse, projection, rest
+        return deviance, np.array(gradient), inverse, projection, rest
 
     logs = []
     if len(matrices) > 1:  # from two starting points, for there may be two maxima

@@ -83,8 +83,7 @@ def format_legend(rows, baseline):
 
 COMPARED = {
     "paired": "Paired: seed by seed, over that many.",
-    "partly paired": "Partly paired: all runs, that many seeds in common, by a mixed model; both sides "
-                     "are taken to have one spread.",
+    "partly paired": "Partly paired: all runs, that many seeds in common, by a mixed model.",
     "unpaired": "Unpaired: Welch's test; if a side has one or two runs, both are taken to have one "
                 "spread; where the seeds of weights and loop cross, by a mixed model.",
     "identical": "Identical: the same losses bit for bit over that many seeds; not tested.",
