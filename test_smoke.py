@@ -14,6 +14,7 @@ import sys
 import pytest
 
 HERE = pathlib.Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("smoke")  # one process: all look at the same run
 
 
 def call(*command, processes=0):

@@ -134,7 +134,7 @@ def test_muon_does_what_is_predicted(monkeypatch, n_ranks):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: n_ranks > 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: n_ranks)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor",
+    monkeypatch.setattr(torch.distributed, "all_gather_single",
                         lambda whole, part: gathered.append(whole.nbytes))
     L, C = gpu_predicted.L, gpu_predicted.C
     groups = [{"params": [nn.Parameter(meta(rows, columns)) for rows, columns in shapes * L],
