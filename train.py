@@ -86,7 +86,7 @@ def train(config):
     batches = log.timed(micro_batches(train_data, config, state.step, rank, world_size, device))
 
     model.train()
-    with saver, log:  # on exit: closes the log, waits for the last save
+    with log, saver:  # on exit: waits for the last save, then closes the log and frees its folder
         inputs, targets = next(batches)
         for step in range(state.step, max_steps):
             lr = learning_rate_at(step, max_steps, config)
