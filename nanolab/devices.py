@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -39,8 +40,16 @@ def init_distributed(wanted="auto"):
 
 
 def end_distributed():
+    """The last call of a script: ends this process if torchrun started it.
+
+    A normal exit can abort it (torch 2.13). DDP keeps gloo's threads alive, and one of them may
+    still free the tensors of the last collective while Python shuts down.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def pick_device(wanted="auto", local_rank=0):

@@ -165,7 +165,8 @@ def write_script(path, body):
     """A script that runs beside ours and changes or watches what it does."""
     path.write_text("import os, signal, sys\n"
                     f"sys.path.insert(0, {str(HERE)!r})\n"
-                    f"import torch, config, train, nanolab.checkpoint\n{body}")
+                    f"import torch, config, train, nanolab.checkpoint\n"
+                    f"from nanolab.devices import end_distributed\n{body}")
     return path
 
 

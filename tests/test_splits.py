@@ -63,6 +63,7 @@ with torch.profiler.profile() as profile:
     train.train(config.load(sys.argv[1:]))
 if os.environ["RANK"] == "0":
     print("ALL-REDUCES", sum(e.count for e in profile.key_averages() if e.key == "gloo:all_reduce"))
+end_distributed()
 """
 
 
@@ -105,6 +106,7 @@ def report(*args):
 torch.Tensor.backward, nanolab.optim.newton_schulz, train.wrap_ddp = watch_gradients, count_matrices, watch_parameters
 train.train(config.load(sys.argv[1:]))
 report()
+end_distributed()
 """
 
 
