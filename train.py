@@ -33,6 +33,7 @@ from nanolab.measure import mean_loss
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer
 from nanolab.runlog import RunLog
+from nanolab.schedule import count_steps, follow_plan, learning_rate_at
 from nanolab.token_files import NANOGPT, read_meta
 from prepare import prepare_stdlib
 
@@ -59,6 +60,8 @@ def train(config):
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     state = start.restore(model, optimizer, scaler)  # steps done, seconds, best validation loss
+    if start.resumed:
+        follow_plan(config, state, start.resumed)
     del start  # frees the checkpoint's memory
     if not same_on_all_ranks(state.step, device):
         raise UserError(f"the machines have different checkpoints in {config.out_dir}; "
@@ -66,7 +69,7 @@ def train(config):
     max_steps = count_steps(config)
     if state.step >= max_steps:
         print0(f"{config.out_dir} is finished: {state.step:,} steps are done, "
-               f"{max_steps:,} were asked for")
+               f"{max_steps:,} were asked for; --resume --extend --max_steps=MORE goes on")
         return
     compiled_model = compile_model(model, config, device)  # shares model's weights
     if config.batch_size == "auto":
@@ -144,32 +147,6 @@ def train(config):
     log.finish()
 
 
-def learning_rate_at(step, max_steps, config):
-    """The learning rate of step 0 ... max_steps - 1.
-
-    Linear warm-up from 1e-5 of the peak over the first warmup_fraction of the steps. Then
-    'constant' stays; 'cosine' falls along half a cosine; 'wsd' stays, then falls linearly over the
-    last cooldown_fraction of the steps (Hu et al., "MiniCPM", 2024; Haegele et al., "Scaling laws
-    and compute-optimal training beyond fixed training durations", 2024). Both reach min_lr_ratio x
-    peak at the last step. The published runs (part 32e) chained torch's LinearLR and
-    CosineAnnealingLR, which would reach it one step later: at 33,165 steps the rates differ by at
-    most 1.2e-4 of themselves.
-    """
-    warmup_steps = int(config.warmup_fraction * max_steps + 1e-9)  # 1e-9: 0.29 * 100 is 28.99...
-    if step < warmup_steps:
-        return config.learning_rate * (1e-5 + (1 - 1e-5) * step / warmup_steps)
-    if config.schedule == "constant":
-        return config.learning_rate
-    if config.schedule == "cosine":
-        progress = (step - warmup_steps) / max(max_steps - 1 - warmup_steps, 1)
-        coeff = 0.5 * (1 + math.cos(math.pi * progress))
-    else:
-        cooldown_steps = max(int(config.cooldown_fraction * max_steps + 1e-9), 1)
-        coeff = min((max_steps - 1 - step) / cooldown_steps, 1.0)
-    min_lr = config.learning_rate * config.min_lr_ratio
-    return min_lr + (config.learning_rate - min_lr) * coeff
-
-
 def micro_batches(data, config, step, rank, world_size, device):
     """Yields this rank's (inputs, targets), each (batch_size, block_size), from `step` on,
     forever."""
@@ -212,11 +189,6 @@ def describe_bad_numbers(model, step, out_dir):
 
 def is_due(every, step):
     return every and step % every == 0
-
-
-def count_steps(config):
-    tokens_per_step = config.global_batch_size * config.block_size
-    return config.max_steps or math.ceil(config.max_tokens / tokens_per_step)
 
 
 def count_grad_accum_steps(config, world_size):

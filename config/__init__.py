@@ -14,6 +14,7 @@ scratch", part 32a, 2026).
 
 import ast
 import difflib
+import json
 import math
 import runpy
 import sys
@@ -95,7 +96,12 @@ class Config(GPTConfig):
     out_dir: str = option(
         "out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, "
         "summary.json")
-    resume: bool = option(False, "continue from out_dir/last.pt if it is there, start if not")
+    resume: bool = option(
+        False, "continue from out_dir/last.pt if it is there, start if not. Without a config file, "
+        "options that no flag sets are those of out_dir/config.json")
+    extend: bool = option(
+        False, "with --resume: go on to another max_steps, at the learning rates of a run planned "
+        "that long. If the steps done had other rates, `name` says that it was extended")
 
     # --- data
     dataset: str = option("fineweb", "name of the data set: its files are in data_dir/dataset/")
@@ -185,6 +191,9 @@ class Config(GPTConfig):
 OPTIONS = {f.name: f for f in fields(Config)}
 SEEDS = ("init_seed", "data_seed", "dropout_seed")
 
+# What applies to random weights only.
+INIT_OPTIONS = ("init", "init_seed", "zero_init")
+
 # What init_from's weights determine. Dropout and initialisation are the new run's own.
 ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
                         if f.name not in ("dropout", "init", "zero_init")]
@@ -192,8 +201,9 @@ ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
 # Options that do not change what a run computes, up to rounding (with dropout on, batch_size
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
 # change them. `seed` acts through SEEDS.
-RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "data_dir", "batch_size", "device", "eval_every",
-                     "save_every", "save_weights", "log_every", "wandb", "dollars_per_hour", "seed"}
+RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "data_dir", "batch_size", "device",
+                     "eval_every", "save_every", "save_weights", "log_every", "wandb",
+                     "dollars_per_hour", "seed"}
 
 
 def resume_may_change(options):
@@ -215,6 +225,10 @@ def load(argv):
             values[key], origin[key] = parse(key, value, file), file
     for key, text in flags:
         values[key], origin[key] = parse(key, text, f"--{key}", is_text=True), f"--{key}"
+    if values.get("resume") and not files:
+        path = Path(values.get("out_dir", OPTIONS["out_dir"].default), "config.json")
+        stored = read_run_options(path, values) if path.exists() else {}
+        values, origin = stored | values, dict.fromkeys(stored, path) | origin
     config = Config(**values)
     if config.init_from:
         for key in set(ARCHITECTURE_OPTIONS) - origin.keys():
@@ -278,6 +292,25 @@ def read_file(file):
     for key in assigned:
         require_known(key, file)
     return assigned
+
+
+def read_run_options(path, flags):
+    """The options of the run that wrote this config.json, without those that `flags` replace."""
+    try:
+        options = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise config_error(f"{path} is damaged; resume with the config files and flags that the "
+                           "run was started with") from None
+    replaced = {"resume", "extend", "out_dir", *flags}
+    if "seed" in flags:
+        replaced |= set(SEEDS)
+    if "max_tokens" in flags:
+        replaced |= {"max_steps"}
+    if options.get("init_from"):
+        replaced |= set(INIT_OPTIONS)
+    for key in options.keys() - replaced:
+        require_known(key, path)
+    return {key: parse(key, options[key], path) for key in options if key not in replaced}
 
 
 def require_known(key, origin):
@@ -359,7 +392,9 @@ def check_combinations(config, origin):
     if config.position == "rope" and C and H and C // H % 2:
         raise config_error(f"{shown('position')} rotates pairs of numbers, but {shown('n_embd')} "
                            f"and {shown('n_head')} give each head {C // H}")
-    for key in ("init", "init_seed", "zero_init"):
+    if config.extend and not config.resume:
+        raise config_error("--extend continues a run: it goes with --resume")
+    for key in INIT_OPTIONS:
         if config.init_from and key in origin:
             raise config_error(f"{shown(key)} applies to random weights only, but "
                                f"{shown('init_from')} starts from others; leave one of them out")

@@ -56,6 +56,7 @@ class RunState:
     timed_seconds: float = 0.0
     timed_outside: float = 0.0  # of these, outside forward, backward and optimiser
     skipped: int = 0
+    name_suffix: str = ""  # names what no other run has been through, such as "_extended_400"
     val_loss: float | None = None
     best_val_loss: float = math.inf
 
@@ -121,14 +122,15 @@ def checkpoint_to_resume(config, data_sha256, restarted):
         raise config_error(f"{config.out_dir} holds a run already: --resume continues it, "
                            "--out_dir=ANOTHER starts one beside it")
     found = {}
-    for path in files:
-        found[path.name] = checkpoint = read_run_checkpoint(path)
+    for path in files:  # best.pt may be from before an extension of which last.pt knows
+        checkpoint = read_run_checkpoint(path)
         inherit_architecture(config, checkpoint)
-        if changed := config_diff(checkpoint["config"], vars(config)):
+        if changed := config_diff(checkpoint["config"], vars(config), config.extend or found):
             raise config_error(f"{path} belongs to another run: {'; '.join(changed)}")
         if checkpoint["data_sha256"] != data_sha256:
             raise config_error(f"{path} was trained on another data set of the name "
                                f"{config.dataset}")
+        found[path.name] = checkpoint
     return found.get("last.pt")
 
 
@@ -170,11 +172,11 @@ def check_init_from(weights, config, tokenizer):
         weights["model"]["wpe.weight"] = weights["model"]["wpe.weight"][:config.block_size]
 
 
-def config_diff(then, now):
+def config_diff(then, now, budget_may_change):
     """The changed options that would make it another run, as text."""
     may_change = resume_may_change(now)
-    if now["schedule"] == "constant" and not now["warmup_fraction"]:
-        # a longer run passes through the same states
+    if budget_may_change or now["schedule"] == "constant" and not now["warmup_fraction"]:
+        # (a longer run at a constant rate passes through the same states)
         may_change = may_change | {"max_tokens", "max_steps"}
     then = {key: then.get(key, option.default) for key, option in OPTIONS.items()}
     return [f"{key} was {then[key]!r}, is {now[key]!r}"

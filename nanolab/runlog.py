@@ -59,6 +59,7 @@ class RunLog:
         if self.config.save_weights:  # eval.py recognises a run by its config.json
             text = json.dumps(vars(self.config), indent=1) + "\n"
             write_atomically(self.out_dir / "config.json", text)
+        (self.out_dir / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
         self.file = open_log(self.out_dir / "log.jsonl", self.state.step)
 
     def __enter__(self):

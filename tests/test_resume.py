@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import config
 import train
 from conftest import HERE, SMALL, assert_same_run, call, equal_weights, losses, write_script
 from nanolab.checkpoint import CheckpointSaver, read_checkpoint
@@ -235,6 +236,57 @@ def test_resume_allows_what_changes_nothing(finished_run, small_run):
     small_run("no_dropout", "--max_steps=2")  # then compiled code draws no other masks
     folder = small_run("no_dropout", "--max_steps=4", "--compile=False", "--resume")
     assert read_checkpoint(folder / "last.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("schedule", ["constant", "wsd"])
+def test_an_extended_run_is_the_longer_run(small_run, tiny_data, monkeypatch, schedule):
+    """Stopped at a learning rate that a longer run has there too, it becomes that run, bit for bit."""
+    flags = [*tiny_data, f"--schedule={schedule}", "--eval_every=4"]
+    whole = small_run("whole", *flags, "--max_steps=24")
+    if schedule == "wsd":
+        monkeypatch.setattr(train, "learning_rate_at", stop_at(11))  # wsd falls in the last 3 of 16
+    parts = small_run("parts", *flags, "--max_steps=16" if schedule == "wsd" else "--max_steps=12")
+    monkeypatch.undo()
+    assert (parts / "summary.json").exists() == (schedule == "constant")
+    monkeypatch.setattr(train, "learning_rate_at", stop_at(15))
+    resume(parts, "--extend", "--max_steps=24")
+    monkeypatch.undo()
+    assert not (parts / "summary.json").exists(), "it has not ended"
+    resume(parts)
+    assert_same_run(whole, parts)
+    assert read_checkpoint(parts / "last.pt")["config"]["name"] == "baseline"
+
+
+def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
+    """It gets the tail of the longer run, whose beginning it did not have; the name says so from then on."""
+    flags = [*tiny_data, "--schedule=cosine", "--warmup_fraction=0.25", "--name=short"]
+    whole = small_run("whole", *flags, "--max_steps=12")
+    parts = small_run("parts", *flags, "--max_steps=8")
+    resume(parts, "--extend", "--max_steps=10")
+    assert "So far it was not: this is another run, named short_extended_8" in capsys.readouterr().out
+    resume(parts, "--extend", "--max_steps=12")
+    small_run("parts", *flags, "--max_steps=12", "--resume")
+    assert f"{parts} is finished: 12 steps" in capsys.readouterr().out
+    rates, longer = ([entry["lr"] for entry in read_log(folder / "log.jsonl")[0]] for folder in (parts, whole))
+    assert rates[10:] == longer[10:] and rates[2:8] != longer[2:8]
+    assert read_checkpoint(parts / "last.pt")["config"]["name"] == "short_extended_8_extended_10"
+
+
+def test_resume_by_the_folder_alone(small_run, tiny_data, tmp_path):
+    """--resume --out_dir=X takes the options from X/config.json. Flags win: a folder that was moved, a seed of another run."""
+    flags = [*tiny_data, "--n_layer=1", "--seed=7", "--max_tokens=1920", "--max_steps=0"]
+    small_run("run", *flags).rename(tmp_path / "moved")
+    resume(tmp_path / "moved", "--max_tokens=2560")
+    assert len(losses(tmp_path / "moved")) == 20
+    with pytest.raises(UserError, match="init_seed was 7, is 8"):
+        resume(tmp_path / "moved", "--seed=8")
+    (tmp_path / "moved" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="config.json is damaged"):
+        resume(tmp_path / "moved")
+
+
+def resume(folder, *flags):
+    train.train(config.load(["--resume", f"--out_dir={folder}", *flags]))
 
 
 @pytest.fixture
