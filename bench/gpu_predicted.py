@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 from nanolab.common import run_script
 from nanolab.kernels import GPU_CHUNK
 from nanolab.memory import MARGIN, count_training_memory
-from train import count_steps
+from nanolab.schedule import count_steps
 
 # NVIDIA's data sheets: dense tensor-core TFLOP/s in 16 bits with float32 sums and in TF32, memory
 # in GB/s and GiB. Assumed: the share of them that a training step reaches.

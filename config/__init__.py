@@ -97,8 +97,8 @@ class Config(GPTConfig):
         "out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, "
         "summary.json")
     resume: bool = option(
-        False, "continue from out_dir/last.pt if it is there, start if not. Without a config file, "
-        "options that no flag sets are those of out_dir/config.json")
+        False, "continue from out_dir/last.pt if it is there, start if not. Without a config file "
+        "or a flag that makes another run, the other options are those of out_dir/config.json")
     extend: bool = option(
         False, "with --resume: go on to another max_steps, at the learning rates of a run planned "
         "that long. If the steps done had other rates, `name` says that it was extended")
@@ -225,7 +225,8 @@ def load(argv):
             values[key], origin[key] = parse(key, value, file), file
     for key, text in flags:
         values[key], origin[key] = parse(key, text, f"--{key}", is_text=True), f"--{key}"
-    if values.get("resume") and not files:
+    alone = not files and values.keys() <= RESUME_MAY_CHANGE | {"max_steps", "max_tokens"}
+    if values.get("resume") and alone:
         path = Path(values.get("out_dir", OPTIONS["out_dir"].default), "config.json")
         stored = read_run_options(path, values) if path.exists() else {}
         values, origin = stored | values, dict.fromkeys(stored, path) | origin
