@@ -5,6 +5,7 @@
     python prepare.py fineweb                FineWeb sample-10BT as GPT-2 tokens, as published
     python prepare.py fineweb --from=FOLDER  the same from a copy, or from the published token files
     python prepare.py PATH [--name=NAME]     your own .txt .md .jsonl .parquet: file, folder or glob
+    python prepare.py info NAME              what a data set has: counts, checksums, its beginning
 
 A data set is a folder data/NAME with train.bin, val.bin, test.bin and meta.json. After a kill, run
 the same command again: it continues where it was.
@@ -28,6 +29,10 @@ HELDOUT = 0.01  # the share of FineWeb's rows, at the end, for val and test
 
 def main():
     args = parse_arguments()
+    if args.dataset:
+        from nanolab.data import print_info  # here, because torch takes a second
+        print_info(args.data_dir, args.dataset)
+        return
     folder = Path(args.data_dir, args.name)
     get_tokenizer(args.tokenizer)  # fails before anything is read or downloaded
     if args.source == "stdlib":
@@ -55,7 +60,8 @@ def main():
 def parse_arguments():
     parser = argument_parser(__doc__)
     parser.add_argument("source", help="stdlib, pypi, fineweb, or a file, folder or glob of "
-                                       ".txt .md .jsonl .parquet")
+                                       ".txt .md .jsonl .parquet; or info")
+    parser.add_argument("dataset", nargs="?", metavar="NAME", help="of the data set, after info")
     parser.add_argument("--name", help="the data set's folder in data_dir; default: as the source")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"),
@@ -79,6 +85,9 @@ def parse_arguments():
     args.name = args.name or (args.source if has_own_name else Path(args.source).resolve().stem)
     args.tokenizer = args.tokenizer or ("bytes" if args.source in ("stdlib", "pypi") else "gpt2")
     for is_wrong, message in (
+            (args.dataset and args.source != "info", f"unrecognized argument: {args.dataset}"),
+            (args.source == "info" and not args.dataset and not Path("info").exists(),
+             "info wants the NAME of a data set"),
             (not args.name or set(args.name) & set("*?["),
              f"'{args.source}' gives no name; choose one with --name"),
             ("/" in args.name or args.name in (".", ".."),

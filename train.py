@@ -29,6 +29,7 @@ from nanolab.common import UserError, run_script
 from nanolab.data import TokenDataset, window_ids
 from nanolab.devices import (StopSignal, autocast, autocast_dtype, end_distributed,
                              init_distributed, print0, same_on_all_ranks, torchrun_restarted)
+from nanolab.dryrun import dry_run
 from nanolab.measure import mean_loss
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer
@@ -81,6 +82,10 @@ def train(config):
     # logging, saving, stop signals, batches
     print_setup(config, meta, model, train_data, n_val_windows, max_steps, grad_accum_steps, dtype,
                 world_size)
+    if config.dry_run:
+        dry_run(config, state, model, ddp_model, optimizer, train_data, max_steps,
+                grad_accum_steps, device, dtype)
+        return
     log = RunLog(config, state, max_steps, model, device, dtype, rank)
     saver = CheckpointSaver(config, meta, state, model, optimizer, scaler, max_steps, rank)
     stop = StopSignal()

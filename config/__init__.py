@@ -103,6 +103,10 @@ class Config(GPTConfig):
         False, "with --resume: go on to another max_steps, at the learning rates of a run planned "
         "that long. If the steps done had other rates, `name` says that it was extended")
 
+    dry_run: bool = option(
+        False, "stop before the first step, and print what the run would need: shapes, memory, "
+        "time. Nothing is written to out_dir")
+
     # --- data
     dataset: str = option("fineweb", "name of the data set: its files are in data_dir/dataset/")
     data_dir: str = option("data", "folder of the data sets")
@@ -201,8 +205,8 @@ ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
 # Options that do not change what a run computes, up to rounding (with dropout on, batch_size
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
 # change them. `seed` acts through SEEDS.
-RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "data_dir", "batch_size", "device",
-                     "eval_every", "save_every", "save_weights", "log_every", "wandb",
+RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "dry_run", "data_dir", "batch_size",
+                     "device", "eval_every", "save_every", "save_weights", "log_every", "wandb",
                      "dollars_per_hour", "seed"}
 
 

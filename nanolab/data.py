@@ -10,6 +10,7 @@ import torch
 
 from nanolab.common import UserError
 from nanolab.token_files import CHUNK_BYTES, NANOGPT, read_meta
+from nanolab.tokenizer import get_tokenizer
 
 
 class TokenDataset:
@@ -110,3 +111,30 @@ def window_ids(order, data_seed, n_windows, first, count):
 @functools.lru_cache(maxsize=2)  # a step may reach into the next epoch
 def permutation(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def print_info(data_dir, dataset):
+    """Prints what a data set holds, whether its checksums match, and how it begins.
+
+    A data set of nanoGPT's is taken to have GPT-2's tokens. Raises UserError if one is damaged.
+    """
+    meta = read_meta(data_dir, dataset, vocab_size=50257)
+    print(f"{Path(data_dir, dataset)}: from {meta['source']}; {meta['tokenizer']} tokens of "
+          f"{meta['vocab_size']:,} kinds, stored as {meta['dtype']}")
+    damage, beginning = [], np.empty(0, np.int64)
+    for split, facts in meta["splits"].items():
+        try:
+            data = TokenDataset(data_dir, dataset, split, 1, meta["vocab_size"])
+            data.check_chunks(0, data.path.stat().st_size)
+            state = "checksum matches" if meta["source"] != NANOGPT else "has no checksum"
+            if split == "train":
+                beginning = data.batch(range(min(200, len(data))))[0].flatten().numpy()
+        except UserError as error:
+            damage.append(str(error))
+            state = "DAMAGED"
+        counts = [f"{facts[key]:15,} {key}" for key in ("tokens", "documents", "bytes")
+                  if key in facts]
+        print(f"{split:6}{' '.join(counts)}  {state}")
+    if damage:
+        raise UserError("; ".join(damage))
+    print(f"train begins:\n{get_tokenizer(meta['tokenizer']).decode(beginning.tolist())}")

@@ -132,10 +132,11 @@ def trial_state(model, optimizer, device):
             torch.cuda.empty_cache()
 
 
-def step_fits(model, dataset, size, device, dtype):
-    """Whether forward and backward passes over `size` sequences fit."""
+def step_fits(model, dataset, size, device, dtype, n_passes=3):
+    """Whether forward and backward passes over `size` sequences fit. A first pass may fit where a
+    later one does not."""
     try:
-        for _ in range(3):  # a first pass may fit where a later one does not
+        for _ in range(n_passes):
             inputs, targets = dataset.batch([i % len(dataset) for i in range(size)], device)
             with autocast(dtype, device):
                 loss = model(inputs, targets)

@@ -3,7 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -329,6 +332,31 @@ def test_files_of_nanogpt(tmp_path, small_run, capsys):
     tokens.tofile(folder / "train.bin")
     with pytest.raises(UserError, match="another data set"):
         small_run("run", *flags, "--vocab_size=65", "--max_steps=3", "--resume")
+
+
+def test_info(tmp_path, data_dir, monkeypatch, capsys):
+    """Counts, checksums and the beginning; a flipped bit or a short file of any split is an error that names it."""
+    shutil.copytree(data_dir / "stdlib", tmp_path / "mine")
+    info = ["info", "mine", f"--data_dir={tmp_path}"]
+    run_main(monkeypatch, "prepare", *info)
+    out = capsys.readouterr().out
+    splits = read_meta(tmp_path, "mine")["splits"]
+    for split in SPLITS:
+        assert re.search(rf"{split} .* {splits[split]['tokens']:,} tokens .* "
+                         rf"{splits[split]['documents']:,} documents .*checksum matches", out)
+    assert read_split(tmp_path, "mine", "train")[0][:200] in out
+    with open(tmp_path / "mine" / "train.bin", "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x09")
+    with open(tmp_path / "mine" / "test.bin", "ab") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="train.bin is damaged: bytes .*test.bin has 1,000 bytes"):
+        run_main(monkeypatch, "prepare", *info)
+    assert re.search("train .*DAMAGED\nval .*matches\ntest .*DAMAGED", capsys.readouterr().out)
+    for file in ("meta.json", "test.bin"):
+        (tmp_path / "mine" / file).unlink()
+    run_main(monkeypatch, "prepare", *info)
+    assert "from nanoGPT's prepare.py; gpt2 tokens of 50,257 kinds" in capsys.readouterr().out
 
 
 def test_damaged_token_file_is_refused(tmp_path, data_dir):

@@ -1,5 +1,7 @@
 """The first minute without data or GPU, and the learning-rate schedule of the quickstart as it is logged."""
 
+import re
+
 import pytest
 import torch
 
@@ -16,6 +18,21 @@ def test_quickstart_schedule(tmp_path, data_dir):
     assert made == {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "summary.json"}
     log = read_log(tmp_path / "out" / "log.jsonl")[0]
     assert log[-1]["loss"] < 3 and log[-1]["lr"] == pytest.approx(log[11]["lr"] * 0.1, rel=0.2)
+
+
+def test_dry_run(small_run, tmp_path, capsys):
+    """Shapes, memory, steps and time, for a new run and for one that goes on; no file is made or changed."""
+    small_run("new", "--dry_run", "--global_batch_size=32")
+    out = capsys.readouterr().out
+    assert "blocks.*.attn.qkv.weight         (96, 32) x 2" in out
+    assert re.search(r"memory: [1-9]\d* MB predicted .* are free\n"
+                     r"time:   [\d.e-]+ s a step as measured \(4 micro-steps .* 10 steps take about \d", out)
+    assert list(tmp_path.iterdir()) == []
+    run = small_run("run", "--max_steps=4")
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+    small_run("run", "--resume", "--dry_run")
+    assert "6 steps take about" in capsys.readouterr().out
+    assert before == {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
 
 
 def test_3090_config_without_data_or_gpu(tmp_path):
