@@ -12,7 +12,7 @@ from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.devices import pick_device
-from nanolab.tokenizer import END_OF_TEXT, get_tokenizer
+from nanolab.tokenizer import END_OF_TEXT, get_tokenizer, token_bytes
 
 
 def main():
@@ -67,13 +67,6 @@ def print_samples(prompt, steps, tokenizer, num_samples):
             break
     for i, text in enumerate(texts):
         print(f"--- sample {i + 1}\n{text.decode(errors='replace')}")
-
-
-def token_bytes(tokenizer, token):
-    try:
-        return tokenizer.decode_single_token_bytes(token)
-    except KeyError:  # vocab_size may exceed the tokenizer's; these ids have no text
-        return "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def parse_arguments():

@@ -34,6 +34,7 @@ from nanolab.measure import mean_loss
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer
 from nanolab.runlog import RunLog
+from nanolab.samples import make_sampler
 from nanolab.schedule import count_steps, follow_plan, learning_rate_at
 from nanolab.token_files import NANOGPT, read_meta
 from prepare import prepare_stdlib
@@ -86,6 +87,7 @@ def train(config):
         dry_run(config, state, model, ddp_model, optimizer, train_data, max_steps,
                 grad_accum_steps, device, dtype)
         return
+    sample = make_sampler(model, config, meta["tokenizer"], device, dtype)
     log = RunLog(config, state, max_steps, model, device, dtype, rank)
     saver = CheckpointSaver(config, meta, state, model, optimizer, scaler, max_steps, rank)
     stop = StopSignal()
@@ -135,9 +137,11 @@ def train(config):
             log.step(loss, lr, norm, clipped, skipped=not finite)
             saver.allocate_buffers()
 
-            # validate and save: neither changes the training or its timing
+            # sample, validate, save: none of them changes the training or its timing
             last_step = state.step == max_steps
             with log.clock_stopped():
+                if rank == 0 and is_due(config.sample_every, state.step):
+                    log.sample(sample())
                 if last_step or is_due(config.eval_every, state.step):
                     val_loss = mean_loss(compiled_model, val_data, n_val_windows, config.batch_size,
                                          device, dtype, rank, world_size)

@@ -185,6 +185,10 @@ class Config(GPTConfig):
     save_weights: bool = option(
         True, "keep last.pt and best.pt; False: a timing run, which leaves log and summary only")
     log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
+    sample_every: int = option(
+        0, "steps between texts that the model writes, for the log; 0: none", within="[0, inf)")
+    sample_prompt: str = option(
+        "<|endoftext|>", "what those texts begin with; <|endoftext|>: nothing")
     wandb: str = option(
         "", "Weights & Biases project to log to as well (pip install wandb; WANDB_MODE=offline "
         "keeps it on this machine); '': none")
@@ -206,8 +210,8 @@ ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
 # change them. `seed` acts through SEEDS.
 RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "dry_run", "data_dir", "batch_size",
-                     "device", "eval_every", "save_every", "save_weights", "log_every", "wandb",
-                     "dollars_per_hour", "seed"}
+                     "device", "eval_every", "save_every", "save_weights", "log_every",
+                     "sample_every", "sample_prompt", "wandb", "dollars_per_hour", "seed"}
 
 
 def resume_may_change(options):

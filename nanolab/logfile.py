@@ -9,7 +9,7 @@ import numpy as np
 def read_log(path):
     """-> (training entries, validation entries), as dicts. None: a number that was not finite."""
     entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [e for e in entries if "val_loss" not in e], [e for e in entries if "val_loss" in e]
+    return [e for e in entries if "loss" in e], [e for e in entries if "val_loss" in e]
 
 
 def smooth(losses):

@@ -2,11 +2,13 @@
 the clock behind it."""
 
 import fcntl
+import html
 import json
 import math
 import os
 import socket
 import sys
+import textwrap
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -115,6 +117,13 @@ class RunLog:
             tqdm.write(f"step {self.state.step:,}: validation loss {val_loss:.4f}{best}")
         self.write({"step": self.state.step, "tokens": self.state.tokens, "val_loss": val_loss})
 
+    def sample(self, text):
+        self.write({"step": self.state.step, "tokens": self.state.tokens, "sample": text})
+        shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+        encoding = sys.stdout.encoding or "ascii"
+        shown = shown.encode(encoding, "replace").decode(encoding)
+        tqdm.write(f"step {self.state.step:,}, a sample:\n{textwrap.indent(shown, '  | ')}")
+
     @contextmanager
     def clock_stopped(self):
         """Time inside belongs to no step."""
@@ -133,6 +142,9 @@ class RunLog:
                        file=sys.stderr)
         if self.tracker:
             values = {key: value for key, value in entry.items() if key != "step"}
+            if "sample" in entry:
+                from wandb import Html
+                values["sample"] = Html(f"<pre>{html.escape(entry['sample'])}</pre>")
             self.tracker.log(values, step=entry["step"])
 
     def write_summary(self):
@@ -221,7 +233,7 @@ def open_log(path, step):
             entry = parse_entry(line)
             if entry is None:
                 n_damaged += 1
-            elif entry["step"] < step + ("val_loss" in entry):
+            elif entry["step"] < step + ("loss" not in entry):  # the others count steps done
                 lines.append(line + "\n")
         if n_damaged > (not text.endswith("\n")):  # the last may be one that was being written
             path.with_name("log.damaged.jsonl").write_bytes(path.read_bytes())
@@ -235,15 +247,15 @@ def parse_entry(line):
     """A line of log.jsonl as a dict, or None if it is damaged."""
     try:
         entry = json.loads(line)
-        is_entry = type(entry["step"]) is int and ("loss" in entry or "val_loss" in entry)
+        is_entry = type(entry["step"]) is int and {"loss", "val_loss", "sample"} & entry.keys()
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return entry if is_entry else None
 
 
 def finite_or_none(value):
-    """A number as JSON can hold it: null where it is not finite."""
-    return value if math.isfinite(value) else None
+    """A value as JSON can hold it: null where a number is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def start_wandb(config, id_file, resumed):

@@ -74,6 +74,15 @@ def encode(tokenizer, text):
     return np.append(tokens, np.uint32(tokenizer.eot_token))
 
 
+def token_bytes(tokenizer, token):
+    """The text of one token id, as UTF-8; of an id that the tokenizer does not have, a sign that
+    says so."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:  # a model's vocab_size may exceed the tokenizer's
+        return "\N{REPLACEMENT CHARACTER}".encode()
+
+
 def token_dtype(tokenizer):
     """The smallest little-endian integer type that holds every token id."""
     return np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")

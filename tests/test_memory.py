@@ -120,8 +120,8 @@ def test_freed_memory_is_kept():
 
 
 def test_timed_seconds(small_run, monkeypatch):
-    """Tokens per second are those of the steps after the first, without validations: here a clock
-    counts 100 s for the first step, 1 s for each later one and 1,000 s for a validation."""
+    """Tokens per second are those of the steps after the first, without validations and samples: here a
+    clock counts 100 s for the first step, 1 s for each later one and 1,000 s for each of the others."""
     now = [0.0]
 
     def advance(seconds, value):
@@ -132,9 +132,11 @@ def test_timed_seconds(small_run, monkeypatch):
     monkeypatch.setattr(train, "learning_rate_at",
                         lambda step, *args: advance(1 if step else 100, 1e-3))
     monkeypatch.setattr(train, "mean_loss", lambda *args: advance(1000, 3.0))
-    state = read_checkpoint(small_run("run", "--max_steps=4", "--eval_every=1") / "last.pt")
+    monkeypatch.setattr(train, "make_sampler", lambda *args: lambda: advance(1000, "text"))
+    run = small_run("run", "--max_steps=4", "--eval_every=1", "--sample_every=2")
+    state = read_checkpoint(run / "last.pt")
     assert (state["timed_tokens"], state["timed_seconds"]) == (3 * 8 * 32, 3)
-    assert state["seconds"] == 100 + 3 + 4 * 1000
+    assert state["seconds"] == 100 + 3 + (4 + 2) * 1000
 
 
 def test_bench(tmp_path):

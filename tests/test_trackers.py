@@ -1,5 +1,6 @@
 """Weights & Biases."""
 
+import html
 import json
 import pathlib
 import sys
@@ -11,7 +12,7 @@ from test_resume import stop_at
 
 
 def test_wandb(small_run, monkeypatch, capsys):
-    """Config, every number of the log, the plot, the summary and the test loss; a resumed run goes on in the run that it began."""
+    """Config, every number and sample of the log, the plot, the summary and the test loss; a resumed run goes on in the run that it began."""
     runs = []
 
     class Run:
@@ -25,17 +26,20 @@ def test_wandb(small_run, monkeypatch, capsys):
         def finish(self):
             self.finished = True
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run, Image=pathlib.Path))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        init=Run, Image=pathlib.Path, Html=lambda text: html.unescape(text.removeprefix("<pre>").removesuffix("</pre>"))))
     monkeypatch.setattr(train, "learning_rate_at", stop_at(4))
-    folder = small_run("run", "--wandb=project", "--eval_every=3")
+    flags = ["--wandb=project", "--eval_every=3", "--sample_every=5"]
+    folder = small_run("run", *flags)
     monkeypatch.setattr(train, "learning_rate_at", stop_at(99))
-    small_run("run", "--wandb=project", "--eval_every=3", "--resume")
+    small_run("run", *flags, "--resume")
     first, second = runs
     assert first.options["project"] == "project" and first.options["config"]["n_embd"] == 32 and first.finished and not first.summary
     assert (second.options["id"], second.options["resume"]) == ("id0", "allow")
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     logged = [{"step": step, **values} for step, values in first.logged + second.logged if "plot" not in values]
     assert logged == entries and {"loss", "lr", "grad_norm", "tokens_per_second"} <= logged[0].keys()
+    assert [step for step, values in first.logged + second.logged if "sample" in values] == [5, 10]
     assert second.logged[-1][1]["plot"] == folder / "loss.png" and second.finished
     assert second.summary == json.loads((folder / "summary.json").read_text())
     small_run("other", "--wandb=project", "--max_steps=1")
