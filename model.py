@@ -205,14 +205,17 @@ class GPT(nn.Module):
         return torch.cat((tokens, *new), dim=1)
 
     @torch.no_grad()
-    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+               generator=None):
         """Yields the next token ids of B sequences, (B,) at a time, max_new_tokens times.
 
         tokens: (B, T) prompts of any length; the model reads their last block_size tokens. Each new
         token is read once, beside the cached keys and values. When all positions are used, the
         older half is dropped and the newer half read again from position 0, so a token costs about
         the same at any length.
-        temperature: 0 takes the likeliest token; top_k: sample from the k likeliest only.
+        temperature: 0 takes the likeliest token; top_k: sample from the k likeliest only; top_p:
+        from the likeliest that together have this probability (Holtzman et al., "The curious case
+        of neural text degeneration", 2020).
         generator: a torch.Generator on the model's device, or a list of one for each sequence.
         """
         context = tokens[:, -self.config.block_size:]
@@ -227,7 +230,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
-                token = sample_token(logits.float() / temperature, top_k, generator)
+                token = sample_token(logits.float() / temperature, top_k, top_p, generator)
             context = torch.cat((context, token[:, None]), dim=1)
             yield token
 
@@ -259,10 +262,15 @@ class GPT(nn.Module):
                             f"({reason})") from None
 
 
-def sample_token(logits, top_k, generator):
-    """(B, V) logits -> (B,) token ids. top_k, generator: as for GPT.stream."""
+def sample_token(logits, top_k, top_p, generator):
+    """(B, V) logits -> (B,) token ids. top_k, top_p, generator: as for GPT.stream."""
     if top_k is not None:
         logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+    if top_p is not None and top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+        probs = ordered.softmax(dim=-1)
+        likelier = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens
+        logits = ordered.masked_fill(likelier >= top_p, -math.inf).gather(-1, ids.argsort())
     generators = generator if isinstance(generator, list) else [generator]
     probs = logits.softmax(dim=-1).chunk(len(generators))
     tokens = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]

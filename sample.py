@@ -1,10 +1,13 @@
 """Text from a checkpoint: one sample streamed as it is made, or several made side by side.
 
     python sample.py
-    python sample.py --ckpt out/best.pt --prompt "def main():" --num_samples 3 --temperature 0.8
+    python sample.py --ckpt out --prompt "def main():" --num_samples 3 --temperature 0.8
+    python sample.py --prompt_file prompt.txt --top_p 0.9
 """
 
 import codecs
+import sys
+from pathlib import Path
 
 import torch
 
@@ -12,7 +15,7 @@ from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.devices import pick_device
-from nanolab.tokenizer import END_OF_TEXT, get_tokenizer, token_bytes
+from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, token_bytes
 
 
 def main():
@@ -21,19 +24,37 @@ def main():
     vocab_size = checkpoint["config"]["vocab_size"]
     if args.top_k and args.top_k > vocab_size:
         raise UserError(f"--top_k={args.top_k} is more than the {vocab_size} tokens of {args.ckpt}")
-    tokenizer = get_tokenizer(checkpoint["tokenizer"])
+    if args.tokenizer not in (None, checkpoint["tokenizer"]) and checkpoint["tokenizer"] != UNKNOWN:
+        raise UserError(f"{args.ckpt} reads {checkpoint['tokenizer']} tokens; "
+                        f"leave out --tokenizer={args.tokenizer}")
+    tokenizer = get_tokenizer(args.tokenizer or checkpoint["tokenizer"])
+    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
     device = pick_device(args.device)
     model = GPT.from_checkpoint(checkpoint).to(device)
 
-    tokens = tokenizer.encode(args.prompt, allowed_special={END_OF_TEXT})
+    tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
     prompts = torch.tensor([tokens] * args.num_samples, device=device)  # (num_samples, T)
     seeds = range(args.seed, args.seed + args.num_samples)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    steps = model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, generators)
+    steps = model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                         generators)
     if args.num_samples == 1:
-        print_stream(args.prompt, steps, tokenizer)
+        print_stream(prompt, steps, tokenizer)
     else:
-        print_samples(args.prompt, steps, tokenizer, args.num_samples)
+        print_samples(prompt, steps, tokenizer, args.num_samples)
+
+
+def read_prompt(file):
+    """The text of a file, or of standard input for "-". Raises UserError."""
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt_file={file} is not UTF-8 text (byte {error.start:,})") from None
+    if not text:
+        raise UserError(f"--prompt_file={file} is empty; --prompt='{END_OF_TEXT}' asks for a text "
+                        "from nothing")
+    return text
 
 
 def print_stream(prompt, steps, tokenizer):
@@ -71,15 +92,26 @@ def print_samples(prompt, steps, tokenizer, num_samples):
 
 def parse_arguments():
     parser = argument_parser(__doc__)
-    parser.add_argument("--ckpt", default="out/best.pt", help="default: %(default)s")
-    parser.add_argument("--prompt", default="Every effort moves you", help="default: %(default)s")
-    parser.add_argument("--num_samples", type=int, default=1,
-                        help="sample i draws with seed + i - 1, whatever their number")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    add = parser.add_argument
+    add("--ckpt", default="out/best.pt",
+        help="a checkpoint, a run's folder (its best.pt), a folder in Hugging Face's layout, or "
+             "gpt2, gpt2-medium, gpt2-large, gpt2-xl (default: %(default)s)")
+    add("--prompt", default="Every effort moves you", help="default: %(default)s")
+    add("--prompt_file", metavar="FILE",
+        help="the prompt from a file, or - for standard input (default: --prompt)")
+    add("--tokenizer", choices=("gpt2", "bytes"),
+        help="of a folder that names none, such as a byte-level one (default: the model's own)")
+    add("--num_samples", type=int, default=1,
+        help="sample i draws with seed + i - 1, whatever their number (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=200, help="default: %(default)s")
+    add("--temperature", type=float, default=1.0,
+        help="0: the likeliest token (default: %(default)s)")
+    add("--top_k", type=int, help="draw from the k likeliest tokens only (default: from all)")
+    add("--top_p", type=float, help="draw from the likeliest tokens only, as many as it takes for "
+                                    "this probability (default: from all)")
+    add("--seed", type=int, default=42, help="default: %(default)s")
+    add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),
+        help="default: %(default)s: cuda, else mps, else cpu")
     args = parser.parse_args()
     for is_wrong, message in (
             (not args.prompt, f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
@@ -88,7 +120,9 @@ def parse_arguments():
             (args.temperature and not 0.01 <= args.temperature <= 100,
              "--temperature must be 0, or from 0.01 to 100"),
             (not 0 <= args.seed <= 9e18, "--seed must be from 0 to 9e18"),
-            (args.top_k is not None and args.top_k < 1, "--top_k must be at least 1")):
+            (args.top_k is not None and args.top_k < 1, "--top_k must be at least 1"),
+            (args.top_p is not None and not 0 < args.top_p <= 1,
+             "--top_p must be above 0 and at most 1")):
         if is_wrong:
             parser.error(message)
     return args

@@ -5,7 +5,7 @@
 #     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
 
 name = "baseline"
-out_dir = "out/lab/baseline"
+out_dir = "out/lab_trial"
 dataset = "stdlib"
 order = "shuffled"
 

@@ -6,7 +6,7 @@
 #
 # The data set is made by `python prepare.py pypi`.
 
-out_dir = "out/ladder"
+out_dir = "out/ladder_trial"
 dataset = "pypi"
 order = "shuffled"
 

@@ -24,10 +24,12 @@ CHECKPOINT_FORMAT = 1
 def read_checkpoint(source, mmap=False):
     """A checkpoint as a dict, tensors on the CPU. Executes nothing from a file.
 
-    source: a file that train.py saved; a folder in Hugging Face's layout; or one of OpenAI's names,
-    such as gpt2, which is downloaded once. mmap: leave the tensors on disk until they are used.
+    source: a file that train.py saved, or its run's folder, for best.pt; a folder in Hugging Face's
+    layout; or one of OpenAI's names, such as gpt2, which is downloaded once. mmap: leave the tensors on disk until they are used.
     Raises UserError.
     """
+    if Path(source, "best.pt").is_file():
+        source = Path(source, "best.pt")
     if Path(source).is_dir():
         return {"format": CHECKPOINT_FORMAT, **read_hugging_face(Path(source), source)}
     if not Path(source).exists():

@@ -39,7 +39,8 @@ def export(checkpoint, model, folder):
 
 def check_export(source, folder):
     """Raises UserError if `source` is no file of ours, or `folder` is in use. Reads no weights."""
-    if Path(source).is_dir() or str(source) in OPENAI_REVISIONS:
+    is_run = Path(source, "best.pt").is_file()
+    if Path(source).is_dir() and not is_run or str(source) in OPENAI_REVISIONS:
         raise UserError(f"{source} is no file that train.py saved, such as out/best.pt")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -1,6 +1,5 @@
 """GPT-2 in Hugging Face's layout: read from a folder or the hub, and its names for the way out."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nanolab.common import UserError, load_tensors, reachable
-from nanolab.tokenizer import UNKNOWN, get_tokenizer, guess_tokenizer
+from nanolab.tokenizer import (GPT2_VOCABULARY_SHA256, UNKNOWN, get_tokenizer, guess_tokenizer,
+                               vocabulary_sha256)
 
 # OpenAI's weights are openai-community/NAME on the hub. Each revision has model.safetensors.
 OPENAI_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -38,9 +38,6 @@ HF_SUPPORTED = {"model_type": ("gpt2",),
 HF_NAMES = {"h.": "blocks.", "c_attn.": "qkv.", "c_proj.": "proj.", "c_fc.": "fc.",
             "lm_head.": "head."}
 TRANSPOSED = ("qkv.weight", "proj.weight", "fc.weight")  # GPT-2's Conv1D stores (in, out)
-
-# SHA-256 of GPT-2's vocabulary, written as JSON: its [token, id] pairs by id.
-GPT2_VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
 
 
 def download_openai(name):
@@ -91,9 +88,8 @@ def read_hf_config(folder):
         pass
     except (ValueError, AttributeError):
         raise UserError(f"{folder}/config.json is damaged") from None
-    hint = f"; did you mean {folder}/best.pt?" if (folder / "best.pt").exists() else ""
-    raise UserError(f"{folder} is a folder, neither a checkpoint nor a model in Hugging Face's "
-                    f"layout{hint}")
+    raise UserError(f"{folder} is a folder, neither a run with best.pt nor a model in Hugging "
+                    "Face's layout")
 
 
 def from_hf_config(hf_config, folder):
@@ -164,11 +160,10 @@ def find_tokenizer(folder, hf_config):
         else:
             noted = hf_config.get("nanolab_tokenizer")
             return noted or guess_tokenizer(hf_config.get("vocab_size"))
-        pairs = sorted(vocabulary.items(), key=lambda pair: pair[1])
+        is_gpt2 = vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"the tokenizer in {folder} is damaged") from None
-    sha256 = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-    return "gpt2" if sha256 == GPT2_VOCABULARY_SHA256 else UNKNOWN
+    return "gpt2" if is_gpt2 else UNKNOWN
 
 
 def to_hf_config(config, tokenizer):

@@ -2,12 +2,14 @@
 
 import functools
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+from tiktoken_ext.openai_public import r50k_pat_str
 
 from nanolab.common import UserError, describe, reachable
 
@@ -16,6 +18,10 @@ UNKNOWN = "unknown"  # for weights and token files whose tokenizer nothing names
 GPT2_HOST = "openaipublic.blob.core.windows.net"
 GPT2_VOCABULARY = [f"https://{GPT2_HOST}/gpt-2/encodings/main/{file}"
                    for file in ("vocab.bpe", "encoder.json")]
+# The two files as OpenAI and as Hugging Face name them.
+VOCABULARY_NAMES = (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))
+# SHA-256 of GPT-2's vocabulary, written as JSON: its [token, id] pairs by id.
+GPT2_VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb815918c30199"
 
 
 @functools.cache
@@ -29,14 +35,16 @@ def get_tokenizer(name):
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)},
                                  special_tokens={END_OF_TEXT: 256})
     if name == UNKNOWN:
-        raise UserError("these tokens cannot be turned into text: "
-                        "their tokenizer is unknown, neither gpt2 nor bytes")
+        raise UserError("these tokens cannot be turned into text: their tokenizer is unknown; "
+                        "sample.py --tokenizer=bytes (or gpt2) tells it")
     if name != "gpt2":
         raise UserError(f"unknown tokenizer '{name}'; there are gpt2 and bytes")
-    advice = ("connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it, "
-              "or use --tokenizer=bytes")
-    on_disk = all(path.exists() for path in gpt2_vocabulary_files())
-    if not on_disk and not reachable(GPT2_HOST):
+    advice = ("connect once, or set TIKTOKEN_CACHE_DIR to a folder that has vocab.bpe and "
+              "encoder.json, or use --tokenizer=bytes")
+    merges, vocabulary = gpt2_vocabulary_files()
+    if vocabulary.name.endswith(".json"):
+        return gpt2_from_file(vocabulary)
+    if not (merges.exists() and vocabulary.exists()) and not reachable(GPT2_HOST):
         raise UserError("GPT-2's vocabulary is not on this machine "
                         f"and {GPT2_HOST} does not answer: {advice}")
     try:
@@ -47,10 +55,42 @@ def get_tokenizer(name):
 
 
 def gpt2_vocabulary_files():
-    """Where tiktoken caches vocab.bpe and encoder.json (see its load.py). -> [Path, Path]"""
+    """vocab.bpe and encoder.json in TIKTOKEN_CACHE_DIR, by these names or Hugging Face's; else where
+    tiktoken caches them (see its load.py). -> [Path, Path]"""
     folder = (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
               or Path(tempfile.gettempdir(), "data-gym-cache"))
+    for names in VOCABULARY_NAMES:
+        paths = [Path(folder, name) for name in names]
+        if all(path.exists() for path in paths):
+            return paths
     return [Path(folder, hashlib.sha1(url.encode()).hexdigest()) for url in GPT2_VOCABULARY]
+
+
+def gpt2_from_file(path):
+    """GPT-2's tokenizer from its encoder.json, under any name. Raises UserError."""
+    try:
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+        is_gpt2 = vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256
+    except (ValueError, AttributeError, TypeError, RecursionError):
+        is_gpt2 = False
+    if not is_gpt2:
+        raise UserError(f"{path} is damaged, or not GPT-2's vocabulary")
+    # GPT-2 writes a byte that is no visible character as a character from 256 on.
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    bytes_of = {**{chr(byte): byte for byte in visible},
+                **{chr(256 + i): byte for i, byte in enumerate(hidden)}}
+    end_of_text = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
+    ranks = {bytes(bytes_of[character] for character in token): i
+             for token, i in vocabulary.items()}
+    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens=end_of_text)
+
+
+def vocabulary_sha256(vocabulary):
+    """vocabulary: {token: id}, as in encoder.json. See GPT2_VOCABULARY_SHA256."""
+    pairs = sorted(vocabulary.items(), key=lambda pair: pair[1])
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def guess_tokenizer(vocab_size):

@@ -105,13 +105,13 @@ def small_run(data_dir, tmp_path):
     return run
 
 
-def call(*command, processes=0, timeout=120, **env):
+def call(*command, processes=0, timeout=120, stdin=None, **env):
     """Runs one of the scripts as a user would. -> CompletedProcess."""
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run([*launcher, *map(str, command)], cwd=HERE, env={**os.environ, **env}, capture_output=True,
-                          text=True, timeout=timeout)
+                          text=True, timeout=timeout, stdin=stdin)
 
 
 def run_main(monkeypatch, script, *argv):
