@@ -189,3 +189,18 @@ def test_readmes_first_run_is_the_one_on_record():
     assert f"bits per byte  {run['bits_per_byte']:.6f}" in readme
     assert f"done:   {run['trained_tokens']:,} tokens in {run['seconds']:.0f} s" in readme
     assert f"speed:  {run['tokens_per_second']:,.0f} tokens/s" in readme
+
+
+def test_page_for_nanogpts_users_is_complete():
+    """Every option of nanoGPT's train.py has its line; ours exist and have the default that is said."""
+    lines = (HERE / "docs/from_nanogpt.md").read_text().split("## The other scripts")[0].splitlines()
+    theirs = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project
+        wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate
+        max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile""".split()
+    found = []
+    for line in (line for line in lines if line.startswith("| ") and "---" not in line):
+        their, _, ours, default = (re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:5])
+        found += their
+        if ours:
+            assert [repr(config.OPTIONS[key].default) for key in ours] == default, line
+    assert sorted(found) == sorted(theirs)
