@@ -103,6 +103,7 @@ def evaluate(path, args, device, rank, world_size):
               "block_size": config["block_size"],
               "dataset": dataset, "test_sha256": split["sha256"], "amp": amp,
               "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"],
+              "averaged_steps": checkpoint.get("averaged_steps", 0),
               "config": changed_options(config)}
     if rank == 0 and is_ours:
         save_result(path, {**saved, "results": [*saved["results"], result]})
@@ -189,7 +190,9 @@ def report(args, runs, unfinished):
 
 
 def format_result(result):
-    return (f"{result['path']}: {result['name']}, step {result['step']:,}, "
+    n = result.get("averaged_steps", 0)
+    mean = f"mean of the last {n:,} steps' weights, " if n else ""
+    return (f"{result['path']}: {result['name']}, step {result['step']:,}, {mean}"
             f"on the test split of {result['dataset']}\n"
             f"test loss      {result['test_loss']:.6f} nats per token\n"
             f"perplexity     {result['perplexity']:.3f}\n"

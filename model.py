@@ -56,7 +56,7 @@ class Rope(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
@@ -65,9 +65,13 @@ class Attention(nn.Module):
         self.proj = Linear(config.n_embd, config.n_embd)
         self.rope = Rope(config) if config.position == "rope" else None
         self.value_share = nn.Parameter(torch.empty(())) if config.value_residual else None
+        self.value_embedding = None
+        if config.value_embeddings and (config.n_layer - 1 - layer) % 2 == 0:  # as in nanochat
+            self.value_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+            self.embedding_share = nn.Parameter(torch.empty(()))
 
-    def forward(self, x, first_values=None, cache=None, start=0):
-        """(B, T, C) -> (B, T, C), and this block's values (B, H, T, D).
+    def forward(self, x, tokens, first_values=None, cache=None, start=0):
+        """(B, T, C), of tokens (B, T) -> (B, T, C), and this block's values (B, H, T, D).
 
         first_values: the first block's, None in the first block. cache: this block's keys and
         values, (2, B, H, block_size, D), filled up to `start`; with a start above 0, T is 1.
@@ -81,6 +85,9 @@ class Attention(nn.Module):
             q, k = self.rope(q, start), self.rope(k, start)
         if self.value_share is not None:  # mix in the first block's values; no effect in that block
             v = v + self.value_share * ((v if first_values is None else first_values) - v)
+        if self.value_embedding is not None:  # after modded-nanogpt's 2024-12-04_ValueEmbed
+            embedded = self.value_embedding(tokens).view(B, T, self.n_head, -1).transpose(1, 2)
+            v = v + self.embedding_share * (embedded.type_as(v) - v)
         values = v
         if cache is not None:
             cache[:, :, :, start:start + T] = torch.stack((k, v))
@@ -120,18 +127,18 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = NORMS[config.norm](config.n_embd, eps=1e-5)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = NORMS[config.norm](config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, first_values=None, cache=None, start=0):
+    def forward(self, x, tokens, first_values=None, cache=None, start=0):
         """(B, T, C) -> (B, T, C), and this block's attention values. The other arguments are
         Attention's."""
-        y, values = self.attn(self.ln_1(x), first_values, cache, start)
+        y, values = self.attn(self.ln_1(x), tokens, first_values, cache, start)
         x = x + self.dropout(y)
         x = x + self.dropout(self.mlp(self.ln_2(x)))
         return x, values
@@ -151,7 +158,11 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.x_lambdas = self.x0_lambdas = None
+        if config.x0_lambdas:
+            self.x_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.ln_f = NORMS[config.norm](config.n_embd, eps=1e-5)
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -178,10 +189,14 @@ class GPT(nn.Module):
         x = self.wte(tokens)
         if self.wpe is not None:
             x = x + self.wpe(torch.arange(start, start + tokens.shape[1], device=tokens.device))
-        x = self.dropout(x)
+        if self.config.embed_norm:
+            x = rms_norm(x)
+        x = x0 = self.dropout(x)
         first_values = None
         for i, block in enumerate(self.blocks):
-            x, values = block(x, first_values, None if cache is None else cache[i], start)
+            if self.x0_lambdas is not None:  # Jordan, modded-nanogpt's 2024-11-06_ShortcutsTweaks
+                x = self.x_lambdas[i] * x + self.x0_lambdas[i] * x0
+            x, values = block(x, tokens, first_values, None if cache is None else cache[i], start)
             first_values = values if i == 0 else first_values
         return self.ln_f(x)
 
@@ -283,14 +298,15 @@ def initialise(model, generator):
     matches is an error.
 
     'pytorch' draws in the order of the published code's constructors, so a seed gives the published
-    runs' weights exactly. Q, K and V biases are drawn last: switching them on leaves every other
-    weight as it was.
+    runs' weights exactly. Q, K and V biases are drawn last, then value embeddings: switching them
+    on leaves every other weight as it was.
     """
     as_pytorch, zero_init = model.config.init == "pytorch", model.config.zero_init
     # GPT-2: the residual stream's variance does not grow with depth
     residual_scale = (2 * model.config.n_layer) ** -0.5
     parameters = dict(model.named_parameters())
-    for name in sorted(parameters, key=lambda name: name.endswith("qkv.bias")):
+    for name in sorted(parameters, key=lambda name: (".value_embedding." in name,
+                                                     name.endswith("qkv.bias"))):
         p = parameters[name]
         # the first case that matches wins
         match name.split(".")[-2:]:
@@ -298,9 +314,13 @@ def initialise(model, generator):
                 nn.init.ones_(p)
             case ["ln_1" | "ln_2" | "ln_f", "bias"]:
                 nn.init.zeros_(p)
-            case ["attn", "value_share"]:
+            case ["attn", "value_share" | "embedding_share"]:
                 p.fill_(0.5)
-            case ["wte" | "wpe", "weight"]:
+            case ["x_lambdas"]:
+                nn.init.ones_(p)
+            case ["x0_lambdas"]:
+                nn.init.zeros_(p)
+            case ["wte" | "wpe" | "value_embedding", "weight"]:
                 nn.init.normal_(p, std=1.0 if as_pytorch else 0.02, generator=generator)
             case ["qkv" | "proj" | "fc" | "head", "weight"] if as_pytorch:
                 # uniform within 1/sqrt(fan_in)

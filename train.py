@@ -32,7 +32,7 @@ from nanolab.devices import (StopSignal, autocast, autocast_dtype, end_distribut
 from nanolab.dryrun import dry_run
 from nanolab.measure import mean_loss
 from nanolab.memory import largest_batch_size
-from nanolab.optim import make_optimizer
+from nanolab.optim import TailAverage, make_optimizer, set_learning_rate
 from nanolab.runlog import RunLog
 from nanolab.samples import make_sampler
 from nanolab.schedule import count_steps, follow_plan, learning_rate_at
@@ -61,19 +61,21 @@ def train(config):
     model = GPT(GPTConfig.from_options(vars(config)), seed=config.init_seed).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    state = start.restore(model, optimizer, scaler)  # steps done, seconds, best validation loss
+    max_steps = count_steps(config)
+    tail = TailAverage(model, config, max_steps)
+    state = start.restore(tail, optimizer, scaler)  # steps done, seconds, best validation loss
     if start.resumed:
         follow_plan(config, state, start.resumed)
     del start  # frees the checkpoint's memory
     if not same_on_all_ranks(state.step, device):
         raise UserError(f"the machines have different checkpoints in {config.out_dir}; "
                         "put it on a disk that they share")
-    max_steps = count_steps(config)
     if state.step >= max_steps:
         print0(f"{config.out_dir} is finished: {state.step:,} steps are done, "
                f"{max_steps:,} were asked for; --resume --extend --max_steps=MORE goes on")
         return
     compiled_model = compile_model(model, config, device)  # shares model's weights
+    compiled_mean = compile_model(tail.mean, config, device)
     if config.batch_size == "auto":
         config.batch_size = largest_batch_size(model, compiled_model, optimizer, train_data,
                                                config.global_batch_size, world_size, device, dtype)
@@ -89,7 +91,7 @@ def train(config):
         return
     sample = make_sampler(model, config, meta["tokenizer"], device, dtype)
     log = RunLog(config, state, max_steps, model, device, dtype, rank)
-    saver = CheckpointSaver(config, meta, state, model, optimizer, scaler, max_steps, rank)
+    saver = CheckpointSaver(config, meta, state, tail, optimizer, scaler, max_steps, rank)
     stop = StopSignal()
     parameters = list(model.parameters())
     skipped_in_a_row = 0
@@ -100,8 +102,7 @@ def train(config):
         inputs, targets = next(batches)
         for step in range(state.step, max_steps):
             lr = learning_rate_at(step, max_steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
 
             # forward and backward, one micro-batch after the other
             loss_sum = torch.zeros((), device=device)
@@ -134,6 +135,7 @@ def train(config):
             optimizer.zero_grad(set_to_none=world_size == 1)  # under DDP they are views of buckets
             state.step += 1
             state.skipped += not finite
+            tail.update(state.step)
             log.step(loss, lr, norm, clipped, skipped=not finite)
             saver.allocate_buffers()
 
@@ -143,8 +145,9 @@ def train(config):
                 if rank == 0 and is_due(config.sample_every, state.step):
                     log.sample(sample())
                 if last_step or is_due(config.eval_every, state.step):
-                    val_loss = mean_loss(compiled_model, val_data, n_val_windows, config.batch_size,
-                                         device, dtype, rank, world_size)
+                    tested = compiled_mean if tail.n_averaged else compiled_model
+                    val_loss = mean_loss(tested, val_data, n_val_windows, config.batch_size, device,
+                                         dtype, rank, world_size)
                     log.validation(val_loss, is_best=saver.save_best(val_loss, wait=last_step))
                 if last_step:
                     log.write_summary()  # before last.pt, which marks the run as finished

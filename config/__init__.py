@@ -72,6 +72,13 @@ class GPTConfig:
         False, "weights and biases of the residual projections start at 0")
     value_residual: bool = option(
         False, "each block's attention values are mixed with the first block's, in a learned share")
+    value_embeddings: bool = option(
+        False, "in every second block, the last one included, the attention values are mixed with "
+        "an embedding of the token, in a learned share")
+    x0_lambdas: bool = option(
+        False, "before each block, x becomes a x + b x0, with x0 the embeddings and a, b learned, "
+        "from 1 and 0 on")
+    embed_norm: bool = option(False, "the embeddings are divided by their root mean square")
 
     @classmethod
     def from_options(cls, options):
@@ -130,8 +137,16 @@ class Config(GPTConfig):
     # --- optimiser and schedule
     optimizer: str = option(
         "adamw", "'muon': Muon for the 2-D weights inside the blocks, AdamW for all others; "
-        "learning_rate and weight_decay apply to both", choices=("adamw", "muon"))
-    learning_rate: float = option(4e-4, "peak learning rate", within="(0, inf)")
+        "learning_rate and weight_decay apply to both. 'normuon': the same with Muon's updates "
+        "normalised by neuron", choices=("adamw", "muon", "normuon"))
+    learning_rate: float = option(
+        4e-4, "peak learning rate; the next three are multiples of it", within="(0, inf)")
+    embedding_lr: float = option(
+        1.0, "of the embeddings: tokens (a tied head too), positions, values", within="(0, inf)")
+    head_lr: float = option(1.0, "of the output head", within="(0, inf)")
+    scalar_lr: float = option(
+        1.0, "of all that is no matrix: biases, gains of the norms, learned shares",
+        within="(0, inf)")
     schedule: str = option(
         "constant", "after the warm-up: constant; one half cosine to min_lr_ratio x peak at the "
         "last step; or 'wsd': constant, then a straight line to there",
@@ -144,6 +159,10 @@ class Config(GPTConfig):
     min_lr_ratio: float = option(
         0.1, "where cosine and wsd end, as a share of the peak", within="[0, 1]")
     weight_decay: float = option(0.1, "decoupled weight decay", within="[0, inf)")
+    adamw_weight_decay: float | None = option(
+        None, "that of the parameters that AdamW has; None: weight_decay", within="[0, inf)")
+    cautious_decay: bool = option(
+        False, "a weight decays only where the update does not enlarge it")
     decay: str = option(
         "all", "what decays: every parameter, as published, or only the 2-D weights",
         choices=("all", "matrices"))
@@ -153,6 +172,9 @@ class Config(GPTConfig):
     grad_clip: float = option(
         0.0, "largest global L2 norm of the gradient; 0: no clipping (the norm is logged anyway)",
         within="[0, inf)")
+    tail_average: float = option(
+        0.0, "share of the steps (rounded down, at least one), at the end, whose weights are "
+        "averaged; validation, best.pt and last.pt then have the mean", within="[0, 1)")
 
     # --- precision and device
     amp: str = option(
@@ -401,6 +423,9 @@ def check_combinations(config, origin):
     if config.position == "rope" and C and H and C // H % 2:
         raise config_error(f"{shown('position')} rotates pairs of numbers, but {shown('n_embd')} "
                            f"and {shown('n_head')} give each head {C // H}")
+    if config.tie_weights and config.head_lr != 1:
+        raise config_error(f"{shown('head_lr')} has no effect with {shown('tie_weights')}: the "
+                           "head is the embedding's matrix, whose rate is embedding_lr")
     if config.extend and not config.resume:
         raise config_error("--extend continues a run: it goes with --resume")
     for key in INIT_OPTIONS:

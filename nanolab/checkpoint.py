@@ -76,14 +76,14 @@ class Start:
     resumed: dict | None = None
     weights: dict | None = None
 
-    def restore(self, model, optimizer, scaler):
+    def restore(self, tail, optimizer, scaler):
         """Loads what there is. -> the RunState to go on from."""
         if self.weights:
-            model.load_weights(self.weights)
+            tail.model.load_weights(self.weights)
             print0(f"start:  from the weights of {self.weights['path']}")
         if not self.resumed:
             return RunState()
-        model.load_state_dict(self.resumed["model"])
+        tail.load_state_dict(self.resumed)
         optimizer.load_state_dict(self.resumed["optimizer"])
         if self.resumed["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(self.resumed["scaler"])
@@ -177,7 +177,8 @@ def check_init_from(weights, config, tokenizer):
 def config_diff(then, now, budget_may_change):
     """The changed options that would make it another run, as text."""
     may_change = resume_may_change(now)
-    if budget_may_change or now["schedule"] == "constant" and not now["warmup_fraction"]:
+    fixed_plan = now["schedule"] != "constant" or now["warmup_fraction"] or now["tail_average"]
+    if budget_may_change or not fixed_plan:
         # (a longer run at a constant rate passes through the same states)
         may_change = may_change | {"max_tokens", "max_steps"}
     then = {key: then.get(key, option.default) for key, option in OPTIONS.items()}
@@ -196,9 +197,9 @@ class CheckpointSaver:
     Only rank 0 has one that is enabled. As a context manager it waits for the last file.
     """
 
-    def __init__(self, config, meta, state, model, optimizer, scaler, max_steps, rank):
+    def __init__(self, config, meta, state, tail, optimizer, scaler, max_steps, rank):
         self.config, self.meta, self.state = config, meta, state
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.tail, self.optimizer, self.scaler = tail, optimizer, scaler
         self.enabled = rank == 0 and config.save_weights
         self.out_dir = Path(config.out_dir)
         self.writer = ThreadPoolExecutor(max_workers=1)
@@ -260,7 +261,7 @@ class CheckpointSaver:
         return self.snapshot
 
     def checkpoint(self):
-        return {"format": CHECKPOINT_FORMAT, "model": self.model.state_dict(),
+        return {"format": CHECKPOINT_FORMAT, **self.tail.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 **vars(self.state), "config": vars(self.config),
                 "tokenizer": self.meta["tokenizer"],

@@ -96,6 +96,8 @@ def model_card(checkpoint, model, title):
     usage = USAGE[checkpoint["tokenizer"]].format(length=min(config["block_size"], 50))
     training = (f"{checkpoint['step']:,} steps of {config['global_batch_size']} x "
                 f"{config['block_size']:,} tokens, {checkpoint['tokens']:,} tokens")
+    if n := checkpoint.get("averaged_steps"):
+        training += f", the mean of the last {n:,} steps' weights,"
     val_loss = checkpoint["best_val_loss"]
     val_loss = f"{val_loss:.6f} nats per token" if math.isfinite(val_loss) else "not measured"
     seeds = ", ".join(f"{key} {config[key]}" for key in SEEDS)

@@ -45,7 +45,7 @@ def follow_plan(config, state, resumed):
     state: RunState; resumed: the checkpoint that it is from.
     """
     planned, now = count_steps(SimpleNamespace(**resumed["config"])), count_steps(config)
-    as_planned = planned == now or all(
+    as_planned = planned == now or not config.tail_average and all(
         learning_rate_at(step, planned, config) == learning_rate_at(step, now, config)
         for step in range(state.step))
     name = config.name.removesuffix(state.name_suffix)

@@ -137,7 +137,7 @@ def equal_weights(one, other):
         checkpoint = read_checkpoint(path)
         optimizers = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"], list) else [checkpoint["optimizer"]]
         moments = [value for optimizer in optimizers for state in optimizer["state"].values() for value in state.values()]
-        return [*checkpoint["model"].values(), *moments]
+        return [*checkpoint["model"].values(), *checkpoint.get("training_model", {}).values(), *moments]
     one, other = tensors(one), tensors(other)
     return len(one) == len(other) and all(map(torch.equal, one, other))
 

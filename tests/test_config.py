@@ -21,6 +21,7 @@ from nanolab.common import UserError
     (["out"], ["'out'", "neither"]),
     (["--position=rope", "--n_embd=15", "--n_head=5"], ["pairs", "n_embd=15", "n_head=5", "3"]),
     (["--init_from=gpt2", "--zero_init"], ["zero_init=True", "init_from='gpt2'", "random weights"]),
+    (["--tie_weights", "--head_lr=2"], ["head_lr=2.0", "tie_weights=True", "embedding_lr"]),
     (["--init_from=gpt2", "--init_seed=1"], ["init_seed=1", "init_from='gpt2'", "random weights"]),
 ])
 def test_config_mistakes(argv, parts):
@@ -62,7 +63,11 @@ def test_each_intervention_changes_its_own_keys():
         "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05},
         "rmsnorm": {"norm": "rmsnorm"}, "rope": {"position": "rope"}, "qk_norm": {"qk_norm": True}, "relu2": {"activation": "relu2"},
         "swiglu": {"activation": "swiglu"}, "logit_softcap": {"logit_softcap": 30.0}, "zero_init": {"zero_init": True},
-        "value_residual": {"value_residual": True}}
+        "value_residual": {"value_residual": True}, "value_embeddings": {"value_embeddings": True}, "x0_lambdas": {"x0_lambdas": True},
+        "embed_norm": {"embed_norm": True}, "embedding_lr": {"embedding_lr": 155.0, "embed_norm": True}, "head_lr": {"head_lr": 0.89},
+        "scalar_lr": {"scalar_lr": 3.3}, "beta2": {"beta2": 0.95}, "adamw_weight_decay": {"adamw_weight_decay": 0.001},
+        "cautious_decay": {"cautious_decay": True}, "tail_average": {"tail_average": 0.05}, "head_dim_128": {"n_head": 6},
+        "decay_to_zero": {"schedule": "wsd", "cooldown_fraction": 0.7, "min_lr_ratio": 0.0}, "normuon": {"optimizer": "normuon"}}
     files = sorted((HERE / "config" / "interventions").glob("*.py"))
     assert {file.stem for file in files} == set(expected)
     default = vars(config.load([]))

@@ -52,8 +52,50 @@ def test_zero_init():
         assert torch.equal(p, expected), name
 
 
+def test_lambdas_start_as_the_plain_model():
+    """To the last bit, with every other weight as without them; 24 numbers in 12 layers."""
+    size = {"vocab_size": 50, "block_size": 16, "n_layer": 12, "n_head": 2, "n_embd": 32, "dropout": 0.0}
+    tokens = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(1))
+    plain, ours = GPT(GPTConfig(**size)), GPT(GPTConfig(**size, x0_lambdas=True))
+    assert torch.equal(plain(tokens), ours(tokens)) and ours.num_params() == plain.num_params() + 24
+    with torch.no_grad():
+        ours.x_lambdas[7], ours.x0_lambdas[7] = 2.0, 3.0
+        seen = {}
+        for i in (0, 6, 7):
+            ours.blocks[i].register_forward_hook(lambda block, args, out, i=i: seen.update({i: (args[0], out[0])}))
+        ours(tokens)
+    assert torch.allclose(seen[7][0], 2 * seen[6][1] + 3 * seen[0][0], atol=1e-5)
+
+
+def test_value_embeddings():
+    """In every second block from the last on; there the values are mixed half and half with what the token looks up. All
+    other weights start as without them; parameters as counted, operations as before."""
+    size = {"vocab_size": 50, "block_size": 16, "n_layer": 3, "n_head": 2, "n_embd": 32, "dropout": 0.0, "qkv_bias": True}
+    plain, ours = GPT(GPTConfig(**size)), GPT(GPTConfig(**size, value_embeddings=True))
+    assert all(torch.equal(p, ours.get_parameter(name)) for name, p in plain.named_parameters())
+    assert ours.num_params() == plain.num_params() + 2 * (50 * 32 + 1)
+    assert ours.flops_per_token() == plain.flops_per_token()
+    tokens, x = torch.arange(32).view(2, 16), torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
+    for block, same in zip(ours.blocks, plain.blocks):
+        (_, mixed), (_, values) = block.attn(x, tokens), same.attn(x, tokens)
+        if block is not ours.blocks[1]:
+            looked_up = block.attn.value_embedding.weight[tokens].view(2, 16, 2, 16).transpose(1, 2)
+            values = (values + looked_up) / 2
+        assert torch.allclose(mixed, values, atol=1e-6)
+
+
+def test_embed_norm():
+    """Twice the embeddings are the same model."""
+    gpt = GPT(GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.0, position="rope", embed_norm=True))
+    tokens = torch.arange(16)[None]
+    before = gpt(tokens)
+    with torch.no_grad():
+        gpt.wte.weight *= 2
+    assert torch.allclose(gpt(tokens), before, atol=1e-5)
+
+
 def test_unmatched_parameter_is_an_error(monkeypatch):
-    monkeypatch.setattr("model.Attention", lambda config: nn.Bilinear(2, 2, 2))
+    monkeypatch.setattr("model.Attention", lambda *args: nn.Bilinear(2, 2, 2))
     with pytest.raises(ValueError, match="no initialisation rule matches"):
         GPT(GPTConfig(vocab_size=11, block_size=4, n_layer=1, n_head=1, n_embd=4))
 
@@ -123,7 +165,8 @@ GPT2_FLAGS = {"qkv_bias": (False, True), "tie_weights": (False, True), "init": (
 
 MODERN_FLAGS = {"norm": ("layernorm", "rmsnorm"), "position": ("learned", "rope"), "qk_norm": (False, True),
                 "activation": ("gelu", "relu2", "swiglu"), "logit_softcap": (0.0, 9.0), "zero_init": (False, True),
-                "value_residual": (False, True)}
+                "value_residual": (False, True), "value_embeddings": (False, True), "x0_lambdas": (False, True),
+                "embed_norm": (False, True)}
 
 
 @pytest.mark.parametrize("seed", range(8))

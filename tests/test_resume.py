@@ -28,11 +28,13 @@ def stop_at(step, number=signal.SIGINT):
 
 
 @pytest.mark.parametrize("amp, optimizer, schedule", [("off", "adamw", "cosine"), ("float16", "adamw", "cosine"),
-                                                      ("float16", "muon", "wsd")])
+                                                      ("float16", "normuon", "wsd")])
 def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer, schedule):
     """Stopped after any step and resumed, with dropout and a shuffled order, over epoch borders: bit for bit the run that
     would have been, and a log without gaps or repeats."""
     flags = [*tiny_data, f"--schedule={schedule}", "--eval_every=4", "--max_steps=12", f"--amp={amp}", f"--optimizer={optimizer}"]
+    if schedule == "wsd":  # with all that came later; steps 8 to 12 are the tail
+        flags += ["--cautious_decay", "--weight_decay=5", "--tail_average=0.42", "--x0_lambdas", "--value_embeddings", "--head_lr=2"]
     whole = small_run("whole", *flags)
     assert read_checkpoint(whole / "last.pt")["step"] == 12 and int(losses(whole)[0]) == 5
     for step in (0, 4, 7, 10):
@@ -105,7 +107,7 @@ print("FINISHED", status)
 def test_killed_at_any_moment(small_run, tiny_data, tmp_path):
     """SIGKILL at 50 random moments of a run that saves at every step: always a whole checkpoint or none, and in the end the
     run that would have been."""
-    flags = [*tiny_data, "--max_steps=1200", "--eval_every=10", "--eval_tokens=16", "--save_every=1"]
+    flags = [*tiny_data, "--max_steps=1200", "--eval_every=10", "--eval_tokens=16", "--save_every=1", "--tail_average=0.5"]
     script = write_script(tmp_path / "kill.py", KILL_AT_RANDOM)
     killed = call(script, tmp_path / "killed", *SMALL, *flags, f"--out_dir={tmp_path / 'killed'}", "--resume")
     assert "FINISHED 0" in killed.stdout, killed.stdout + killed.stderr
@@ -213,7 +215,7 @@ def test_another_torchrun_does_not_resume(small_run, monkeypatch):
 
 
 @pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
-                                  "--dropout=0.3", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon",
+                                  "--dropout=0.3", "--tail_average=0.1", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon",
                                   "--compile=True"])
 def test_resume_refuses_another_run(finished_run, flag):
     key = flag[2:].split("=")[0]
@@ -221,9 +223,9 @@ def test_resume_refuses_another_run(finished_run, flag):
         finished_run("--resume", flag)
 
 
-@pytest.mark.parametrize("schedule", ["--warmup_fraction=0.5", "--schedule=cosine"])
+@pytest.mark.parametrize("schedule", ["--warmup_fraction=0.5", "--schedule=cosine", "--tail_average=0.5"])
 def test_a_schedule_fixes_the_number_of_steps(small_run, schedule):
-    """The learning rate of each step depends on it, so a run of another length is another run."""
+    """The learning rate of each step depends on it, or where the tail starts, so a run of another length is another run."""
     small_run("run", schedule, "--max_steps=2")
     with pytest.raises(UserError, match="max_steps was 2, is 4"):
         small_run("run", schedule, "--max_steps=4", "--resume")

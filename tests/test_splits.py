@@ -14,10 +14,14 @@ from nanolab.logfile import read_log
 from probes import without_progress
 
 
-@pytest.mark.parametrize("order, optimizer", [("sequential", "adamw"), ("shuffled", "muon")])
+NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambdas", "--value_embeddings", "--embed_norm",
+       "--embedding_lr=9", "--head_lr=2", "--scalar_lr=3"]
+
+
+@pytest.mark.parametrize("order, optimizer", [("sequential", "adamw"), ("shuffled", "normuon")])
 def test_any_split_is_the_same_run(small_run, data_dir, tmp_path, order, optimizer):
     """1 process x 8 sequences, 2, 4 and 8 micro-steps, 2 and 4 processes, two machines: one loss curve over 50 steps."""
-    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}", f"--optimizer={optimizer}"]
+    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}", f"--optimizer={optimizer}", *NEW * (optimizer == "normuon")]
     command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags]
     whole = small_run("whole", *flags)
     others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in (4, 2, 1)]
