@@ -38,7 +38,8 @@ def count_training_memory(model, batch_size, dtype):
     """Bytes that a step holds at the end of its forward pass: 16 per parameter (weights, gradients,
     AdamW's moments), and what is stored for the backward pass. Computes nothing.
 
-    What one layer needs in passing comes on top.
+    What one layer needs in passing comes on top, and so do 4 bytes per parameter of tail_average,
+    which a run has allocated before it asks how much is free.
     """
     stored = {}
 

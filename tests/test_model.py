@@ -10,6 +10,7 @@ import nanolab.kernels
 from conftest import assert_same_logits, equal_weights, run_main
 from model import GPT, GPTConfig
 from nanolab.common import UserError
+from nanolab.memory import count_training_memory
 
 
 @pytest.mark.parametrize("options, n_params, low, high", [
@@ -75,6 +76,8 @@ def test_value_embeddings():
     assert all(torch.equal(p, ours.get_parameter(name)) for name, p in plain.named_parameters())
     assert ours.num_params() == plain.num_params() + 2 * (50 * 32 + 1)
     assert ours.flops_per_token() == plain.flops_per_token()
+    counted = [count_training_memory(gpt, 2, torch.bfloat16) for gpt in (plain, ours)]
+    assert 16 * 2 * (50 * 32 + 1) < counted[1] - counted[0] < 16 * 2 * (50 * 32 + 1) + 20_000
     tokens, x = torch.arange(32).view(2, 16), torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
     for block, same in zip(ours.blocks, plain.blocks):
         (_, mixed), (_, values) = block.attn(x, tokens), same.attn(x, tokens)
