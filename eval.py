@@ -18,6 +18,9 @@ config/__init__.py. A comparison ends in better, worse, not shown (its interval 
 is no proof of no effect) or identical (to the last bit). The table's legend states the rules.
 """
 
+if __name__ == "__main__":
+    import nanolab.ctrl_c  # first, because the other imports take seconds
+
 import json
 import math
 import sys
@@ -30,7 +33,7 @@ from config import OPTIONS, SEEDS
 from model import GPT
 from nanolab import plots, study, tables
 from nanolab.checkpoint import read_checkpoint
-from nanolab.common import UserError, argument_parser, run_script
+from nanolab.common import UserError, argument_parser, parse_json, run_script
 from nanolab.data import TokenDataset
 from nanolab.devices import autocast_dtype, end_distributed, init_distributed
 from nanolab.measure import mean_loss
@@ -96,6 +99,8 @@ def evaluate(path, args, device, rank, world_size):
     model = GPT.from_checkpoint(path).to(device)
     loss = mean_loss(model, test_data, len(test_data), args.batch_size, device, dtype, rank,
                      world_size)
+    if not math.isfinite(loss):
+        raise UserError(f"the test loss of {path} is not finite: its weights are too large")
     result = {"name": config["name"], "path": str(path),
               "test_loss": loss, "perplexity": math.exp(min(loss, 700)),
               "bits_per_byte": loss / math.log(2) * split["tokens"] / split["bytes"],
@@ -147,8 +152,12 @@ def training_cost(path, checkpoint):
         return {}
     summary = Path(path).with_name("summary.json")
     if summary.exists():
-        done = json.loads(summary.read_text())
-        return {key: done[key] for key in ("seconds", "tokens_per_second", "cost", "machine")}
+        try:
+            done = parse_json(summary.read_text())
+            return {key: done[key] for key in ("seconds", "tokens_per_second", "cost", "machine")}
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"{summary} is damaged; the run's cost is left out", file=sys.stderr)
+            return {}
     timed = checkpoint.get("timed_seconds")
     return {"seconds": checkpoint["seconds"],
             "tokens_per_second": checkpoint["timed_tokens"] / timed if timed else None,

@@ -7,6 +7,9 @@ GPTConfig, in config/__init__.py, has the switches. Shapes in comments: B sequen
 n_embd, H heads of size D = C / H, V = vocab_size.
 """
 
+if __name__ == "__main__":
+    import nanolab.ctrl_c  # first, because the other imports take seconds
+
 import math
 from functools import partial
 
@@ -275,6 +278,9 @@ class GPT(nn.Module):
             reason = str(error).splitlines()[1].strip()
             raise UserError(f"{checkpoint['path']} does not fit its own config "
                             f"({reason})") from None
+        for name, weight in self.named_parameters():
+            if not weight.isfinite().all():
+                raise UserError(f"{checkpoint['path']} has weights that are not finite ({name})")
 
 
 def sample_token(logits, top_k, top_p, generator):

@@ -11,6 +11,9 @@ A data set is a folder data/NAME with train.bin, val.bin, test.bin and meta.json
 the same command again: it continues where it was.
 """
 
+if __name__ == "__main__":
+    import nanolab.ctrl_c  # first, because the other imports take seconds
+
 import os
 import sys
 from pathlib import Path

@@ -5,6 +5,9 @@
     python sample.py --prompt_file prompt.txt --top_p 0.9
 """
 
+if __name__ == "__main__":
+    import nanolab.ctrl_c  # first, because the other imports take seconds
+
 import codecs
 import sys
 from pathlib import Path
@@ -115,7 +118,7 @@ def parse_arguments():
     args = parser.parse_args()
     for is_wrong, message in (
             (not args.prompt, f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
-            (args.num_samples < 1, "--num_samples must be at least 1"),
+            (not 1 <= args.num_samples <= 1000, "--num_samples must be from 1 to 1,000"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.temperature and not 0.01 <= args.temperature <= 100,
              "--temperature must be 0, or from 0.01 to 100"),

@@ -11,6 +11,9 @@ saved: the initial weights depend on init_seed, the order of the windows on (dat
 dropout masks on (dropout_seed, step, micro-batch). config/__init__.py has every option.
 """
 
+if __name__ == "__main__":
+    import nanolab.ctrl_c  # first, because the other imports take seconds
+
 import math
 import os
 import sys
@@ -31,7 +34,7 @@ from nanolab.devices import (StopSignal, autocast, autocast_dtype, end_distribut
                              init_distributed, print0, same_on_all_ranks, torchrun_restarted)
 from nanolab.dryrun import dry_run
 from nanolab.measure import mean_loss
-from nanolab.memory import largest_batch_size
+from nanolab.memory import check_weights_fit, largest_batch_size
 from nanolab.optim import TailAverage, make_optimizer, set_learning_rate
 from nanolab.runlog import RunLog
 from nanolab.samples import make_sampler
@@ -56,6 +59,7 @@ def train(config):
     n_val_windows = min(max(config.eval_tokens // config.block_size, 1), len(val_data))
 
     # model and optimiser
+    check_weights_fit(config)
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")  # high: TF32
     dtype = autocast_dtype(config.amp, device)  # None: float32
     model = GPT(GPTConfig.from_options(vars(config)), seed=config.init_seed).to(device)

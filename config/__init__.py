@@ -14,7 +14,6 @@ scratch", part 32a, 2026).
 
 import ast
 import difflib
-import json
 import math
 import runpy
 import sys
@@ -25,7 +24,7 @@ import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from nanolab.common import UserError
+from nanolab.common import UserError, is_text_utf8, parse_json
 
 
 def option(default, meaning, *, choices=(), within=""):
@@ -42,9 +41,9 @@ class GPTConfig:
     # --- shape
     vocab_size: int = option(50257, "tokens in the vocabulary", within="[1, inf)")
     block_size: int = option(1024, "context length, tokens", within="[1, inf)")
-    n_layer: int = option(12, "transformer blocks", within="[1, inf)")
-    n_head: int = option(12, "attention heads per block", within="[1, inf)")
-    n_embd: int = option(768, "width of the residual stream", within="[1, inf)")
+    n_layer: int = option(12, "transformer blocks", within="[1, 10000]")
+    n_head: int = option(12, "attention heads per block", within="[1, 1e6]")
+    n_embd: int = option(768, "width of the residual stream", within="[1, 1e6]")
 
     # --- model interventions
     dropout: float = option(
@@ -127,7 +126,7 @@ class Config(GPTConfig):
         choices=("auto",), within="[1, inf)")
     global_batch_size: int = option(
         96, "sequences per optimiser step over all devices; "
-        "grad_accum_steps = global_batch_size / (batch_size x world size)", within="[1, inf)")
+        "grad_accum_steps = global_batch_size / (batch_size x world size)", within="[1, 1e9]")
     max_tokens: int = option(
         3_260_190_720, "training budget in tokens, rounded up to whole steps "
         "(the default is 20 x 163,009,536: 33,165 steps)", within="[1, inf)")
@@ -310,14 +309,20 @@ def read_file(file):
     if not Path(file).is_file():
         there = [str(path) for path in Path("config").rglob("*.py") if path.name != "__init__.py"]
         raise config_error(f"there is no config file {file}{nearest(file, there)}")
+    stdin, sys.stdin = sys.stdin, None  # a file that reads it would wait without a word
     try:
         namespace = runpy.run_path(file)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         frame, what = error, getattr(error, "msg", "")
         if not isinstance(error, SyntaxError):
-            frame = traceback.extract_tb(error.__traceback__)[-1]
+            frames = traceback.extract_tb(error.__traceback__)
+            frame = [f for f in frames if not f.filename.startswith("<frozen")][-1]
             what = f"{type(error).__name__}: {error}"
         raise config_error(f"{frame.filename}, line {frame.lineno}: {what}") from None
+    finally:
+        sys.stdin = stdin
     assigned = {key: value for key, value in namespace.items() if not key.startswith("_")
                 and not isinstance(value, types.ModuleType) and not callable(value)}
     for key in assigned:
@@ -328,8 +333,8 @@ def read_file(file):
 def read_run_options(path, flags):
     """The options of the run that wrote this config.json, without those that `flags` replace."""
     try:
-        options = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        options = dict(parse_json(path.read_text()))
+    except (OSError, ValueError, TypeError):
         raise config_error(f"{path} is damaged; resume with the config files and flags that the "
                            "run was started with") from None
     replaced = {"resume", "extend", "out_dir", *flags}
@@ -373,8 +378,8 @@ def parse(key, value, origin, is_text=False):
     if int in allowed and isinstance(value, float) and value.is_integer():
         value = int(value)  # max_tokens=1e9
     if float in allowed and type(value) is int:
-        value = float(value)
-    wrong = f"{key}={value!r} (from {origin})"
+        value = float(value) if abs(value) < 1e300 else math.inf
+    wrong = f"{key}={as_shown(value)} (from {origin})"
     if type(value) not in allowed:
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
         raise config_error(f"{wrong}: wants {names}, not {type(value).__name__}"
@@ -382,12 +387,22 @@ def parse(key, value, origin, is_text=False):
     meta = OPTIONS[key].metadata
     if value == "" and OPTIONS[key].default != "":
         raise config_error(f"{wrong}: must not be empty")
+    if isinstance(value, str) and not is_text_utf8(value):
+        raise config_error(f"{wrong}: is not UTF-8 text")
     choices, within = meta["choices"], meta["within"]
     if isinstance(value, str) and choices and value not in choices:
         raise config_error(f"{wrong}: not allowed{allowed_values(key)}{nearest(value, choices)}")
     if isinstance(value, (int, float)) and within and not lies_within(value, within):
         raise config_error(f"{wrong}: not allowed{allowed_values(key)}")
     return value
+
+
+def as_shown(value):
+    """repr(value), which fails for an int of thousands of digits, or an object of a config file."""
+    try:
+        return repr(value)
+    except Exception:
+        return f"({type(value).__name__})"
 
 
 def allowed_values(key):
@@ -398,11 +413,13 @@ def allowed_values(key):
 
 
 def lies_within(value, interval):
-    """Whether a number lies in an interval such as "[0, 1)". NaN lies in none."""
+    """Whether a number lies in an interval such as "[0, 1)". NaN lies in none, nor does an int that
+    64 bits do not hold."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    return above and below and math.isfinite(value)
+    largest = 9e18 if isinstance(value, int) else 1.7e308  # of float64
+    return above and below and -largest <= value <= largest
 
 
 def check_combinations(config, origin):
@@ -434,10 +451,15 @@ def check_combinations(config, origin):
                                f"{shown('init_from')} starts from others; leave one of them out")
 
 
+def divisors(total):
+    small = [d for d in range(1, math.isqrt(total) + 1) if total % d == 0]
+    return sorted({*small, *(total // d for d in small)})
+
+
 def divisors_near(total, wanted):
     """The divisors of `total` on either side of `wanted`, as text: (96, 7) -> "6 or 8"."""
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    below, above = [d for d in divisors if d < wanted], [d for d in divisors if d > wanted]
+    below = [d for d in divisors(total) if d < wanted]
+    above = [d for d in divisors(total) if d > wanted]
     return " or ".join(str(d) for d in below[-1:] + above[:1])
 
 

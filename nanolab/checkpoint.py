@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import ARCHITECTURE_OPTIONS, OPTIONS, GPTConfig, config_error, resume_may_change
+from config import (ARCHITECTURE_OPTIONS, OPTIONS, Config, GPTConfig, config_error, parse,
+                    resume_may_change)
 from nanolab.common import UserError, describe, load_tensors
 from nanolab.devices import print0
 from nanolab.huggingface import OPENAI_REVISIONS, download_openai, read_hugging_face
@@ -45,7 +46,23 @@ def read_checkpoint(source, mmap=False):
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{source} has format {checkpoint['format']}; this nanolab reads format "
                         f"{CHECKPOINT_FORMAT}")
-    return {**checkpoint, "path": str(source)}
+    return {**checkpoint, "path": str(source), "config": stored_options(checkpoint, source)}
+
+
+def stored_options(checkpoint, source):
+    """The config of a checkpoint, whose values are those that Config allows; options that it lacks
+    have their defaults. Raises UserError."""
+    is_whole = (isinstance(checkpoint["config"], dict) and checkpoint["config"].get("vocab_size")
+                and isinstance(checkpoint["model"], dict)
+                and all(isinstance(tensor, torch.Tensor) for tensor in checkpoint["model"].values())
+                and {"tokenizer", "step", "tokens", "seconds"} <= checkpoint.keys())
+    if not is_whole:
+        raise UserError(f"{source} is no checkpoint of nanolab")
+    if unknown := sorted(map(str, checkpoint["config"].keys() - OPTIONS.keys())):
+        raise UserError(f"{source} has the option {unknown[0]}, which this nanolab does not have; "
+                        "use the nanolab that made it")
+    stored = {key: parse(key, value, source) for key, value in checkpoint["config"].items()}
+    return {**vars(Config()), **stored}
 
 
 @dataclass
@@ -83,10 +100,14 @@ class Start:
             print0(f"start:  from the weights of {self.weights['path']}")
         if not self.resumed:
             return RunState()
-        tail.load_state_dict(self.resumed)
-        optimizer.load_state_dict(self.resumed["optimizer"])
-        if self.resumed["scaler"]:  # empty unless the run was in float16
-            scaler.load_state_dict(self.resumed["scaler"])
+        try:
+            tail.load_state_dict(self.resumed)
+            optimizer.load_state_dict(self.resumed["optimizer"])
+            if self.resumed["scaler"]:  # empty unless the run was in float16
+                scaler.load_state_dict(self.resumed["scaler"])
+        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError):
+            raise UserError(f"{self.resumed['path']} does not fit this run, so it cannot be "
+                            "resumed; start with --init_from instead") from None
         print0(f"resume: at step {self.resumed['step']:,}")
         known = [key for key in vars(RunState()) if key in self.resumed]
         return RunState(**{key: self.resumed[key] for key in known})

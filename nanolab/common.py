@@ -1,13 +1,18 @@
 """What every script shares: UserError, running a script, reading and writing files safely."""
 
 import argparse
+import json
 import os
+import signal
 import socket
 import sys
 import threading
 import warnings
 import zipfile
 from pathlib import Path
+
+
+OUT_OF_MEMORY = "out of memory: a smaller batch, number of samples or model needs less"
 
 
 class UserError(Exception):
@@ -31,15 +36,26 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
     if_interrupted: the line after Ctrl-C; if_failed: what to add when the operating system fails (a
     full disk, no permission).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # a terminal that has only ASCII shows the rest as \xe9
+            stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends that of nanolab.ctrl_c
     try:
+        if not all(map(is_text_utf8, sys.argv)):
+            raise UserError("the command line has bytes that are not UTF-8 text", exit_code=2)
         main()
     except UserError as error:
         stop(error.exit_code, error, error.each_rank)
+    except MemoryError:
+        stop(1, OUT_OF_MEMORY, each_rank=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough; avoid an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         stop(1, describe(error) + if_failed, each_rank=True)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            stop(1, OUT_OF_MEMORY, each_rank=True)
         if "gloo" not in str(error) and not type(error).__name__.startswith("Dist"):
             raise
         stop(1, "another process of this run has ended", each_rank=True)
@@ -49,8 +65,34 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
 
 def stop(exit_code, message, each_rank):
     if each_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        message = " ".join(str(message).splitlines())
+        if len(message) > 1000:  # the end says what is allowed
+            message = f"{message[:500]} ... {message[-300:]}"
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(exit_code)
+
+
+def is_out_of_memory(error):
+    """Whether torch ran out of the GPU's memory, or of the machine's."""
+    return any(words in str(error) for words in (
+        "out of memory", "can't allocate memory", "Storage size calculation overflowed"))
+
+
+def is_text_utf8(text):
+    """Whether UTF-8 can write it: bytes of the command line that are not text become surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parse_json(text):
+    """json.loads. ValueError for all that is wrong; nesting too deep is a RecursionError there."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def argument_parser(description):

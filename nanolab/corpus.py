@@ -7,7 +7,6 @@ The shards depend on the files alone, not on the number of processes that will r
 import contextlib
 import glob
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from nanolab.common import UserError, reachable
+from nanolab.common import UserError, parse_json, reachable
 
 # pyarrow, datasets and huggingface_hub are imported where they are used: without them, the
 # tokenising processes start faster.
@@ -199,8 +198,8 @@ def cut_at_line_ends(text, max_length):
 
 def json_text(line, path, text_column):
     try:
-        return json.loads(line)[text_column]
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        return parse_json(line)[text_column]
+    except ValueError:
         raise UserError(f"{path} has a line that is not JSON: {line[:60]!r}") from None
     except (KeyError, TypeError):
         raise UserError(f"{path} has a line without '{text_column}': {line[:60]!r}; "

@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from nanolab.common import UserError
 def init_distributed(wanted="auto"):
     """Picks this process's device and joins the other processes if torchrun started it. -> device,
     rank, world size."""
+    if "RANK" in os.environ:
+        end_with_parent()
     device = pick_device(wanted, int(os.environ.get("LOCAL_RANK", 0)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -37,6 +40,14 @@ def init_distributed(wanted="auto"):
                             world_size=world_size,
                             device_id=device if device.type == "cuda" else None)
     return device, rank, world_size
+
+
+def end_with_parent():
+    """Makes Linux send this process a SIGTERM, on which it saves, when torchrun is gone: killed by
+    SIGKILL, torchrun cannot stop its processes."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def end_distributed():
@@ -141,18 +152,30 @@ def torchrun_restarted(device):
 
 
 class StopSignal:
-    """Turns Ctrl-C and SIGTERM into a request to stop after the current step, on which the ranks
-    then agree.
+    """Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current step, on which the
+    ranks then agree.
 
-    A second Ctrl-C ends the process at once. A repeated SIGTERM is ignored; use SIGKILL.
+    A second Ctrl-C ends the process at once. A repeated SIGTERM is ignored; use SIGKILL. SIGHUP
+    means that the terminal is gone; under nohup it stays ignored.
     """
 
     def __init__(self):
         self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.request)
 
     def request(self, number, frame):
         self.requested = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            leave_terminal()
+
+
+def leave_terminal():
+    """Sends what goes to the terminal to nowhere: a write to one that is gone would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if stat.S_ISCHR(os.fstat(number).st_mode):
+            os.dup2(nowhere, number)

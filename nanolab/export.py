@@ -58,7 +58,7 @@ def check_expressible(config, source):
 
 def write_folder(folder, files, weights):
     """files: {name: bytes}. The folder gets its name when everything is in it."""
-    unfinished = Path(f"{folder}.unfinished")
+    unfinished = Path(f"{folder}.nanolab_unfinished")  # a name that is ours alone
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)

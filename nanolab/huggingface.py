@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nanolab.common import UserError, load_tensors, reachable
+from config import parse
+from nanolab.common import UserError, load_tensors, parse_json, reachable
 from nanolab.tokenizer import (GPT2_VOCABULARY_SHA256, UNKNOWN, get_tokenizer, guess_tokenizer,
                                vocabulary_sha256)
 
@@ -81,7 +82,7 @@ def read_hugging_face(folder, source):
 
 def read_hf_config(folder):
     try:
-        hf_config = json.loads((folder / "config.json").read_text())
+        hf_config = parse_json((folder / "config.json").read_text())
         if hf_config.get("model_type") is not None:
             return hf_config
     except FileNotFoundError:
@@ -105,10 +106,11 @@ def from_hf_config(hf_config, folder):
     if shape["n_embd"] % shape["n_head"]:
         raise UserError(f"{folder}/config.json is damaged: "
                         f"n_embd={shape['n_embd']}, n_head={shape['n_head']}")
-    return {**{our_key: shape[key] for key, (our_key, _) in HF_SHAPE.items()},
-            "dropout": hf_config.get("resid_pdrop", 0.1),
-            "qkv_bias": True,
-            "tie_weights": hf_config.get("tie_word_embeddings", True)}
+    options = {**{our_key: shape[key] for key, (our_key, _) in HF_SHAPE.items()},
+               "dropout": hf_config.get("resid_pdrop", 0.1),
+               "qkv_bias": True,
+               "tie_weights": hf_config.get("tie_word_embeddings", True)}
+    return {key: parse(key, value, f"{folder}/config.json") for key, value in options.items()}
 
 
 def read_weights(folder):
@@ -150,7 +152,7 @@ def find_tokenizer(folder, hf_config):
     Without a vocabulary: what our export wrote to config.json, else a guess from vocab_size.
     """
     def read(name):
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        return parse_json((folder / name).read_text(encoding="utf-8"))
 
     try:
         if (folder / "vocab.json").exists():
@@ -159,7 +161,7 @@ def find_tokenizer(folder, hf_config):
             vocabulary = read("tokenizer.json")["model"]["vocab"]
         else:
             noted = hf_config.get("nanolab_tokenizer")
-            return noted or guess_tokenizer(hf_config.get("vocab_size"))
+            return str(noted or guess_tokenizer(hf_config.get("vocab_size")))
         is_gpt2 = vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"the tokenizer in {folder} is damaged") from None

@@ -1,14 +1,15 @@
 """Reads log.jsonl, the log of a run, and smooths its loss."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from nanolab.common import parse_json
+
 
 def read_log(path):
     """-> (training entries, validation entries), as dicts. None: a number that was not finite."""
-    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    entries = [parse_json(line) for line in Path(path).read_text().splitlines()]
     return [e for e in entries if "loss" in e], [e for e in entries if "val_loss" in e]
 
 

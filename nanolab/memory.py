@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from config import divisors
 from nanolab.common import UserError
 from nanolab.devices import all_reduce_scalar, autocast
 
@@ -32,6 +33,20 @@ def free_memory(device):
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         return math.inf
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_weights_fit(config):
+    """Raises UserError if the weights, which are made in the machine's memory, exceed it."""
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    matrices = 12 * config.n_layer * config.n_embd**2  # about
+    embeddings = (2 - config.tie_weights) * config.vocab_size * config.n_embd
+    needed = 4 * (matrices + embeddings)
+    if needed > installed:
+        raise UserError(f"n_layer={config.n_layer}, n_embd={config.n_embd} and vocab_size="
+                        f"{config.vocab_size} make weights of about {needed / 1e9:,.0f} GB, and "
+                        f"this machine has {installed / 1e9:,.0f} GB of memory", exit_code=2)
 
 
 def count_training_memory(model, batch_size, dtype):
@@ -75,7 +90,7 @@ def largest_batch_size(model, compiled_model, optimizer, dataset, global_batch_s
         raise UserError(f"global_batch_size={global_batch_size} is not divisible by {world_size} "
                         "processes", exit_code=2)
     share = global_batch_size // world_size
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    sizes = divisors(share)
     budget = free_memory(device)
     i = 0
     while i + 1 < len(sizes) and count_training_memory(model, sizes[i + 1], dtype) < budget:

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from nanolab.common import describe, write_atomically
+from nanolab.common import describe, parse_json, write_atomically
 
 
 def result_path(path):
@@ -17,7 +17,7 @@ def load_result(path):
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        saved = json.loads(result_path(path).read_text())
+        saved = parse_json(result_path(path).read_text())
         if saved["checkpoint_sha256"] == sha256 and type(saved["results"]) is list:
             return saved
     except (OSError, ValueError, KeyError, TypeError):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from nanolab.checkpoint import versions
-from nanolab.common import UserError, describe, write_atomically
+from nanolab.common import UserError, describe, parse_json, write_atomically
 from nanolab.devices import all_reduce_scalar, machine
 from nanolab.measure import matmul_peak
 from nanolab.memory import peak_memory
@@ -246,9 +246,9 @@ def open_log(path, step):
 def parse_entry(line):
     """A line of log.jsonl as a dict, or None if it is damaged."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         is_entry = type(entry["step"]) is int and {"loss", "val_loss", "sample"} & entry.keys()
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError):
         return None
     return entry if is_entry else None
 

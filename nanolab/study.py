@@ -6,7 +6,6 @@ written by hand may have them beside the name. An option that is missing has its
 """
 
 import glob
-import json
 import math
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from config import OPTIONS, RESUME_MAY_CHANGE, SEEDS
 from nanolab import stats
-from nanolab.common import UserError
+from nanolab.common import UserError, parse_json
 from nanolab.logfile import read_log
 
 # Runs that differ only in these are one experiment: their results are the same up to noise.
@@ -94,18 +93,31 @@ def has_beside(path, name):
 def read_results(path):
     """The runs in a results file. Raises UserError."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = parse_json(Path(path).read_text())
         runs = content["runs"] if isinstance(content, dict) else content
         for run in runs:
             if not isinstance(run["name"], str) or not math.isfinite(run["test_loss"]):
                 raise TypeError
-            settings(run)
+            check_settings(run, path)
         return runs
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no file of results: it needs a list of runs, each with a name "
                         "and a test_loss") from None
+
+
+def check_settings(run, path):
+    """Raises TypeError if a figure or an option of a run in a results file has a wrong type (words
+    may stand for a seed), UserError if this nanolab lacks an option."""
+    if unknown := sorted(run.get("config", {}).keys() - OPTIONS.keys()):
+        raise UserError(f"{path} has the option {unknown[0]}, which this nanolab does not have; "
+                        "use the nanolab that made it")
+    numbers = [run.get(key) or 0 for key in ("seconds", "tokens_per_second")]
+    options = [value for value in settings(run).values() if value is not None]
+    if not (all(isinstance(number, (int, float)) for number in numbers)
+            and all(isinstance(value, (str, int, float)) for value in options)):
+        raise TypeError
 
 
 def read_logs(experiments):
@@ -116,7 +128,7 @@ def read_logs(experiments):
             path = Path(run.get("path", f"{run['name']}/best.pt")).with_name("log.jsonl")
             try:
                 logs.setdefault(label, []).append(read_log(path))
-            except (OSError, ValueError):
+            except (OSError, ValueError, TypeError):
                 raise UserError(f"--curves needs the run's {path}, "
                                 "which is missing or damaged") from None
     return logs

@@ -24,7 +24,7 @@ import tiktoken
 from filelock import FileLock
 from tqdm import tqdm
 
-from nanolab.common import UserError, write_atomically
+from nanolab.common import UserError, parse_json, write_atomically
 from nanolab.corpus import documents, group_into_shards
 from nanolab.tokenizer import encode, get_tokenizer, guess_tokenizer, token_dtype
 
@@ -41,11 +41,16 @@ def read_meta(data_dir, dataset, vocab_size=0):
     """
     if not dataset:
         raise UserError("these weights belong to no data set of nanolab: choose one with --dataset")
+    if "/" in dataset or dataset in (".", ".."):
+        raise UserError(f"the data set's name '{dataset}' is a path; name the folder that it is in "
+                        "with --data_dir")
     folder = Path(data_dir, dataset)
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text())
-        np.dtype(meta["dtype"])
+        meta = parse_json(path.read_text())
+        if meta["dtype"] not in ("uint16", "uint32") or type(meta["tokenizer"]) is not str or not (
+                0 < meta["vocab_size"] <= 2**32 and meta["splits"]["train"]["sha256"]):
+            raise ValueError
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
         return {key: meta[key] for key in keys}
     except FileNotFoundError:
@@ -122,7 +127,7 @@ class DatasetWriter:
         self.folder, self.plan, self.tokenizer = Path(folder), plan, tokenizer
         self.unfinished = self.folder / UNFINISHED
         self.progress_file = self.unfinished / "progress.json"
-        progress = json.loads(self.progress_file.read_text()) if self.progress_file.exists() else {}
+        progress = self.read_progress()
         if progress.get("plan") != plan:
             progress = {}
             shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -131,6 +136,12 @@ class DatasetWriter:
         self.n_tokens = Counter(progress.get("n_tokens"))
         self.hash_limits = progress.get("hash_limits")  # of a split by hash, once they are known
         self.save()
+
+    def read_progress(self):
+        try:
+            return dict(parse_json(self.progress_file.read_text()))
+        except (OSError, ValueError, TypeError):  # none, or damaged: start again
+            return {}
 
     def save(self):
         """Saves the progress. What was appended since the last save is overwritten after a kill."""

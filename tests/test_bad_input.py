@@ -13,7 +13,7 @@ import torch
 import config
 import prepare
 import train
-from conftest import SMALL, call, write, write_texts
+from conftest import HERE, SMALL, call, write, write_texts
 from nanolab.common import run_script
 from nanolab.corpus import own_files
 
@@ -99,7 +99,7 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
     # config
     ({}, [*TRAIN, "--dropuot=0"], "did you mean 'dropout'"),
     ({}, [*TRAIN, "--n_layer=two"], "wants int"),
-    ({}, [*TRAIN, "--n_layer=0"], "[1, inf)"),
+    ({}, [*TRAIN, "--n_layer=0"], "[1, 10000]"),
     ({}, [*TRAIN, "--learning_rate=nan"], "learning_rate"),
     ({}, [*TRAIN, "--n_head=3"], "not divisible"),
     ({}, [*TRAIN, "--batch_size=3"], "2 or 4"),
@@ -114,6 +114,51 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
     ({}, [*TRAIN, "--vocab_size=100"], "less than the 257"),
     ({}, [*TRAIN, "--device=cuda"], "not available"),
     ({}, [*TRAIN, "--wandb=project"], "pip install wandb"),
+    # hostile
+    ({}, [*TRAIN, "--n_embd=100000000"], "n_embd=100000000 (from --n_embd): not allowed"),
+    ({}, [*TRAIN, "--vocab_size=999999999999"], "make weights of about 256,000 GB"),
+    ({}, [*TRAIN, "--n_layer=1000000"], "not allowed; allowed: [1, 10000]"),
+    ({}, [*TRAIN, "--global_batch_size=100000000000000003"], "not allowed; allowed: [1, 1e9]"),
+    ({}, [*TRAIN, "--global_batch_size=999999937"], "batch_size could be 1 or 999999937"),
+    ({}, [*TRAIN, "--learning_rate=" + "9" * 4000], "learning_rate=inf"),
+    ({}, [*TRAIN, "--max_steps=1e999"], "wants int, not float"),
+    ({}, [*TRAIN, "--max_steps=1e30"], "not allowed; allowed: [0, inf)"),
+    ({}, [*TRAIN, "--grad_clip=nan"], "grad_clip='nan'"),
+    ({}, [*TRAIN, "--name=caf\udce9"], "not UTF-8 text"),
+    ({}, [*TRAIN, "--dataset=../.."], "'../..' is a path"),
+    ({"mine.py": write("raise BaseException('a\\nb')")}, [*TRAIN, "mine.py"], "mine.py, line 1: BaseException: a b"),
+    ({"mine.py": write("exit()")}, [*TRAIN, "mine.py"], "mine.py, line 1: SystemExit"),
+    ({"mine.py": write("input('name? ')")}, [*TRAIN, "mine.py"], "mine.py, line 1: RuntimeError: input(): lost sys.stdin"),
+    ({"mine.py": write("seed = 10**10000")}, [*TRAIN, "mine.py"], "seed=(int) (from mine.py)"),
+    ({"mine.py": write("name = '\\ud800'")}, [*TRAIN, "mine.py"], "not UTF-8 text"),
+    ({"mine/a.jsonl": write('{"text": ' + "[" * 1_000_000)}, PREPARE, "not JSON"),
+    ({"mine/a.jsonl": write('{"text": ' + "1" * 10_000 + "}")}, PREPARE, "not JSON"),
+    ({META: write("[" * 100_000)}, TRAIN, "meta.json is damaged"),
+    ({META: change_meta(splits=5)}, TRAIN, "meta.json is damaged"),
+    ({META: change_meta(vocab_size="x")}, TRAIN, "meta.json is damaged"),
+    ({BEST: change_checkpoint(config=lambda c: {**c, "lookahead": 2})}, EVAL, "has the option lookahead, which this nanolab does not have"),
+    ({BEST: change_checkpoint(config=lambda c: {**c, "lookahead": 2})}, SAMPLE, "has the option lookahead"),
+    ({BEST: change_checkpoint(config=lambda c: {**c, "lookahead": 2})}, ["model", "export", "out/best.pt", "new"], "has the option lookahead"),
+    ({LAST: change_checkpoint(config=lambda c: {**c, "lookahead": 2})}, RESUME, "has the option lookahead"),
+    ({BEST: change_checkpoint(config=lambda c: {**c, "norm": "batchnorm"})}, SAMPLE, "norm='batchnorm' (from out/best.pt)"),
+    ({BEST: change_checkpoint(config=lambda c: {**c, "n_layer": 10**9})}, SAMPLE, "n_layer=1000000000 (from out/best.pt)"),
+    ({BEST: change_checkpoint(config=5)}, SAMPLE, "best.pt is no checkpoint of nanolab"),
+    ({BEST: change_checkpoint(model=5)}, SAMPLE, "best.pt is no checkpoint of nanolab"),
+    ({BEST: change_checkpoint(model=lambda m: {key: w * float("nan") for key, w in m.items()})}, SAMPLE, "weights that are not finite (wte.weight)"),
+    ({BEST: change_checkpoint(model=lambda m: {key: w * float("nan") for key, w in m.items()})}, EVAL, "weights that are not finite"),
+    ({LAST: change_checkpoint(optimizer=5)}, RESUME, "last.pt does not fit this run"),
+    ({"hf/config.json": write('{"a": ' * 1_000_000)}, [*SAMPLE, "--ckpt=hf"], "hf/config.json is damaged"),
+    *[({"hf/config.json": write(json.dumps({**HF, **changes}))}, [*SAMPLE, "--ckpt=hf"], told) for changes, told in (
+        ({"resid_pdrop": 2}, "dropout=2.0 (from hf/config.json)"), ({"resid_pdrop": "x"}, "dropout='x'"),
+        ({"n_embd": 10**30}, "n_embd=1000"), ({"tie_word_embeddings": "x"}, "tie_weights='x'"))],
+    ({}, [*SAMPLE, "--num_samples=1000000"], "--num_samples must be from 1 to 1,000"),
+    ({}, [*SAMPLE, "--prompt=caf\udce9", "--num_samples=2"], "not UTF-8 text"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3, "seed": [1]}]')}, ["eval", "--ckpt", "a.json"], "no file of results"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3, "config": 5}]')}, ["eval", "--ckpt", "a.json"], "no file of results"),
+    ({"a.json": write('[{"name": "a", "test_loss": 3, "config": {"lookahead": 2}}]')}, ["eval", "--ckpt", "a.json"], "has the option lookahead"),
+    ({"a.json": write("[" * 100_000)}, ["eval", "--ckpt", "a.json"], "no file of results"),
+    ({}, ["eval", "--ckpt", f"{HERE}/config/results/modern.json", "--noise"], "--noise needs at least two runs"),
+    ({"place": pathlib.Path.mkdir, "link": lambda path: path.symlink_to("place")}, ["model", "export", "out/best.pt", "link"], "link could not be written"),
     # weights of others, and ours for others
     ({}, ["train", "--init_from=out/best.pt", "--n_layer=3", "--dataset=tiny", "--data_dir=data", "--out_dir=new"],
      "n_layer=3 was asked for, but init_from='out/best.pt' has n_layer=2"),
@@ -270,3 +315,20 @@ def test_help_and_typo(command):
     assert call(*command, "--help").returncode == 0
     typo = call(*command, "--sede=1")
     assert typo.returncode == 2 and typo.stderr.count("\n") == 1 and "--sede" in typo.stderr
+
+
+def test_what_a_terminal_cannot_show(good):
+    """A terminal that has only ASCII shows the rest as escapes; a full disk behind stdout is one line."""
+    command = ["sample.py", f"--ckpt={good / 'out/best.pt'}", "--device=cpu", "--max_new_tokens=5", "--prompt=é"]
+    for samples in ("--num_samples=1", "--num_samples=2"):
+        shown = call(*command, samples, PYTHONIOENCODING="ascii")
+        assert shown.returncode == 0 and "\\xe9" in shown.stdout and not shown.stderr
+
+
+def test_weights_beyond_the_memory(good, monkeypatch, capsys):
+    """Where the system refuses the memory, that is one line too."""
+    monkeypatch.setattr(train, "GPT", lambda *args, **kwargs: torch.empty(2**60))
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--dataset=tiny", f"--data_dir={good}/data", f"--out_dir={good}/new"])
+    with pytest.raises(SystemExit):
+        run_script(train.main)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: out of memory")
