@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from config import SEEDS
-from nanolab.common import UserError, describe
+from nanolab.common import UserError, describe, parse_json
 from nanolab.huggingface import (HF_SHAPE, OPENAI_REVISIONS, end_of_text_ids, to_hf_config,
                                  to_hf_state_dict)
 from nanolab.results import load_result
@@ -145,7 +145,7 @@ def machine_and_cost(path):
     """From summary.json, which a run writes at its end."""
     form = "{machine}, {tokens_per_second:,} tokens/s, {peak_memory_mb:,} MB, ${cost:.2f}"
     try:
-        return form.format(**json.loads(path.with_name("summary.json").read_text()))
+        return form.format(**parse_json(path.with_name("summary.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError):  # missing, or damaged
         return "not recorded"
 

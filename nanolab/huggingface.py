@@ -1,6 +1,5 @@
 """GPT-2 in Hugging Face's layout: read from a folder or the hub, and its names for the way out."""
 
-import json
 import os
 from pathlib import Path
 

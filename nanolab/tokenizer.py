@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from nanolab.common import UserError, describe, reachable
+from nanolab.common import UserError, describe, parse_json, reachable
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "unknown"  # for weights and token files whose tokenizer nothing names
@@ -69,9 +69,9 @@ def gpt2_vocabulary_files():
 def gpt2_from_file(path):
     """GPT-2's tokenizer from its encoder.json, under any name. Raises UserError."""
     try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = parse_json(path.read_text(encoding="utf-8"))
         is_gpt2 = vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError):
         is_gpt2 = False
     if not is_gpt2:
         raise UserError(f"{path} is damaged, or not GPT-2's vocabulary")
