@@ -1,11 +1,15 @@
 """Options, config files, flags: they stack as promised, and a mistake is one line."""
 
 import pytest
+import torch
 
 import config
 import train
-from conftest import HERE
+from conftest import HERE, losses
+from model import GPT, GPTConfig
 from nanolab.common import UserError
+from nanolab.memory import count_training_memory
+from nanolab.schedule import count_steps
 
 
 @pytest.mark.parametrize("argv, parts", [
@@ -77,11 +81,30 @@ def test_each_intervention_changes_its_own_keys():
         assert changed == expected[file.stem]
 
 
-@pytest.mark.parametrize("on_one, on_eight", [("local_3090", "cloud"), ("modern_3090", "modern_cloud")])
-def test_local_and_cloud_are_one_run(on_one, on_eight):
+@pytest.mark.parametrize("on_one, on_eight, same, micro_steps", [("local_3090", "cloud", (), (16, 1)),
+                                                                 ("modern_3090", "modern_cloud", ("batch_size",), (32, 4))])
+def test_local_and_cloud_are_one_run(on_one, on_eight, same, micro_steps):
     local, cloud = (config.load([f"config/{name}.py"]) for name in (on_one, on_eight))
-    assert {key for key in config.OPTIONS if getattr(local, key) != getattr(cloud, key)} == {"name", "batch_size"}
-    assert (train.count_grad_accum_steps(local, 1), train.count_grad_accum_steps(cloud, 8)) == (16, 1)
+    differ = {key for key in config.OPTIONS if getattr(local, key) != getattr(cloud, key)}
+    assert differ == {"name", "batch_size"} - set(same)
+    assert (train.count_grad_accum_steps(local, 1), train.count_grad_accum_steps(cloud, 8)) == micro_steps
+
+
+def test_overnight_run(small_run, capsys):
+    """What its comment says: steps, parameters, operations, gibibytes; and it trains, here at a small size."""
+    options = config.load(["config/overnight_3090.py"])
+    gpt = GPT(GPTConfig.from_options(vars(options) | {"vocab_size": 50257}))
+    text = (HERE / "config/overnight_3090.py").read_text()
+    assert count_steps(options) == 3250 and count_steps(config.load(["config/modern_3090.py"])) == 6219
+    operations = gpt.flops_per_token() * options.max_tokens
+    assert f"{gpt.flops_per_token() / 1e6:.1f} MFLOP a token" in text and f"= {operations:.3e}".replace("e+", "e") in text
+    assert f"{gpt.num_params():,} parameters" in text
+    counted = count_training_memory(gpt, options.batch_size, torch.bfloat16) / 2**30
+    assert f"{counted:.1f} GiB by count_training_memory" in text
+    assert f"{operations / (0.55 * 71e12) / 3600:.1f}" == "10.4"
+    folder = small_run("run", "config/overnight_3090.py", "--learning_rate=4.5e-3", "--max_steps=3", "--amp=bfloat16")
+    got = losses(folder)
+    assert len(got) == 3 and got[2] < got[1] < got[0] < 7
 
 
 def test_global_batch_that_does_not_divide():
