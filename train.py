@@ -155,8 +155,9 @@ def train(config):
                     log.validation(val_loss, is_best=saver.save_best(val_loss, wait=last_step))
                 if last_step:
                     log.write_summary()  # before last.pt, which marks the run as finished
+                if last_step or not stopping:
+                    log.draw_if_due()
                 if last_step or stopping or is_due(config.save_every, state.step):
-                    log.plot()
                     saver.save_last(wait=last_step or stopping)
             if stopping:
                 break

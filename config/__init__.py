@@ -101,7 +101,7 @@ class Config(GPTConfig):
     name: str = option("baseline", "label in tables; runs of one name are seeds of one experiment")
     out_dir: str = option(
         "out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, "
-        "summary.json")
+        "report.html, summary.json")
     resume: bool = option(
         False, "continue from out_dir/last.pt if it is there, start if not. Without a config file "
         "or a flag that makes another run, the other options are those of out_dir/config.json")

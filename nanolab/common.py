@@ -110,10 +110,17 @@ def describe(error):
     return str(error).splitlines()[0]
 
 
-def write_atomically(path, text):
-    """Writes a text file whole or not at all."""
+def format_duration(seconds):
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def write_atomically(path, content):
+    """Writes a file, of text (in UTF-8) or bytes, whole or not at all."""
     unfinished = Path(f"{path}.unfinished")
-    unfinished.write_text(text)
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)
 
 

@@ -7,6 +7,7 @@ from statistics import median
 
 import torch.distributed as dist
 
+from nanolab.common import format_duration
 from nanolab.devices import all_reduce_scalar, autocast, print0, synchronize
 from nanolab.memory import count_training_memory, free_memory, peak_memory, step_fits, trial_state
 
@@ -71,10 +72,3 @@ def format_shapes(model, config):
     lines += [f"{name:32} {shape}{f' x {n}' if n > 1 else ''}"
               for (name, shape), n in alike.items()]
     return "shapes: " + "\n        ".join(lines)
-
-
-def format_duration(seconds):
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"

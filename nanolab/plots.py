@@ -3,28 +3,42 @@
 matplotlib is imported at the first picture, because every process of train.py imports this file.
 """
 
+import io
 import math
 
 import numpy as np
 
 from nanolab.common import UserError
-from nanolab.logfile import read_log, smooth
+from nanolab.logfile import smooth
 from nanolab.stats import curve, curve_interval
 
 
-def plot_run(log_path, png_path, config):
-    """Draws a run's loss, learning rate and gradient norm over its tokens. Raises OSError."""
-    train, val = read_log(log_path)
+def plot_run(train, val, config):
+    """Draws a run's loss, learning rate and gradient norm over its tokens. -> a PNG file, bytes
+
+    train, val: as read_log returns them.
+    """
     tokens, losses = millions_of_tokens(train), series(train, "loss")
     n, means = smooth(losses)
     figure, (top, middle, bottom) = new_figure(3, 1, figsize=(9, 9), sharex=True,
                                                height_ratios=(4, 1, 1))
 
-    top.plot(tokens, losses, color="0.75", linewidth=0.6, label="training, each step")
-    top.plot(tokens[n - 1:], means, color="black", linewidth=1.4,
-             label=f"training, mean of {n} steps")
+    per_bin = plot_band(top, tokens, losses)
+    top.collections[-1].set_label(f"training, smallest to largest of {per_bin} steps"
+                                  if per_bin > 1 else "training, each step")
+    top.plot(tokens[n // 2:][:len(means)], means, color="black", linewidth=1.4,
+             label=f"training, mean of the {n} steps around")
     top.plot(millions_of_tokens(val), series(val, "val_loss"), "o", color="black",
              markerfacecolor="white", label="validation")
+    measured = [entry for entry in val if entry["val_loss"] is not None]
+    if measured:
+        best = min(measured, key=lambda entry: entry["val_loss"])
+        top.plot(best["tokens"] / 1e6, best["val_loss"], "o", color="black",
+                 label=f"best.pt: {best['val_loss']:.4f} after {best['step']:,} steps")
+    skipped = [entry for entry in train if entry.get("skipped")]
+    if skipped:
+        top.plot(millions_of_tokens(skipped), [0.015] * len(skipped), "|", color="red",
+                 transform=top.get_xaxis_transform(), label=f"skipped updates: {len(skipped):,}")
     finite = losses[np.isfinite(losses)]
     if len(finite):
         top.set_ylim(finite.min() - 0.1, np.quantile(finite, 0.98) + 0.1)
@@ -36,7 +50,7 @@ def plot_run(log_path, png_path, config):
     middle.set_ylim(0)
     middle.set_ylabel("learning rate")
 
-    bottom.plot(tokens, series(train, "grad_norm"), color="0.4", linewidth=0.6)
+    plot_band(bottom, tokens, series(train, "grad_norm"))
     if config.grad_clip:
         bottom.axhline(config.grad_clip, color="black", linestyle="--", linewidth=1,
                        label=f"clipped at {config.grad_clip:g}")
@@ -44,7 +58,19 @@ def plot_run(log_path, png_path, config):
     bottom.set_yscale("log")
     bottom.set_ylabel("gradient norm")
     bottom.set_xlabel("training tokens, millions")
-    save_figure(figure, png_path, dpi=120)
+    png = io.BytesIO()
+    save_figure(figure, png, dpi=120)
+    return png.getvalue()
+
+
+def plot_band(ax, x, y, n_bins=800):
+    """Fills from the smallest to the largest y of each bin: about a pixel each, so that no value
+    is lost among its neighbours. -> values in each bin"""
+    per_bin = -(-len(y) // n_bins)
+    starts = np.arange(0, len(y), per_bin)
+    ax.fill_between(x[starts], np.fmin.reduceat(y, starts), np.fmax.reduceat(y, starts),
+                    color="0.75", linewidth=0.6)
+    return per_bin
 
 
 def plot_comparison(rows, baseline, path):
@@ -168,11 +194,17 @@ def millions_of_tokens(entries):
     return series(entries, "tokens") / 1e6
 
 
-def new_figure(*shape, **options):
-    """plt.subplots for a file, without the frame's top and right line."""
+def import_matplotlib():
+    """-> pyplot, for files only"""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
+
+
+def new_figure(*shape, **options):
+    """plt.subplots without the frame's top and right line."""
+    plt = import_matplotlib()
     figure, axes = plt.subplots(*shape, layout="constrained", **options)
     for ax in np.ravel(axes):
         ax.spines[["top", "right"]].set_visible(False)

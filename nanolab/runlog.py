@@ -1,5 +1,5 @@
-"""What a run reports: log.jsonl, the progress bar, Weights & Biases, loss.png, summary.json; and
-the clock behind it."""
+"""What a run reports: log.jsonl, the progress bar, Weights & Biases, loss.png, report.html,
+summary.json; and the clock behind it."""
 
 import fcntl
 import html
@@ -20,9 +20,11 @@ from tqdm import tqdm
 from nanolab.checkpoint import versions
 from nanolab.common import UserError, describe, parse_json, write_atomically
 from nanolab.devices import all_reduce_scalar, machine
+from nanolab.logfile import having, read_entries
 from nanolab.measure import matmul_peak
 from nanolab.memory import peak_memory
-from nanolab.plots import plot_run
+from nanolab.plots import import_matplotlib, plot_run
+from nanolab.report import describe_run, format_report
 
 
 class RunLog:
@@ -37,7 +39,7 @@ class RunLog:
         self.enabled = rank == 0
         self.out_dir = Path(config.out_dir)
         self.tokens_per_step = config.global_batch_size * config.block_size
-        self.flops_per_token = model.flops_per_token()
+        self.n_parameters, self.flops_per_token = model.num_params(), model.flops_per_token()
         self.peak_flops = all_reduce_scalar(dist.ReduceOp.SUM, matmul_peak(device, dtype), device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # from here on, the training's own
@@ -49,7 +51,8 @@ class RunLog:
         self.first_step = state.step
         self.seconds_before, self.started = state.seconds, time.perf_counter()
         self.clock = self.started  # when the last step ended
-        self.plotted = self.started  # when loss.png was drawn
+        self.next_drawing = self.started + 10
+        self.final = None  # what summary.json says, at the end
         self.tokens_since_line, self.seconds_since_line, self.overhead = 0, 0.0, 0.0
 
     def open_files(self):
@@ -148,31 +151,49 @@ class RunLog:
             self.tracker.log(values, step=entry["step"])
 
     def write_summary(self):
-        if not self.enabled:
-            return
-        self.file.close()
-        state = self.state
-        write_atomically(self.out_dir / "summary.json", json.dumps({
-            "name": self.config.name, "steps": state.step, "tokens": state.tokens,
-            "final_val_loss": finite_or_none(state.val_loss),
-            "best_val_loss": finite_or_none(state.best_val_loss),
-            "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
-            "tokens_per_second": round(state.tokens_per_second(), 1),
-            "peak_memory_mb": round(peak_memory(self.device) / 2**20),
-            "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
-            "machine": machine(self.device), "versions": versions()}, indent=1) + "\n")
+        if self.enabled:
+            self.file.close()
+            self.final = self.summary()
+            write_atomically(self.out_dir / "summary.json", json.dumps(self.final, indent=1) + "\n")
 
-    def plot(self):
-        """Draws loss.png: at the end, and else at most once a minute."""
+    def summary(self):
+        state = self.state
+        return {"name": self.config.name, "steps": state.step, "tokens": state.tokens,
+                "final_val_loss": finite_or_none(state.val_loss),
+                "best_val_loss": finite_or_none(state.best_val_loss),
+                "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
+                "tokens_per_second": round(state.tokens_per_second(), 1),
+                "peak_memory_mb": round(peak_memory(self.device) / 2**20),
+                "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
+                "machine": machine(self.device), "versions": versions()}
+
+    def draw_if_due(self):
+        """Draws at the end, and else every ten seconds; less often if drawing takes long."""
+        is_last = self.state.step == self.max_steps
+        if is_last or time.perf_counter() > self.next_drawing:
+            self.draw("finished" if is_last else f"step {self.state.step:,} of {self.max_steps:,}",
+                      is_running=not is_last)
+
+    def draw(self, status, is_running=False):
+        """Writes loss.png and report.html. A timing run has none."""
+        if not (self.enabled and self.config.save_weights):
+            return
+        import_matplotlib()
+        start = time.perf_counter()
+        try:
+            entries = read_entries(self.out_dir / "log.jsonl")
+            train, val, samples = (having(key, entries) for key in ("loss", "val_loss", "sample"))
+            png = plot_run(train, val, self.config)
+            facts = describe_run(self.config, self.final or self.summary(), self.n_parameters,
+                                 self.flops_per_token, self.peak_flops)
+            page = format_report(self.config, facts, val, samples, png, status, is_running)
+            write_atomically(self.out_dir / "loss.png", png)
+            write_atomically(self.out_dir / "report.html", page)
+        except (OSError, ValueError, KeyError, TypeError) as error:  # a full disk, a damaged log
+            tqdm.write(f"could not draw {self.out_dir / 'loss.png'} ({describe(error)})",
+                       file=sys.stderr)
         now = time.perf_counter()
-        is_due = self.state.step == self.max_steps or now - self.plotted > 60
-        if self.enabled and self.config.save_weights and is_due:
-            self.plotted = now
-            try:
-                plot_run(self.out_dir / "log.jsonl", self.out_dir / "loss.png", self.config)
-            except OSError as error:
-                tqdm.write(f"could not write {self.out_dir / 'loss.png'} ({describe(error)})",
-                           file=sys.stderr)
+        self.next_drawing = now + max(10, 100 * (now - start))
 
     def finish(self):
         """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
@@ -183,6 +204,7 @@ class RunLog:
         if state.step < self.max_steps:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after step {state.step - 1:,}{saved * self.config.save_weights}")
+            self.draw(f"stopped after {state.step:,} of {self.max_steps:,} steps")
             if self.tracker:
                 self.tracker.finish()
             return
@@ -194,7 +216,7 @@ class RunLog:
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
               f"{self.peak_flops / 1e9:,.1f} of matrix products here "
               f"({flops / self.peak_flops:.1%}); peak memory "
-              f"{peak_memory(self.device) / 2**20:,.0f} MB; {overhead:.2%} of the time outside "
+              f"{self.final['peak_memory_mb']:,} MB; {overhead:.2%} of the time outside "
               "forward, backward and optimiser (data, log)")
         if self.config.save_weights:
             ckpt = "" if str(out_dir) == "out" else f" --ckpt {out_dir / 'best.pt'}"

@@ -15,7 +15,7 @@ def test_quickstart_schedule(tmp_path, data_dir):
                   "--max_steps=200", "--eval_every=100", "--eval_tokens=4096", "--device=cpu")
     assert result.returncode == 0, result.stderr
     made = {file.name for file in (tmp_path / "out").iterdir()}
-    assert made == {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "summary.json"}
+    assert made == {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "report.html", "summary.json"}
     log = read_log(tmp_path / "out" / "log.jsonl")[0]
     assert log[-1]["loss"] < 3 and log[-1]["lr"] == pytest.approx(log[11]["lr"] * 0.1, rel=0.2)
 
