@@ -4,6 +4,7 @@
     python prepare.py pypi                   the source of the pinned packages in config/pypi.txt
     python prepare.py fineweb                FineWeb sample-10BT as GPT-2 tokens, as published
     python prepare.py fineweb --from=FOLDER  the same from a copy, or from the published token files
+    python prepare.py fineweb-edu            FineWeb-Edu sample-10BT in the same way
     python prepare.py PATH [--name=NAME]     your own .txt .md .jsonl .parquet: file, folder or glob
     python prepare.py info NAME              what a data set has: counts, checksums, its beginning
 
@@ -21,13 +22,19 @@ from pathlib import Path
 import numpy as np
 
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.corpus import (file_ranges, fineweb_files, own_files, pypi_wheels, stdlib_files,
-                            wheel_documents)
+from nanolab.corpus import (FINEWEBS, file_ranges, fineweb_files, own_files, pypi_wheels,
+                            stdlib_files, wheel_documents)
 from nanolab.token_files import DatasetWriter, dataset_lock, fingerprint, is_complete, read_meta
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
 PYPI = Path(__file__).parent / "config" / "pypi.txt"
-HELDOUT = 0.01  # the share of FineWeb's rows, at the end, for val and test
+OWN_HELDOUT = 0.02  # of your own text, for val and test: half each
+
+# The options that only some sources take, with their defaults.
+FINEWEB_OPTIONS = {"from_folder": None, "train_tokens": 33_165 * 96 * 1024, "heldout": 0.01,
+                   "test_offset": 50_000_000, "test_tokens": 19_200 * 1024}
+OPTIONS = {**dict.fromkeys(FINEWEBS, FINEWEB_OPTIONS), "stdlib": {"heldout": OWN_HELDOUT},
+           "pypi": {}, "own": {"heldout": OWN_HELDOUT, "text_column": "text"}}
 
 
 def main():
@@ -39,22 +46,24 @@ def main():
     folder = Path(args.data_dir, args.name)
     get_tokenizer(args.tokenizer)  # fails before anything is read or downloaded
     if args.source == "stdlib":
-        prepare_stdlib(args.data_dir, args.tokenizer, args.name, args.workers)
+        prepare_stdlib(args.data_dir, args.tokenizer, args.name, args.workers, args.heldout)
     elif args.source == "pypi":
         prepare_pypi(folder, args.tokenizer)
-    elif args.source != "fineweb":
+    elif args.source not in FINEWEBS:
         prepare_text(own_files(args.source), folder, args.tokenizer, args.text_column, args.workers,
-                     args.source)
-    elif args.from_folder and Path(args.from_folder, "train.safetensors").exists():
-        if args.tokenizer != "gpt2" or args.heldout != HELDOUT:
+                     args.source, args.heldout)
+    elif (args.source == "fineweb" and args.from_folder
+          and Path(args.from_folder, "train.safetensors").exists()):
+        if args.tokenizer != "gpt2" or args.heldout != FINEWEB_OPTIONS["heldout"]:
             raise UserError(f"{args.from_folder} has GPT-2 tokens that are split already: "
                             "neither --tokenizer nor --heldout changes them")
         prepare_published_tokens(args.from_folder, folder, args.train_tokens, args.test_offset,
                                  args.test_tokens)
     else:
-        prepare_fineweb(fineweb_files(args.from_folder), folder, args.tokenizer, args.workers,
-                        "FineWeb sample-10BT", args.train_tokens, args.heldout, args.test_offset,
-                        args.test_tokens)
+        title, repository = FINEWEBS[args.source]
+        prepare_fineweb(fineweb_files(args.from_folder, repository), folder, args.tokenizer,
+                        args.workers, f"{title} sample-10BT", args.train_tokens, args.heldout,
+                        args.test_offset, args.test_tokens)
     for split, facts in read_meta(args.data_dir, args.name)["splits"].items():
         print(f"{split:6}{facts['tokens']:15,} tokens  {facts['documents']:12,} documents  "
               f"{facts['bytes']:15,} bytes of text")
@@ -62,29 +71,41 @@ def main():
 
 def parse_arguments():
     parser = argument_parser(__doc__)
-    parser.add_argument("source", help="stdlib, pypi, fineweb, or a file, folder or glob of "
-                                       ".txt .md .jsonl .parquet; or info")
+    parser.add_argument("source", help="stdlib, pypi, fineweb, fineweb-edu, or a file, folder or "
+                                       "glob of .txt .md .jsonl .parquet; or info")
     parser.add_argument("dataset", nargs="?", metavar="NAME", help="of the data set, after info")
     parser.add_argument("--name", help="the data set's folder in data_dir; default: as the source")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"),
                         help="default: bytes for stdlib and pypi, else gpt2")
-    parser.add_argument("--text_column", default="text", help="of .jsonl and .parquet files")
+    parser.add_argument("--text_column", help="of your .jsonl and .parquet files (default: text)")
+    parser.add_argument("--heldout", type=float,
+                        help="share for val and test: of your own text and stdlib, by a hash, half "
+                             f"each (default: {OWN_HELDOUT}); of FineWeb, the last rows (default: "
+                             f"{FINEWEB_OPTIONS['heldout']})")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="processes; any number gives the same bytes")
-    fineweb = parser.add_argument_group("fineweb")
+    fineweb = parser.add_argument_group("fineweb and fineweb-edu")
     fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER",
                          help="a local copy instead of the hub's: of the text, or of gpjt/fineweb-"
                               "gpt2-tokens (train.safetensors and validation.safetensors)")
-    fineweb.add_argument("--train_tokens", type=int, default=33_165 * 96 * 1024,
-                         help="default: the baseline's %(default)s")
-    fineweb.add_argument("--heldout", type=float, default=HELDOUT,
-                         help="share of the rows, at the end, for val and test")
-    fineweb.add_argument("--test_offset", type=int, default=50_000_000,
-                         help="where test starts in the held-out tokens; val is all before")
-    fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024)
+    fineweb.add_argument("--train_tokens", type=int,
+                         help=f"default: the baseline's {FINEWEB_OPTIONS['train_tokens']}")
+    fineweb.add_argument("--test_offset", type=int,
+                         help="where test starts in the held-out tokens; val is all before "
+                              f"(default: {FINEWEB_OPTIONS['test_offset']})")
+    fineweb.add_argument("--test_tokens", type=int,
+                         help=f"default: {FINEWEB_OPTIONS['test_tokens']}")
     args = parser.parse_args()
-    has_own_name = args.source in ("stdlib", "pypi", "fineweb")
+    has_own_name = args.source in OPTIONS and args.source != "own"
+    taken = OPTIONS[args.source if has_own_name else "own"]
+    for key in {key: None for options in OPTIONS.values() for key in options}:
+        if key in taken and getattr(args, key) is None:
+            setattr(args, key, taken[key])
+        elif key not in taken and getattr(args, key) is not None:
+            sources = ", ".join(source for source in OPTIONS if key in OPTIONS[source])
+            parser.error(f"--{key.removesuffix('_folder')} does nothing for {args.source}, only "
+                         f"for {sources.replace('own', 'text of your own')}")
     args.name = args.name or (args.source if has_own_name else Path(args.source).resolve().stem)
     args.tokenizer = args.tokenizer or ("bytes" if args.source in ("stdlib", "pypi") else "gpt2")
     for is_wrong, message in (
@@ -96,19 +117,22 @@ def parse_arguments():
             ("/" in args.name or args.name in (".", ".."),
              f"--name={args.name} is a path; choose the folder with --data_dir"),
             (args.workers < 1, "--workers must be at least 1"),
-            (args.train_tokens < 1 or args.test_tokens < 1,
+            (args.train_tokens is not None and min(args.train_tokens, args.test_tokens) < 1,
              "--train_tokens and --test_tokens must be at least 1"),
-            (args.test_offset < 1, "--test_offset must be at least 1: val is before it"),
-            (not 0 < args.heldout < 1, "--heldout must be between 0 and 1")):
+            (args.test_offset is not None and args.test_offset < 1,
+             "--test_offset must be at least 1: val is before it"),
+            (args.heldout is not None and not 0 < args.heldout < 1,
+             "--heldout must be between 0 and 1")):
         if is_wrong:
             parser.error(message)
     return args
 
 
-def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1):
+def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1,
+                   heldout=OWN_HELDOUT):
     """Python's standard library: small, on every machine, different from one version to another."""
     prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
-                 source=f"the standard library of Python {sys.version.split()[0]}")
+                 f"the standard library of Python {sys.version.split()[0]}", heldout)
 
 
 def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
@@ -136,10 +160,11 @@ def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
         writer.finish(f"the wheels of {requirements}")
 
 
-def prepare_text(files, folder, tokenizer, text_column, workers, source):
+def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=OWN_HELDOUT):
     """The documents of `files`, split by the hash of their text. Raises UserError."""
     stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
-    plan = fingerprint(source, stats, tokenizer, text_column)
+    other = [heldout] if heldout != OWN_HELDOUT else []  # so that older data sets keep their plan
+    plan = fingerprint(source, stats, tokenizer, text_column, *other)
     with dataset_lock(folder):
         if is_complete(folder, plan):
             return
@@ -157,7 +182,7 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source):
                     with np.load(path) as shard:
                         facts.append(shard["documents"])
                     bar.update(int(facts[-1]["n_tokens"].sum()))
-                writer.hash_limits = choose_hash_limits(facts)
+                writer.hash_limits = choose_hash_limits(facts, heldout)
                 writer.save()
         for path in writer.tokenize("text", ranges, 1, **options):  # these files exist by now
             with np.load(path) as shard:
@@ -171,11 +196,12 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source):
         writer.finish(source)
 
 
-def choose_hash_limits(facts):
+def choose_hash_limits(facts, heldout):
     """The largest hash in test and the largest in val, with documents in the order of their hash.
 
-    The first 1 % of the bytes are test, the next 1 % val, each at least one document; equal texts
-    stay together. So the split depends on the texts alone, not on the files or their order.
+    The first half of the share `heldout` of the bytes is test, the next half val, each at least one
+    document; equal texts stay together. So the split depends on the texts alone, not on the files
+    or their order.
     facts: arrays of token_files.DOCUMENT, one for each shard. Raises UserError.
     """
     if not any(map(len, facts)):
@@ -185,7 +211,7 @@ def choose_hash_limits(facts):
     hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"])
     limits, n_done = [], 0
     for n_reserved in (2, 1):  # documents to leave for val and train, then for train
-        target = (ends[n_done - 1] if n_done else 0) + 0.01 * ends[-1]
+        target = (ends[n_done - 1] if n_done else 0) + heldout / 2 * ends[-1]
         last = max(min(int(np.searchsorted(ends, target)), len(hashes) - 1 - n_reserved), n_done)
         n_done = int(np.searchsorted(hashes, hashes[last], side="right"))
         if n_done == len(hashes):

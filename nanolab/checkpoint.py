@@ -26,7 +26,8 @@ def read_checkpoint(source, mmap=False):
     """A checkpoint as a dict, tensors on the CPU. Executes nothing from a file.
 
     source: a file that train.py saved, or its run's folder, for best.pt; a folder in Hugging Face's
-    layout; or one of OpenAI's names, such as gpt2, which is downloaded once. mmap: leave the tensors on disk until they are used.
+    layout; or one of OpenAI's names, such as gpt2, which is downloaded once. mmap: leave the
+    tensors on disk until they are used.
     Raises UserError.
     """
     if Path(source, "best.pt").is_file():

@@ -22,7 +22,9 @@ from nanolab.common import UserError, parse_json, reachable
 
 READABLE = (".txt", ".md", ".jsonl", ".parquet")
 SHARD_BYTES = 4 * 2**20
-FINEWEB = "HuggingFaceFW/fineweb"
+# What prepare.py calls them: a title, and the repository on the hub.
+FINEWEBS = {"fineweb": ("FineWeb", "HuggingFaceFW/fineweb"),
+            "fineweb-edu": ("FineWeb-Edu", "HuggingFaceFW/fineweb-edu")}
 
 
 class FileRange(NamedTuple):
@@ -45,7 +47,8 @@ def own_files(source):
     if not files:
         problem = f"has no {' '.join(READABLE)} file" if matches else "does not exist"
         raise UserError(f"'{source}' {problem}; "
-                        "give stdlib, pypi, fineweb, or a file, folder or glob of text")
+                        "give stdlib, pypi, fineweb, fineweb-edu, or a file, folder or glob of "
+                        "text")
     return sorted(files)
 
 
@@ -105,26 +108,26 @@ def wheel_documents(path):
                 yield text
 
 
-def fineweb_files(folder):
-    """The .parquet files of FineWeb's sample-10BT, in order.
+def fineweb_files(folder, repository):
+    """The .parquet files of the sample-10BT of one of FINEWEBS, in order.
 
     Without a folder: their hf:// addresses, revision included. With one: their paths in it. The
-    folder is a copy of the repository, or contains one as HuggingFaceFW/fineweb.
+    folder is a copy of the repository, or contains one under the repository's name.
     """
     if folder and not Path(folder).is_dir():
         raise UserError(f"there is no folder {folder} (from --from)")
     if folder or not reachable("huggingface.co"):
         os.environ["HF_HUB_OFFLINE"] = "1"  # datasets may have the file list in its cache
-    source, advice = FINEWEB, "connect to huggingface.co, or give --from=FOLDER with a copy"
+    source, advice = repository, "connect to huggingface.co, or give --from=FOLDER with a copy"
     if folder:
-        repository = Path(folder, FINEWEB)
-        source = str((repository if repository.is_dir() else Path(folder)).resolve())
+        copy = Path(folder, repository)
+        source = str((copy if copy.is_dir() else Path(folder)).resolve())
         advice = "needs sample/10BT/*.parquet and the README.md that names them"
     from datasets import load_dataset_builder
     try:
         return list(load_dataset_builder(source, "sample-10BT").config.data_files["train"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"FineWeb could not be opened at {source}: {advice} "
+        raise UserError(f"{repository} could not be opened at {source}: {advice} "
                         f"({str(error).splitlines()[0]})") from None
 
 

@@ -25,7 +25,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from nanolab.common import UserError, parse_json, write_atomically
-from nanolab.corpus import documents, group_into_shards
+from nanolab.corpus import FINEWEBS, documents, group_into_shards
 from nanolab.tokenizer import encode, get_tokenizer, guess_tokenizer, token_dtype
 
 UNFINISHED = "nanolab_unfinished"
@@ -58,7 +58,7 @@ def read_meta(data_dir, dataset, vocab_size=0):
         if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
             return nanogpt_meta(folder, vocab_size)
         state = "is unfinished" if folder.is_dir() else "is not there"
-        has_own_name = dataset in ("stdlib", "pypi", "fineweb")
+        has_own_name = dataset in ("stdlib", "pypi", *FINEWEBS)
         source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={dataset}"
         option = "" if data_dir == "data" else f" --data_dir={data_dir}"
         raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source}"

@@ -55,8 +55,8 @@ def get_tokenizer(name):
 
 
 def gpt2_vocabulary_files():
-    """vocab.bpe and encoder.json in TIKTOKEN_CACHE_DIR, by these names or Hugging Face's; else where
-    tiktoken caches them (see its load.py). -> [Path, Path]"""
+    """vocab.bpe and encoder.json in TIKTOKEN_CACHE_DIR, by these names or Hugging Face's; else
+    where tiktoken caches them (see its load.py). -> [Path, Path]"""
     folder = (os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
               or Path(tempfile.gettempdir(), "data-gym-cache"))
     for names in VOCABULARY_NAMES:

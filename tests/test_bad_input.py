@@ -285,6 +285,12 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
     ({"tokens": write_tokens(train=9, validation=421, dtype=torch.int32)}, TOKENS, "holds I32 numbers of the shape [9]"),
     ({"tokens": write_tokens(train=9, validation=421, token=50257)}, TOKENS, "beyond GPT-2's vocabulary of 50257"),
     ({"tokens": write_tokens(train=9, validation=421)}, [*TOKENS, "--heldout=0.1"], "neither --tokenizer nor --heldout"),
+    ({}, [*PREPARE, "--train_tokens=9"], "--train_tokens does nothing for mine, only for fineweb, fineweb-edu"),
+    ({}, [*PREPARE, "--from=texts"], "--from does nothing for mine"),
+    ({}, [*PREPARE, "--heldout=1"], "--heldout must be"),
+    ({}, ["prepare", "fineweb", "--text_column=body"], "--text_column does nothing for fineweb, only for text of your own"),
+    ({}, ["prepare", "pypi", "--heldout=0.1"], "--heldout does nothing for pypi"),
+    ({}, ["prepare", "fineweb-edu", "--data_dir=data", "--from=texts"], "HuggingFaceFW/fineweb-edu could not be opened"),
     ({}, [*PREPARE, "--tokenizer=words"], "--tokenizer"),
 ])
 def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, told):

@@ -70,6 +70,23 @@ def test_own_text_round_trip(tmp_path, tokenizer):
     assert n_bytes == sum(len(row.encode()) for row in rows)
 
 
+def test_heldout_of_your_own_text(tmp_path, monkeypatch):
+    """Half of the share is test, half is val; the default leaves a data set as it was."""
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "Line number {i:04d}."}}\n'
+                                                 for i in range(1000)))
+    def make(name, *flags):
+        run_main(monkeypatch, "prepare", tmp_path / "mine.jsonl", f"--data_dir={tmp_path}",
+                 "--tokenizer=bytes", f"--name={name}", *flags)
+        splits = read_meta(tmp_path, name)["splits"]
+        return [splits[split]["documents"] for split in SPLITS]
+
+    assert make("default") == [980, 10, 10]
+    assert make("default", "--heldout=0.02") == [980, 10, 10], "which is there already"
+    assert make("more", "--heldout=0.3") == [700, 150, 150]
+    with pytest.raises(UserError, match="holds another data set"):
+        make("default", "--heldout=0.3")
+
+
 def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
     write_texts(tmp_path / "mine", "abcd")
     monkeypatch.setattr(corpus, "SHARD_BYTES", 300)  # 20 shards
@@ -167,7 +184,8 @@ def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def fineweb_copy(tmp_path_factory):
-    """A folder in FineWeb's layout, 400 rows in 2 files. -> folder, rows."""
+    """A folder with a repository in FineWeb's layout, 400 rows in 2 files; FineWeb-Edu has the same
+    layout. -> folder, rows."""
     from pyarrow import Table
     from pyarrow.parquet import write_table
     folder = tmp_path_factory.mktemp("hub") / "HuggingFaceFW" / "fineweb"
@@ -179,23 +197,26 @@ def fineweb_copy(tmp_path_factory):
         columns = {"text": rows[200 * i:200 * (i + 1)], "id": list(range(200))}
         write_table(Table.from_pydict(columns),
                     folder / "sample" / "10BT" / f"{i:03d}_00000.parquet", row_group_size=64)
+    (folder.parent / "fineweb-edu").symlink_to(folder)
     return folder.parent.parent, rows
 
 
-def test_fineweb_split(tmp_path, fineweb_copy):
+@pytest.mark.parametrize("name, title", [("fineweb", "FineWeb"), ("fineweb-edu", "FineWeb-Edu")])
+def test_fineweb_split(tmp_path, fineweb_copy, name, title):
     """Train is the first rows up to its budget; val and test are cut from the last 10 % as one
     stream."""
     folder, rows = fineweb_copy
-    result = call("prepare.py", "fineweb", f"--from={folder}", f"--data_dir={tmp_path}",
+    result = call("prepare.py", name, f"--from={folder}", f"--data_dir={tmp_path}",
                   "--heldout=0.1", "--test_offset=100", "--test_tokens=320", "--train_tokens=2048")
     assert result.returncode == 0, result.stderr
     train_tokens, heldout = (np.concatenate([encode(get_tokenizer("gpt2"), row) for row in part])
                              for part in (rows[:360], rows[360:]))
     for split, expected in (("train", train_tokens[:2049]), ("val", heldout[:100]),
                             ("test", heldout[100:421])):
-        tokens = np.fromfile(tmp_path / "fineweb" / f"{split}.bin", "<u2")
+        tokens = np.fromfile(tmp_path / name / f"{split}.bin", "<u2")
         assert tokens.tolist() == expected.tolist()
-    assert len(TokenDataset(tmp_path, "fineweb", "test", 32)) == 10
+    assert len(TokenDataset(tmp_path, name, "test", 32)) == 10
+    assert read_meta(tmp_path, name)["source"] == f"{title} sample-10BT"
 
 
 def test_fineweb_after_a_kill(tmp_path, fineweb_copy, monkeypatch):
