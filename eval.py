@@ -218,7 +218,8 @@ def format_study(args, experiments, rows, baseline):
         other = Path(args.beside).stem, study.compare(others, study.choose_baseline(others, None))
     table = tables.format_comparison(rows, args.markdown, other)
     same = tables.format_same_configurations(study.same_configurations(experiments), experiments)
-    return "\n\n".join(filter(None, [table, tables.format_legend(rows, baseline), same]))
+    cautions = tables.format_cautions(rows, experiments, baseline)
+    return "\n\n".join(filter(None, [table, tables.format_legend(rows, baseline), cautions, same]))
 
 
 def as_json(content):

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 import config as configuration
+from config import OPTIONS, divisors_near
 from model import GPT, GPTConfig
 from nanolab.checkpoint import CheckpointSaver, find_start
 from nanolab.common import UserError, run_script
@@ -213,11 +214,15 @@ def count_grad_accum_steps(config, world_size):
     divide."""
     sequences = config.batch_size * world_size  # of one micro-step, over all processes
     if config.global_batch_size % sequences:
+        share, rest = divmod(config.global_batch_size, world_size)
         below = config.global_batch_size // sequences * sequences
-        nearest = " or ".join(str(size) for size in (below, below + sequences) if size)
+        advice = f"batch_size could be {divisors_near(share, config.batch_size)}"
+        if rest:
+            nearest = " or ".join(str(size) for size in (below, below + sequences) if size)
+            advice = f"global_batch_size could be {nearest}"
         raise UserError(f"global_batch_size={config.global_batch_size} is not divisible by "
-                        f"batch_size={config.batch_size} x {world_size} processes; "
-                        f"global_batch_size could be {nearest}", exit_code=2)
+                        f"batch_size={config.batch_size} x {world_size} processes; {advice}",
+                        exit_code=2)
     return config.global_batch_size // sequences
 
 
@@ -269,6 +274,9 @@ def print_setup(config, meta, model, train_data, n_val_windows, max_steps, grad_
     print0(f"batch:  {sequences} sequences x {config.block_size:,} tokens = {tokens:,} tokens a "
            f"step, {max_steps:,} steps; {world_size} processes x {grad_accum_steps} micro-steps x "
            f"batch_size {config.batch_size}")
+    if config.optimizer == "muon" and config.learning_rate == OPTIONS["learning_rate"].default:
+        print0(f"note:   learning_rate={config.learning_rate} is the baseline's, for AdamW; in the "
+               "lab Muon's best rate was twice AdamW's best (config/interventions/muon.py)")
     if meta["source"] == NANOGPT:
         print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
                f"{config.vocab_size:,} kinds, tokenizer {meta['tokenizer']}; it has no test split, "

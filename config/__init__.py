@@ -408,6 +408,7 @@ def as_shown(value):
 def allowed_values(key):
     meta = OPTIONS[key].metadata
     parts = [meta["within"]] if meta["within"] else []
+    parts += ["True", "False"] if meta["choices"] and bool in types_of(key) else []
     parts += [repr(choice) for choice in meta["choices"]]
     return f"; allowed: {', '.join(parts)}" if parts else ""
 

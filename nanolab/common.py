@@ -1,12 +1,14 @@
 """What every script shares: UserError, running a script, reading and writing files safely."""
 
 import argparse
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -64,11 +66,20 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
 
 
 def stop(exit_code, message, each_rank):
+    message = " ".join(str(message).splitlines())
+    if len(message) > 1000:  # the end says what is allowed
+        message = f"{message[:500]} ... {message[-300:]}"
+    line = f"{Path(sys.argv[0]).name}: {message}"
     if each_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        message = " ".join(str(message).splitlines())
-        if len(message) > 1000:  # the end says what is allowed
-            message = f"{message[:500]} ... {message[-300:]}"
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        print(line, file=sys.stderr)
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun adds about 40 lines of its own; its summary, their end, then has this one.
+        with contextlib.suppress(OSError):
+            facts = {"message": line, "timestamp": int(time.time())}
+            write_atomically(error_file, json.dumps(facts))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)  # at once: gloo's threads could abort an orderly exit
     sys.exit(exit_code)
 
 

@@ -64,6 +64,13 @@ def detectable(error, df, level):
     return error * scipy.optimize.brentq(missed, critical / 2, 3 * critical + 3)
 
 
+def seeds_to_show(effect, error, n, level):
+    """How many paired seeds would show this effect in 80 % of studies, with the spread that n seeds
+    had. None: more than 100."""
+    return next((more for more in range(n + 1, 101)
+                 if detectable(error * math.sqrt(n / more), more - 1, level) <= abs(effect)), None)
+
+
 def mixed_model(losses, seeds, side=None, wider=None):
     """loss = mean of its side + effect of the weights' seed + effect of the loop's seed + the rest.
 

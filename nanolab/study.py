@@ -260,6 +260,31 @@ def add_verdicts(rows):
             row.setdefault("verdict", "not shown")
 
 
+def too_few_seeds(rows):
+    """[(label, seeds, how many would show the difference)] of the experiments whose two or three
+    paired seeds did not show it."""
+    tested = [row for row in rows if row.get("p") is not None]
+    return [(row["experiment"], row["n"],
+             stats.seeds_to_show(row["difference"], row["error"], row["n"], 0.05 / len(tested)))
+            for row in tested if row["verdict"] == "not shown" and row["n"] < 4
+            and row["compared"].startswith("paired")]
+
+
+def other_budgets(experiments, baseline):
+    """{label: training tokens} of the experiments that were compared and whose budget differs from
+    the baseline's by more than 1 %; the baseline's own comes first. {} if there is none."""
+    def budget(label):
+        options = settings(experiments[label][0])
+        tokens = options["max_steps"] * options["global_batch_size"] * options["block_size"]
+        return tokens or options["max_tokens"]
+
+    compared = [label for label, runs in experiments.items()
+                if baseline and not all(run.get("reference") for run in runs)]
+    others = {label: budget(label) for label in compared
+              if abs(budget(label) / budget(baseline) - 1) > 0.01}
+    return others and {baseline: budget(baseline), **others}
+
+
 def same_configurations(experiments):
     """Labels of experiments with different names but equal options, in lists."""
     labels = {}

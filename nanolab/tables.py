@@ -103,6 +103,18 @@ def format_detectable(tested):
         for compared, found in effects.items())
 
 
+def format_cautions(rows, experiments, baseline):
+    """Lines that say for which experiments the seeds are too few, and that budgets differ."""
+    lines = []
+    for label, n, needed in study.too_few_seeds(rows):
+        lines.append(f"{label}: {n} seeds are too few to show this difference; about "
+                     f"{needed or 'more than 100'} would, if the spread is as it seems.")
+    if budgets := study.other_budgets(experiments, baseline):
+        lines.append("Unequal budgets, so a difference is not of the change alone: "
+                     + "; ".join(f"{label} {n:,} tokens" for label, n in budgets.items()) + ".")
+    return "\n".join(lines)
+
+
 def format_same_configurations(groups, experiments):
     """Lines that say which names are one configuration, and how far its runs lie apart."""
     lines = []

@@ -17,6 +17,7 @@ from nanolab.schedule import count_steps
     (["--dropout=-0.1"], ["dropout", "-0.1", "[0, 1)"]),
     (["--batch_size=many"], ["batch_size", "auto"]),
     (["--seed=1.5"], ["seed", "int"]),
+    (["--compile=yes"], ["compile='yes'", "allowed: True, False, 'auto'"]),
     (["--init=gtp2"], ["init", "'gpt2'"]),
     (["--n_head=7"], ["n_embd=768", "n_head=7", "6 or 8"]),
     (["--batch_size=7"], ["global_batch_size=96", "6 or 8"]),
@@ -108,5 +109,7 @@ def test_overnight_run(small_run, capsys):
 
 
 def test_global_batch_that_does_not_divide():
+    with pytest.raises(UserError, match="; batch_size could be 4$"):
+        train.count_grad_accum_steps(config.load(["--batch_size=8", "--global_batch_size=8"]), 2)
     with pytest.raises(UserError, match="global_batch_size could be 80 or 160"):
         train.count_grad_accum_steps(config.load(["--batch_size=16", "--global_batch_size=96"]), 5)

@@ -65,6 +65,7 @@ def test_an_option_is_defined_once(copy, data_dir, small_run):
         resume=[*train, "--out_dir=source", "--resume"],
         init_from=[*train, "--out_dir=tuned", "--init_from=source/last.pt"],
         init_from_other=[*train, "--out_dir=no", "--init_from=source/last.pt", "--rotary=False"],
+        init_from_asked=[*train, "--out_dir=no", f"--init_from={before}", "--rotary=True"],
         init_from_before=[*train, "--out_dir=old", f"--init_from={before}"],
         export=["model.py", "export", "source/last.pt", "exported"],
         export_before=["model.py", "export", str(before), "exported_before"])
@@ -83,6 +84,8 @@ def test_an_option_is_defined_once(copy, data_dir, small_run):
     assert results["init_from"][0] == 0 and rotary("tuned") is True
     assert results["init_from_before"][0] == 0 and rotary("old") is False
     assert_refused("init_from_other", 2, "rotary=False was asked for, but init_from=")
+
+    assert_refused("init_from_asked", 2, "rotary=True was asked for, but init_from=")
 
     assert_refused("export", 1, "rotary=True, which transformers' GPT-2 cannot express")
     assert not (copy / "exported").exists()

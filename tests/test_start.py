@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from conftest import call
+from conftest import SMALL, call
 from nanolab.logfile import read_log
 
 
@@ -40,3 +40,19 @@ def test_3090_config_without_data_or_gpu(tmp_path):
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "python prepare.py fineweb" in result.stderr
     if not torch.backends.mps.is_available():
         assert "falling back to the CPU" in call("train.py", "config/local_3090.py", f"--data_dir={tmp_path}").stdout
+
+
+def test_torchrun_ends_with_our_line(tmp_path):
+    """A mistake in the configuration: each rank exits with 2, and the summary of torchrun has our line."""
+    result = call("train.py", *SMALL, f"--out_dir={tmp_path}/out", "--batch_size=16", processes=2)
+    lines = result.stderr.splitlines()
+    ours = "train.py: global_batch_size=8 (from --global_batch_size) is not divisible by batch_size=16 "
+    assert lines[0].startswith(ours) and ours in lines[-2]
+    assert result.returncode == 1 and "exitcode  : 2" in result.stderr and "Signal" not in result.stderr
+
+
+def test_muon_at_the_baselines_rate_gets_a_note(small_run, capsys):
+    small_run("run", "--optimizer=muon", "--learning_rate=4e-4", "--max_steps=1")
+    assert "learning_rate=0.0004 is the baseline's, for AdamW" in capsys.readouterr().out
+    small_run("other", "--optimizer=muon", "--learning_rate=8e-3", "--max_steps=1")
+    assert "is the baseline's" not in capsys.readouterr().out

@@ -156,6 +156,24 @@ def test_the_smallest_effect_that_a_table_shows(tmp_path, monkeypatch, capsys):
     assert f"(80 % power at 5 % / 2): paired, 5: {smallest:.4f} to {largest:.4f}.\n" in printed
 
 
+def test_a_table_says_what_a_comparison_lacks(tmp_path, monkeypatch, capsys):
+    """Seeds, where two pairs did not show an effect that more would; and a common budget."""
+    losses = {"baseline": {1: 3.00, 2: 3.02}, "mine": {1: 2.90, 2: 2.94}}
+    text = evaluate(monkeypatch, capsys, "--ckpt", results_file(tmp_path / "two.json", losses))
+    [needed] = re.findall(r"^mine: 2 seeds are too few to show this difference; about (\d+) would", text, re.M)
+    error = 0.01  # of the mean of the differences -0.10 and -0.08
+    effects = {n: stats.detectable(error * math.sqrt(2 / n), n - 1, 0.05) for n in range(3, 9)}
+    assert needed == str(min(n for n, effect in effects.items() if effect <= 0.09))
+    assert "Unequal budgets" not in text
+    equal = results_file(tmp_path / "equal.json", {name: {1: 3.0, 2: 3.0 - i, 3: 3.1, 4: 3.2} for i, name in enumerate(losses)})
+    assert "too few" not in evaluate(monkeypatch, capsys, "--ckpt", equal)
+
+    runs = [{"name": "baseline", "test_loss": 3.0, "max_steps": 100}, {"name": "mine", "test_loss": 2.9, "max_steps": 200}]
+    (tmp_path / "budgets.json").write_text(json.dumps(runs))
+    text = evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "budgets.json")
+    assert "Unequal budgets, so a difference is not of the change alone: baseline 9,830,400 tokens; mine 19,660,800 tokens." in text
+
+
 def reml(losses, matrices, sides):
     """The variances of greatest likelihood of the contrasts that no mean can change, by brute force."""
     contrasts = scipy.linalg.null_space(np.eye(max(sides) + 1)[sides].T).T
