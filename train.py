@@ -274,7 +274,7 @@ def print_setup(config, meta, model, train_data, n_val_windows, max_steps, grad_
     print0(f"batch:  {sequences} sequences x {config.block_size:,} tokens = {tokens:,} tokens a "
            f"step, {max_steps:,} steps; {world_size} processes x {grad_accum_steps} micro-steps x "
            f"batch_size {config.batch_size}")
-    if config.optimizer == "muon" and config.learning_rate == OPTIONS["learning_rate"].default:
+    if config.optimizer != "adamw" and config.learning_rate == OPTIONS["learning_rate"].default:
         print0(f"note:   learning_rate={config.learning_rate} is the baseline's, for AdamW; in the "
                "lab Muon's best rate was twice AdamW's best (config/interventions/muon.py)")
     if meta["source"] == NANOGPT:
