@@ -95,7 +95,8 @@ def plot_noise(result, path):
     lines = [(f"{row['source'].split(' (')[0].split(',')[0]} ({row['n']})", row["losses"], None,
               f"SD {row['sd']:.4f}") for row in result["sources"]]
     title = ("Runs of one experiment that differ in their seeds, by what the seeds vary.\n"
-             "Grey: where one more run would fall, 95 times in 100.")
+             "Circles: runs. Diamond: their mean. Right: their standard deviation.\n"
+             "Grey: where one more run would fall, 95 times in 100; its line: the middle.")
     plot_lines(lines, result["one_more_run"], title, path)
 
 
@@ -180,7 +181,7 @@ def plot_curves(logs, baseline, path):
     late = np.concatenate([each[len(each) // 10:] for each in means])
     axes.flat[0].set_ylim(np.nanmin(late) - 0.1, np.nanquantile(late, 0.98) + 0.2)
     figure.supxlabel("training tokens, millions", fontsize=10)
-    figure.supylabel("loss, nats per token: training (lines, smoothed), validation (circles)",
+    figure.supylabel("loss, nats per token\ntraining: lines, smoothed\nvalidation: circles",
                      fontsize=10)
     save_figure(figure, path)
 
