@@ -224,6 +224,7 @@ class CheckpointSaver:
         self.tail, self.optimizer, self.scaler = tail, optimizer, scaler
         self.enabled = rank == 0 and config.save_weights
         self.out_dir = Path(config.out_dir)
+        self.folder = os.open(self.out_dir, os.O_RDONLY) if self.enabled else None
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.pending_save = self.writer.submit(bool)  # a finished Future: nothing is pending
         self.buffers, self.snapshot = {}, None
@@ -235,6 +236,8 @@ class CheckpointSaver:
 
     def __exit__(self, *error):
         self.writer.shutdown()
+        if self.enabled:
+            os.close(self.folder)
 
     def allocate_buffers(self):
         """Once the optimizer has its state, after the first step: makes room for the snapshots, in
@@ -266,6 +269,7 @@ class CheckpointSaver:
 
     def submit(self, name, wait):
         """Hands a file to the writer. With wait, training is paused, so no copy is needed."""
+        self.check_folder()
         if wait:
             self.wait()
             checkpoint = self.checkpoint()
@@ -274,6 +278,20 @@ class CheckpointSaver:
         self.pending_save = self.writer.submit(self.write, name, checkpoint)
         if wait:
             self.wait()
+
+    def check_folder(self):
+        """Raises UserError if out_dir was deleted since the run began, after saving it there again;
+        or if there is another folder of that name now."""
+        if not self.out_dir.exists():
+            self.wait()
+            self.out_dir.mkdir(parents=True)
+            saved = save_checkpoint(self.out_dir / "last.pt", self.checkpoint())
+            raise UserError(f"{self.out_dir} was deleted during the run" + saved * (
+                f"; last.pt of step {self.state.step:,} is there again: the same command with "
+                "--resume continues from it"))
+        if not os.path.samestat(os.stat(self.out_dir), os.fstat(self.folder)):
+            raise UserError(f"{self.out_dir} was deleted during the run, and another folder is "
+                            "there now; nothing is written to it")
 
     def take_snapshot(self):
         """This step's checkpoint, copied once for both files."""

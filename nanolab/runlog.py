@@ -44,6 +44,7 @@ class RunLog:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # from here on, the training's own
         self.tracker = self.file = self.lock = None
+        self.unwritten = b""  # lines that wait for room on the disk
         if self.enabled:
             self.open_files()
         self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not self.enabled,
@@ -58,6 +59,8 @@ class RunLog:
     def open_files(self):
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.out_dir / "run.lock")
+        for name in ("last.pt", "best.pt", "config.json", "log.jsonl", "summary.json", "wandb_id"):
+            (self.out_dir / f"{name}.unfinished").unlink(missing_ok=True)  # of a killed run
         if self.config.wandb:
             id_file, resumed = self.out_dir / "wandb_id", self.state.step > 0
             self.tracker = start_wandb(self.config, id_file, resumed)
@@ -65,7 +68,7 @@ class RunLog:
             text = json.dumps(vars(self.config), indent=1) + "\n"
             write_atomically(self.out_dir / "config.json", text)
         (self.out_dir / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
-        self.file = open_log(self.out_dir / "log.jsonl", self.state.step)
+        self.file = open_log(self.out_dir / "log.jsonl", self.state.step, self.config.log_every)
 
     def __enter__(self):
         return self
@@ -73,10 +76,16 @@ class RunLog:
     def __exit__(self, *error):
         self.bar.close()
         if self.file:
-            with suppress(OSError):  # a full disk; write() has reported it
-                self.file.close()
+            with suppress(OSError):
+                self.flush()
+            if lines := self.unwritten.splitlines():
+                print(f"{self.out_dir / 'log.jsonl'} lacks the last {len(lines)} lines: they could "
+                      "not be written", file=sys.stderr)
+            self.file.close()
         if self.lock:
-            Path(self.lock.name).unlink(missing_ok=True)
+            with suppress(OSError):  # the folder was deleted, and may be another run's now
+                if os.path.samestat(os.stat(self.lock.name), os.fstat(self.lock.fileno())):
+                    os.unlink(self.lock.name)
             self.lock.close()
 
     def timed(self, batches):
@@ -138,11 +147,14 @@ class RunLog:
         if not self.enabled:
             return
         line = json.dumps({key: finite_or_none(value) for key, value in entry.items()}) + "\n"
+        is_waiting = bool(self.unwritten)
+        self.unwritten += line.encode()
         try:
-            self.file.write(line)
-        except OSError as error:  # a full disk; the line stays in the buffer and is tried again
-            tqdm.write(f"could not write {self.out_dir / 'log.jsonl'} ({describe(error)})",
-                       file=sys.stderr)
+            self.flush()
+        except OSError as error:
+            if not is_waiting:
+                tqdm.write(f"could not write {self.out_dir / 'log.jsonl'} ({describe(error)}); its "
+                           "lines are kept until there is room", file=sys.stderr)
         if self.tracker:
             values = {key: value for key, value in entry.items() if key != "step"}
             if "sample" in entry:
@@ -150,9 +162,14 @@ class RunLog:
                 values["sample"] = Html(f"<pre>{html.escape(entry['sample'])}</pre>")
             self.tracker.log(values, step=entry["step"])
 
+    def flush(self):
+        """Writes the lines that wait. A full disk may take a part of them before the OSError."""
+        while self.unwritten:
+            self.unwritten = self.unwritten[self.file.write(self.unwritten):]
+
     def write_summary(self):
         if self.enabled:
-            self.file.close()
+            self.flush()
             self.final = self.summary()
             write_atomically(self.out_dir / "summary.json", json.dumps(self.final, indent=1) + "\n")
 
@@ -244,10 +261,11 @@ def lock(path):
     return file
 
 
-def open_log(path, step):
+def open_log(path, step, log_every):
     """log.jsonl, open for more lines, without those that a killed run wrote after its last
-    checkpoint, at `step`. Lines that are damaged are reported, and kept in another file."""
-    lines = []
+    checkpoint, at `step`. Lines that are damaged are reported, and kept in another file; lines
+    that are missing are reported."""
+    lines, steps = [], [-1]
     if step and path.exists():
         text = path.read_text(errors="replace")
         n_damaged = 0
@@ -257,12 +275,15 @@ def open_log(path, step):
                 n_damaged += 1
             elif entry["step"] < step + ("loss" not in entry):  # the others count steps done
                 lines.append(line + "\n")
+                steps += [entry["step"]] if "loss" in entry else []
         if n_damaged > (not text.endswith("\n")):  # the last may be one that was being written
             path.with_name("log.damaged.jsonl").write_bytes(path.read_bytes())
             print(f"note:   {path} has {n_damaged} damaged lines, which are left out; the file as "
                   "it was is log.damaged.jsonl", flush=True)
+    if step - steps[-1] > max(log_every, steps[-1] - steps[-2] if len(steps) > 2 else 1):
+        print(f"note:   {path} lacks the steps {steps[-1] + 1:,} to {step - 1:,}", flush=True)
     write_atomically(path, "".join(lines))
-    return open(path, "a", buffering=1)
+    return open(path, "ab", buffering=0)
 
 
 def parse_entry(line):

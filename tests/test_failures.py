@@ -1,5 +1,6 @@
 """Numbers that are not finite, disks that are full: a run goes on, or ends with one line and nothing lost."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,8 +16,9 @@ import pytest
 import torch
 
 import nanolab.checkpoint
+import nanolab.runlog
 import train
-from conftest import HERE, SMALL, assert_same_run, call, losses, no_file_larger_than, write_script
+from conftest import HERE, SMALL, assert_same_run, call, equal_weights, losses, no_file_larger_than, write_script
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -89,6 +91,66 @@ def test_full_disk_in_training(small_run, tiny_data, capsys):
     assert (folder / "last.pt").read_bytes() == before and capsys.readouterr().err.count("could not save") > 3
     small_run("run", *flags, "--resume", "--max_steps=20")
     assert_same_run(small_run("whole", *flags, "--max_steps=20"), folder)
+
+
+def test_a_log_without_room(small_run, tiny_data, capsys):
+    """Lines that a full disk does not take are kept until there is room; else the end says how many are missing, and so
+    does --resume."""
+    flags = [*tiny_data, "--max_steps=20", "--save_weights=True"]
+    whole = small_run("whole", *flags)
+    real, room = nanolab.runlog.RunLog.write, contextlib.ExitStack()
+
+    def write(self, entry):
+        if entry["step"] == 5:
+            room.enter_context(no_file_larger_than(self.file.tell() + 40))
+        if entry["step"] == 12:
+            room.close()
+        real(self, entry)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nanolab.runlog.RunLog, "write", write)
+        late = small_run("late", *flags)
+    assert losses(late) == losses(whole) and capsys.readouterr().err.count("kept until there is room") == 1
+    log = late / "log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:8]))
+    small_run("late", *flags, "--resume", "--max_steps=22")
+    assert f"{log} lacks the steps 8 to 19" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_folder_that_is_deleted(small_run, tiny_data, monkeypatch, tmp_path, replaced):
+    """The next save notices it, and saves where the folder was, so that --resume continues; another folder is not
+    touched."""
+    real, folder = train.learning_rate_at, tmp_path / "run"
+
+    def learning_rate_at(step, *args):
+        if step == 5:
+            shutil.rmtree(folder)
+            if replaced:
+                folder.mkdir()
+        return real(step, *args)
+
+    flags = [*tiny_data, "--max_steps=40", "--save_every=8"]
+    monkeypatch.setattr(train, "learning_rate_at", learning_rate_at)
+    with pytest.raises(UserError, match="run was deleted during the run"):
+        small_run("run", *flags)
+    monkeypatch.undo()
+    if replaced:
+        assert not list(folder.iterdir())
+    else:
+        assert read_checkpoint(folder / "last.pt")["step"] == 8
+        small_run("run", *flags, "--resume")
+        assert equal_weights(small_run("whole", *flags) / "last.pt", folder / "last.pt")
+
+
+def test_left_over_files_are_cleaned(small_run, tmp_path):
+    """Those of a killed run of ours; a file of the user's stays."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("last.pt.unfinished", "log.jsonl.unfinished", "mine.unfinished"):
+        (folder / name).write_text("")
+    small_run("run", "--max_steps=2")
+    assert [path.name for path in folder.glob("*.unfinished")] == ["mine.unfinished"]
 
 
 def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
