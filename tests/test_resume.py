@@ -214,6 +214,26 @@ def test_another_torchrun_does_not_resume(small_run, monkeypatch):
         small_run("run", "--max_steps=4")
 
 
+def test_a_tail_goes_on(small_run, monkeypatch):
+    """From a copy of best.pt inside the tail too; and extended, the mean goes on counting, under a name of its own, or starts
+    again in the new tail."""
+    flags = ["--tail_average=0.5", "--eval_every=8", "--name=tail"]
+    whole = small_run("whole", *flags)
+    monkeypatch.setattr(train, "learning_rate_at", stop_at(8))
+    parts = small_run("parts", *flags)
+    monkeypatch.undo()
+    best = read_checkpoint(parts / "best.pt")
+    assert (best["step"], best["averaged_steps"]) == (8, 3)
+    os.replace(parts / "best.pt", parts / "last.pt")
+    small_run("parts", *flags, "--resume")
+    assert equal_weights(whole / "last.pt", parts / "last.pt")
+    for steps, n_averaged in ((12, 7), (40, 20)):
+        folder = small_run("whole", *flags, "--resume", "--extend", f"--max_steps={steps}")
+        last = read_checkpoint(folder / "last.pt")
+        assert (last["step"], last["averaged_steps"]) == (steps, n_averaged)
+        assert last["config"]["name"].startswith("tail_extended_10")
+
+
 @pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
                                   "--dropout=0.3", "--tail_average=0.1", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon",
                                   "--compile=True"])

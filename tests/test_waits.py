@@ -8,11 +8,12 @@ import train
 from probes import DeviceReads, force_gpu_head
 
 FLAGS = ["--batch_size=2", "--max_steps=4", "--dropout=0.1", "--grad_clip=0.01",
-         "--position=rope", "--activation=swiglu", "--value_residual", "--logit_softcap=9"]
+         "--position=rope", "--activation=swiglu", "--value_residual", "--logit_softcap=9",
+         "--x0_lambdas", "--value_embeddings", "--cautious_decay", "--tail_average=0.5"]
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "normuon"])
 def test_a_step_reads_the_device_once(small_run, monkeypatch, optimizer, amp):
     """With 4 micro-steps, clipping, the GPU's branch of the head and activations computed anew."""
     force_gpu_head(monkeypatch, compiled=False)
