@@ -56,5 +56,5 @@ def follow_plan(config, state, resumed):
         rate = learning_rate_at(state.step, now, config)
         print0(f"plan:   {now:,} steps instead of {planned:,}; from here on the learning rate is "
                f"that of a run of {now:,} steps, now {rate:.4g}. " + (
-                   "So far it was too: this is that run" if as_planned else
-                   f"So far it was not: this is another run, named {config.name}"))
+                   "The steps done are those of that run too" if as_planned else
+                   f"The steps done are not those of that run: this one is now {config.name}"))

@@ -285,7 +285,7 @@ def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
     whole = small_run("whole", *flags, "--max_steps=12")
     parts = small_run("parts", *flags, "--max_steps=8")
     resume(parts, "--extend", "--max_steps=10")
-    assert "So far it was not: this is another run, named short_extended_8" in capsys.readouterr().out
+    assert "this one is now short_extended_8" in capsys.readouterr().out
     resume(parts, "--extend", "--max_steps=12")
     small_run("parts", *flags, "--max_steps=12", "--resume")
     assert f"{parts} is finished: 12 steps" in capsys.readouterr().out
