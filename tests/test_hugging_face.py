@@ -288,3 +288,19 @@ def test_start_from_weights(tmp_path, data_dir):
                 init_from=whole / "last.pt")
     before, after = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole, again))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_fine_tuning_lowers_the_loss(tmp_path, small_run, monkeypatch):
+    """Weights exported, another text prepared, config/finetune.py: the loss on that text falls."""
+    source = small_run("run", "--max_steps=30", "--learning_rate=5e-3")
+    run_main(monkeypatch, "model", "export", source / "best.pt", tmp_path / "exported")
+    (tmp_path / "mine.txt").write_text("".join(f"Line {i} of a tale: {i % 7} hares.\n"
+                                               for i in range(20_000)))
+    run_main(monkeypatch, "prepare", tmp_path / "mine.txt", "--tokenizer=bytes", "--heldout=0.2",
+             f"--data_dir={tmp_path}/data")
+    train.train(config.load(["config/finetune.py", f"--init_from={tmp_path}/exported",
+                             "--dataset=mine", f"--data_dir={tmp_path}/data", "--device=cpu",
+                             f"--out_dir={tmp_path}/tuned", "--learning_rate=5e-3",
+                             "--max_steps=20", "--eval_every=10", "--eval_tokens=2048"]))
+    found = losses(tmp_path / "tuned")
+    assert found[-1] < 0.8 * found[0]
