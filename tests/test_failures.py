@@ -22,6 +22,7 @@ from conftest import HERE, SMALL, assert_same_run, call, equal_weights, losses, 
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
+from nanolab.export import write_folder
 from nanolab.logfile import read_log
 
 
@@ -283,3 +284,10 @@ def test_a_damaged_last_names_the_best(small_run, tiny_data):
     best.write_bytes(content)
     with pytest.raises(UserError, match=r"best.pt is damaged: the checksum of [^;]*$"):
         small_run("run", *flags, "--resume")
+
+
+def test_export_has_temporary_names_of_its_own(tmp_path):
+    """A user's folder beside the exported one stays."""
+    (tmp_path / "model.unfinished").mkdir()
+    write_folder(tmp_path / "model", {"config.json": b"{}"}, {"weight": torch.ones(2)})
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.unfinished"}

@@ -161,6 +161,40 @@ def test_asked_to_stop_by_the_command_line(tmp_path, data_dir, number):
     assert read_checkpoint(tmp_path / "out" / "last.pt")["step"] == len(losses(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_torchrun_is_stopped(tmp_path, data_dir, number):
+    """Killed or interrupted, torchrun leaves no process behind; its processes save, and give no traceback of ours."""
+    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SMALL,
+                                 "--dataset=stdlib", f"--data_dir={data_dir}", "--batch_size=4", "--max_steps=100000",
+                                 f"--out_dir={tmp_path / 'out'}"], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "log.jsonl"
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+        assert torchrun.poll() is None
+    torchrun.send_signal(number)
+    stderr = torchrun.communicate(timeout=60)[1]  # ends when no process has the pipe any more
+    assert read_checkpoint(tmp_path / "out" / "last.pt")["step"] == len(losses(tmp_path / "out"))
+    assert "train.py" not in stderr and not (tmp_path / "out" / "run.lock").exists()
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "sample.py", "model.py", "prepare.py"])
+def test_ctrl_c_while_it_imports(script):
+    """One line, no traceback."""
+    argv = ["export", "a", "b"] if script == "model.py" else ["stdlib"] if script == "prepare.py" else []
+    code = f"""if True:
+        import os, runpy, signal, sys
+        class Interrupt:
+            def find_spec(self, name, *args):
+                if name == "numpy":
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Interrupt())
+        sys.path.insert(0, {str(HERE)!r})
+        sys.argv = {[script, *argv]!r}
+        runpy.run_path({str(HERE / script)!r}, run_name="__main__")"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 130 and result.stderr == f"{script}: stopped before it began\n" and not result.stdout
+
+
 def test_second_ctrl_c_ends_at_once(tmp_path, data_dir):
     process = start_long_run(tmp_path, data_dir, "--eval_every=1", "--eval_tokens=10_000_000")  # it is in a long validation
     for _ in range(2):
