@@ -31,11 +31,11 @@ import torch.distributed as dist
 
 from config import OPTIONS, SEEDS
 from model import GPT
-from nanolab import plots, study, tables
+from nanolab import kernels, plots, study, tables
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, parse_json, run_script
 from nanolab.data import TokenDataset
-from nanolab.devices import autocast_dtype, end_distributed, init_distributed
+from nanolab.devices import autocast_dtype, end_distributed, from_rank_0, init_distributed
 from nanolab.measure import mean_loss
 from nanolab.results import load_result, save_result
 from nanolab.stats import fit_batch_size
@@ -90,11 +90,14 @@ def evaluate(path, args, device, rank, world_size):
     split, dtype = meta["splits"].get("test"), autocast_dtype(args.amp, device)
     amp = str(dtype).removeprefix("torch.") if dtype else "off"
     is_ours = config["dataset"] is not None  # nothing is saved beside Hugging Face's weights
-    saved = from_rank_0(lambda: load_result(path), world_size) if is_ours else {"results": []}
+    # other machines may not see rank 0's disk
+    saved = from_rank_0(lambda: load_result(path)) if is_ours else {"results": []}
     for result in saved["results"]:
         if split and result["test_sha256"] == split["sha256"] and result["amp"] == amp:
             return {**result, "path": str(path), **training_cost(path, checkpoint)}
 
+    # with the run's own matrix product, the same loss to the last bit each time
+    kernels.USE_ONEDNN = (checkpoint.get("cpu_plan") or {}).get("onednn", False)
     test_data = TokenDataset(data_dir, dataset, "test", config["block_size"])
     model = GPT.from_checkpoint(path).to(device)
     loss = mean_loss(model, test_data, len(test_data), args.batch_size, device, dtype, rank,
@@ -115,15 +118,6 @@ def evaluate(path, args, device, rank, world_size):
         if config.get("wandb") and dataset == config["dataset"]:
             log_to_wandb(path, config, loss)
     return {**result, **training_cost(path, checkpoint)}
-
-
-def from_rank_0(compute, world_size):
-    """What compute() returns on rank 0, on all ranks: other machines may not see its disk."""
-    if world_size == 1:
-        return compute()
-    box = [compute() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 
 def log_to_wandb(path, config, loss):

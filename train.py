@@ -30,6 +30,7 @@ from config import OPTIONS, divisors_near
 from model import GPT, GPTConfig
 from nanolab.checkpoint import CheckpointSaver, find_start
 from nanolab.common import UserError, run_script
+from nanolab.cpu import choose_plan, share_batches
 from nanolab.data import TokenDataset, window_ids
 from nanolab.devices import (StopSignal, autocast, autocast_dtype, end_distributed,
                              init_distributed, print0, same_on_all_ranks, torchrun_restarted)
@@ -71,6 +72,7 @@ def train(config):
     state = start.restore(tail, optimizer, scaler)  # steps done, seconds, best validation loss
     if start.resumed:
         follow_plan(config, state, start.resumed)
+    cpu_plan, busy_cores = choose_plan(model, config, state, device, dtype)
     del start  # frees the checkpoint's memory
     if not same_on_all_ranks(state.step, device):
         raise UserError(f"the machines have different checkpoints in {config.out_dir}; "
@@ -79,8 +81,9 @@ def train(config):
         print0(f"{config.out_dir} is finished: {state.step:,} steps are done, "
                f"{max_steps:,} were asked for; --resume --extend --max_steps=MORE goes on")
         return
-    compiled_model = compile_model(model, config, device)  # shares model's weights
-    compiled_mean = compile_model(tail.mean, config, device)
+    # each shares model's weights
+    compiled_model = share_batches(compile_model(model, config, device), cpu_plan)
+    compiled_mean = share_batches(compile_model(tail.mean, config, device), cpu_plan)
     if config.batch_size == "auto":
         config.batch_size = largest_batch_size(model, compiled_model, optimizer, train_data,
                                                config.global_batch_size, world_size, device, dtype)
@@ -90,6 +93,7 @@ def train(config):
     # logging, saving, stop signals, batches
     print_setup(config, meta, model, train_data, n_val_windows, max_steps, grad_accum_steps, dtype,
                 world_size)
+    print_cpu_plan(cpu_plan, busy_cores)
     if config.dry_run:
         dry_run(config, state, model, ddp_model, optimizer, train_data, max_steps,
                 grad_accum_steps, device, dtype)
@@ -281,6 +285,14 @@ def print_setup(config, meta, model, train_data, n_val_windows, max_steps, grad_
         print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
                f"{config.vocab_size:,} kinds, tokenizer {meta['tokenizer']}; it has no test split, "
                "so eval.py needs another --dataset")
+
+
+def print_cpu_plan(plan, busy_cores):
+    if plan:
+        print0(f"cpu:    {plan}")
+    if busy_cores and busy_cores > 0.3:
+        print0(f"note:   other programs keep {busy_cores:.1f} of {os.cpu_count()} cores busy; "
+               "the run is slower by that, and faster without them")
 
 
 def main():

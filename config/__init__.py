@@ -184,6 +184,9 @@ class Config(GPTConfig):
         True, "let float32 matrix products use TF32 (CUDA), whatever amp is")
     compile: bool | str = option(
         "auto", "torch.compile. auto: on for CUDA, off elsewhere", choices=("auto",))
+    threads: int = option(
+        0, "CPU: how many threads; 0: what is fastest here now, which a resumed run keeps",
+        within="[0, 1024]")
     device: str = option(
         "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
 
@@ -231,7 +234,7 @@ ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
 # change them. `seed` acts through SEEDS.
 RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "dry_run", "data_dir", "batch_size",
-                     "device", "eval_every", "save_every", "save_weights", "log_every",
+                     "threads", "device", "eval_every", "save_every", "save_weights", "log_every",
                      "sample_every", "sample_prompt", "wandb", "dollars_per_hour", "seed"}
 
 

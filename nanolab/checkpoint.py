@@ -79,6 +79,7 @@ class RunState:
     name_suffix: str = ""  # names what no other run has been through, such as "_extended_400"
     val_loss: float | None = None
     best_val_loss: float = math.inf
+    cpu_plan: dict | None = None  # see nanolab/cpu.py
 
     def tokens_per_second(self):
         """Of training alone, unless the first step is all there is."""

@@ -123,6 +123,15 @@ def all_reduce_scalar(op, value, device):
     return value.item()
 
 
+def from_rank_0(compute):
+    """What compute() returns on rank 0, on all ranks."""
+    if not dist.is_initialized():
+        return compute()
+    box = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def synchronize(device):
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

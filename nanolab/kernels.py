@@ -6,20 +6,17 @@ Shapes in comments: N tokens, C width, V vocabulary.
 
 import functools
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-# torch multiplies matrices with Intel's MKL, which does not use AVX-512 on AMD CPUs. Convolutions
-# go to oneDNN, which does. So on such a CPU we run matmuls as 1x1 convolutions: the same sums to
-# rounding, in half the time on Zen 5 (torch 2.13).
-CPUINFO = Path("/proc/cpuinfo")
-USE_ONEDNN = (torch.backends.cpu.get_cpu_capability() == "AVX512"
-              and torch.backends.mkldnn.is_available()
-              and CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text())
+# torch multiplies float32 matrices with Intel's MKL and convolves with oneDNN. A matmul as a 1x1
+# convolution gives the same sums to rounding. On some CPUs it takes half the time (Zen 5, where
+# MKL leaves AVX-512 unused), on others as long or longer; nanolab/cpu.py times both.
+ONEDNN_AVAILABLE = torch.backends.mkldnn.is_available()
+USE_ONEDNN = False
 
 
 def linear(x, weight, bias=None):

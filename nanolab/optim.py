@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from nanolab.cpu import map_parts
 from nanolab.devices import autocast_dtype
 
 
@@ -193,9 +194,11 @@ def normalise_neurons(matrices, states, beta2=0.95):
 
 
 def orthogonalise(matrices):
-    """newton_schulz of (n, rows, columns) matrices; each rank does its share, and all get all."""
+    """newton_schulz of (n, rows, columns) matrices; the ranks, or the threads on
+    a CPU, do a share each, and all ranks get all."""
     if not dist.is_initialized():
-        return newton_schulz(matrices)
+        parts = map_parts(newton_schulz, matrices)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     share = math.ceil(len(matrices) / world_size)
     padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world_size - len(matrices)))
