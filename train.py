@@ -72,7 +72,6 @@ def train(config):
     state = start.restore(tail, optimizer, scaler)  # steps done, seconds, best validation loss
     if start.resumed:
         follow_plan(config, state, start.resumed)
-    cpu_plan, busy_cores = choose_plan(model, config, state, device, dtype)
     del start  # frees the checkpoint's memory
     if not same_on_all_ranks(state.step, device):
         raise UserError(f"the machines have different checkpoints in {config.out_dir}; "
@@ -81,6 +80,7 @@ def train(config):
         print0(f"{config.out_dir} is finished: {state.step:,} steps are done, "
                f"{max_steps:,} were asked for; --resume --extend --max_steps=MORE goes on")
         return
+    cpu_plan, busy_cores = choose_plan(model, config, state, device, dtype)  # None on a GPU
     # each shares model's weights
     compiled_model = share_batches(compile_model(model, config, device), cpu_plan)
     compiled_mean = share_batches(compile_model(tail.mean, config, device), cpu_plan)
