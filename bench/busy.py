@@ -1,0 +1,85 @@
+"""What a busy machine costs: the quickstart's speed beside programs that keep cores busy.
+
+    python bench/busy.py --repeats=3
+
+Each neighbour is an endless Python loop, bound to a core of its own: none, one on the first core,
+one on each core. The order of the three changes from round to round. Prints a Markdown table:
+tokens/s, median (lowest to highest), and the share of the quiet speed.
+
+Linux only. Close other programs first.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from nanogpt import ROOT, STEPS_NOT_TIMED, commit, processor
+
+from nanolab.common import argument_parser, run_script
+from nanolab.logfile import read_log
+
+
+def main():
+    args = parse_arguments()
+    cores = sorted(os.sched_getaffinity(0))
+    situations = {"no neighbour": [], "one on one core": cores[:1], "one on each core": cores}
+    rates = {name: [] for name in situations}
+    for i in range(args.repeats):
+        names = list(situations)
+        for name in names[i % 3:] + names[:i % 3]:
+            rates[name].append(time_beside(situations[name], args))
+            print(f"round {i + 1}, {name}: {rates[name][-1]:,.0f} tokens/s", file=sys.stderr)
+    quiet = statistics.median(rates["no neighbour"])
+    print("| neighbours | tokens/s | share of the quiet speed |\n| --- | --- | --- |")
+    for name, each in rates.items():
+        median = statistics.median(each)
+        print(f"| {name} | {median:,.0f} ({min(each):,.0f} to {max(each):,.0f}) "
+              f"| {median / quiet:.2f} |")
+    if args.json:
+        content = {"processor": processor(), "cores": len(cores), "commit": commit(),
+                   "command": " ".join(sys.argv), "tokens_per_second": rates}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def time_beside(busy_cores, args):
+    """Tokens per second of a short run of the quickstart, its start not counted."""
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                  for _ in busy_cores]
+    for process, core in zip(neighbours, busy_cores):
+        os.sched_setaffinity(process.pid, {core})
+    try:
+        with tempfile.TemporaryDirectory() as out_dir:
+            subprocess.run([sys.executable, "train.py", "config/quickstart.py", "--eval_every=0",
+                            f"--max_steps={args.steps}", "--eval_tokens=1", "--device=cpu",
+                            f"--data_dir={args.data_dir}", f"--out_dir={out_dir}"],
+                           cwd=args.checkout, check=True, capture_output=True)
+            steps = read_log(Path(out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
+    finally:
+        for process in neighbours:
+            process.kill()
+            process.wait()
+    return statistics.harmonic_mean([step["tokens_per_second"] for step in steps])
+
+
+def parse_arguments():
+    parser = argument_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="of a run (default: %(default)s)")
+    parser.add_argument("--checkout", type=Path, default=ROOT,
+                        help="another version's folder, to compare with")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
+                        help="where the data set stdlib is, or is made (default: data)")
+    parser.add_argument("--json", metavar="FILE", help="write every run's speed")
+    args = parser.parse_args()
+    args.data_dir = args.data_dir.resolve()
+    if args.repeats < 1 or args.steps <= STEPS_NOT_TIMED:
+        parser.error(f"--repeats must be at least 1, --steps more than {STEPS_NOT_TIMED}")
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main)
