@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from config import OPTIONS, SEEDS
 from model import GPT
-from nanolab import kernels, plots, study, tables
+from nanolab import plots, study, tables
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, parse_json, run_script
 from nanolab.data import TokenDataset
@@ -96,10 +96,8 @@ def evaluate(path, args, device, rank, world_size):
         if split and result["test_sha256"] == split["sha256"] and result["amp"] == amp:
             return {**result, "path": str(path), **training_cost(path, checkpoint)}
 
-    # with the run's own matrix product, the same loss to the last bit each time
-    kernels.USE_ONEDNN = (checkpoint.get("cpu_plan") or {}).get("onednn", False)
     test_data = TokenDataset(data_dir, dataset, "test", config["block_size"])
-    model = GPT.from_checkpoint(path).to(device)
+    model = share_batches(GPT.from_checkpoint(path).to(device), plan_for_eval(checkpoint, device))
     loss = mean_loss(model, test_data, len(test_data), args.batch_size, device, dtype, rank,
                      world_size)
     if not math.isfinite(loss):

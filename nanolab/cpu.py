@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from nanolab import kernels
 from nanolab.devices import from_rank_0
 
+DEFAULT_THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
 SECONDS = 0.3  # that each of two choices may take, after one round
 KERNEL_GAIN = 1.15  # how many times as fast oneDNN must be: a rerun then makes the same choice
 SHARING_LOSS = 1.25  # how many times as fast sharing every operator must be
@@ -63,12 +64,23 @@ def choose_plan(model, config, state, device, dtype):
     return plan, busy
 
 
+def plan_for_eval(checkpoint, device):
+    """All threads share batches, and the matrix product is that of the checkpoint's own run. Puts
+    it into effect. -> CPUPlan, or None on a GPU."""
+    if device.type != "cpu":
+        return None
+    plan = CPUPlan((checkpoint.get("cpu_plan") or {}).get("onednn", False),
+                   DEFAULT_THREADS, share_batch=True)
+    use(plan)
+    return plan
+
+
 def measure(model, config, dtype):
-    n_threads = config.threads or torch.get_num_threads()
+    n_threads = config.threads or DEFAULT_THREADS
     batch_size = 2 * n_threads if config.batch_size == "auto" else config.batch_size
     n_params = sum(p.numel() for p in model.parameters())
     may_share = n_params <= LARGEST_SHARED and not config.dropout and config.compile is not True
-    step = make_trial(model, batch_size, may_share, dtype)
+    step = make_trial(model, batch_size, n_threads, may_share, dtype)
 
     before = busy_seconds(), time.process_time(), time.perf_counter()
     torch_s = CPUPlan()
@@ -96,13 +108,13 @@ def measure(model, config, dtype):
     return plan, busy
 
 
-def make_trial(model, batch_size, may_share, dtype):
+def make_trial(model, batch_size, n_threads, may_share, dtype):
     """A function that runs forward and backward passes of a small form of the model: of its width,
     with fewer layers, sequences, positions and token ids if it is large."""
     config = model.config
     block_size = min(config.block_size, 256)
     flop_of_layer = 6 * 12 * config.n_embd**2 * block_size  # of one sequence
-    smallest = min(torch.get_num_threads(), batch_size) if may_share else 1
+    smallest = min(n_threads, batch_size) if may_share else 1
     batch_size = min(batch_size, max(int(TRIAL_FLOP / flop_of_layer), smallest))
     n_layer = min(config.n_layer, max(int(TRIAL_FLOP / flop_of_layer / batch_size), 1))
     trial = type(model)(replace(config, n_layer=n_layer, block_size=block_size, dropout=0.0,

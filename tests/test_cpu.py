@@ -46,15 +46,15 @@ def test_the_fastest_way_is_chosen_by_timing(monkeypatch, milliseconds, chosen):
 
     monkeypatch.setattr(cpu, "make_trial", lambda *args: step)
     monkeypatch.setattr(kernels, "ONEDNN_AVAILABLE", True)
-    torch.set_num_threads(2)
+    monkeypatch.setattr(cpu, "DEFAULT_THREADS", 2)
     plan, _ = cpu.measure(small_model(), config.Config(batch_size=8, dropout=0.0), None)
     assert plan == chosen
 
 
 @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"compile": True}, {"batch_size": 1}])
-def test_no_shared_batch_where_it_would_change_more_than_rounding(options):
+def test_no_shared_batch_where_it_would_change_more_than_rounding(monkeypatch, options):
     """Dropout's masks, compiled code and a single sequence have no parts."""
-    torch.set_num_threads(2)
+    monkeypatch.setattr(cpu, "DEFAULT_THREADS", 2)
     plan, _ = cpu.measure(small_model(), config.Config(**{"batch_size": 8, "dropout": 0.0, **options}), None)
     assert not plan.share_batch
 
@@ -62,7 +62,6 @@ def test_no_shared_batch_where_it_would_change_more_than_rounding(options):
 def test_the_choice_takes_a_second():
     """Also for a model whose own step takes many."""
     model = small_model(n_layer=8, n_head=8, n_embd=512, block_size=1024, vocab_size=20_000)
-    torch.set_num_threads(1)
     start = time.process_time()
     cpu.measure(model, config.Config(batch_size=8, dropout=0.0), None)
     assert time.process_time() - start < 3  # of a loaded core; 0.7 s on a quiet one
