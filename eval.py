@@ -34,6 +34,7 @@ from model import GPT
 from nanolab import plots, study, tables
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, parse_json, run_script
+from nanolab.cpu import plan_for_eval, share_batches
 from nanolab.data import TokenDataset
 from nanolab.devices import autocast_dtype, end_distributed, from_rank_0, init_distributed
 from nanolab.measure import mean_loss
