@@ -39,7 +39,7 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
     full disk, no permission).
     """
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # a terminal that has only ASCII shows the rest as \xe9
+        if hasattr(stream, "reconfigure"):  # a terminal that has only ASCII shows the rest as \xe9
             stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ends that of nanolab.ctrl_c

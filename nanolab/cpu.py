@@ -70,7 +70,7 @@ def plan_for_eval(checkpoint, device):
     if device.type != "cpu":
         return None
     plan = CPUPlan((checkpoint.get("cpu_plan") or {}).get("onednn", False),
-                   DEFAULT_THREADS, share_batch=True)
+                   DEFAULT_THREADS, share_batch=DEFAULT_THREADS > 1)
     use(plan)
     return plan
 

@@ -269,7 +269,8 @@ def test_start_from_weights(tmp_path, data_dir):
     assert {key: options[key] for key in config.ARCHITECTURE_OPTIONS} == {
         "block_size": 24, "vocab_size": 257, "n_layer": 2, "n_head": 4, "n_embd": 32,
         "qkv_bias": True, "tie_weights": True, "norm": "layernorm", "position": "learned",
-        "qk_norm": False, "activation": "gelu", "logit_softcap": 0.0, "value_residual": False}
+        "qk_norm": False, "activation": "gelu", "logit_softcap": 0.0, "value_residual": False,
+        "value_embeddings": False, "x0_lambdas": False, "embed_norm": False}
     inputs, targets = TokenDataset(data_dir, "stdlib", "train", 24).batch(range(8))
     with torch.no_grad():
         expected = GPT.from_checkpoint(source)(inputs, targets).item()

@@ -94,7 +94,8 @@ def watch_parameters(model, *args):
 
 def watch_gradients(*args):
     backward(*args)
-    storages.append([p.grad.untyped_storage().data_ptr() for p in parameters])
+    if parameters:  # not in the timed steps that choose a CPU's plan
+        storages.append([p.grad.untyped_storage().data_ptr() for p in parameters])
 
 def count_matrices(stack):
     matrices.append(len(stack))

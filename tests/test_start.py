@@ -10,14 +10,14 @@ from nanolab.logfile import read_log
 
 
 def test_quickstart_schedule(tmp_path, data_dir):
-    """Shortened, the quickstart still warms up and ends at a tenth of its peak rate."""
+    """Shortened, the quickstart still warms up, learns, and ends at a rate of zero."""
     result = call("train.py", "config/quickstart.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out",
-                  "--max_steps=200", "--eval_every=100", "--eval_tokens=4096", "--device=cpu")
+                  "--max_steps=50", "--eval_every=25", "--eval_tokens=4096", "--device=cpu")
     assert result.returncode == 0, result.stderr
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made == {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "report.html", "summary.json"}
     log = read_log(tmp_path / "out" / "log.jsonl")[0]
-    assert log[-1]["loss"] < 3 and log[-1]["lr"] == pytest.approx(log[11]["lr"] * 0.1, rel=0.2)
+    assert log[-1]["loss"] < 3 and log[0]["lr"] < log[2]["lr"] > log[25]["lr"] > log[-1]["lr"] == 0
 
 
 def test_dry_run(small_run, tmp_path, capsys):
@@ -48,7 +48,7 @@ def test_torchrun_ends_with_our_line(tmp_path):
     lines = result.stderr.splitlines()
     ours = "train.py: global_batch_size=8 (from --global_batch_size) is not divisible by batch_size=16 "
     assert lines[0].startswith(ours) and ours in lines[-2]
-    assert result.returncode == 1 and "exitcode  : 2" in result.stderr and "Signal" not in result.stderr
+    assert result.returncode == 1 and "exitcode  : 2" in result.stderr.split("Root Cause")[1]
 
 
 def test_muon_at_the_baselines_rate_gets_a_note(small_run, capsys):
