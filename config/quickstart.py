@@ -14,15 +14,15 @@ n_embd = 128
 block_size = 128
 batch_size = 16
 global_batch_size = 16
-max_steps = 1100
+max_steps = 1080
 
 dropout = 0.0
 position = "rope"
 qk_norm = True
 value_embeddings = True
 
-optimizer = "muon"
-learning_rate = 1e-2
+optimizer = "normuon"
+learning_rate = 1.2e-2
 schedule = "wsd"
 warmup_fraction = 0.02
 cooldown_fraction = 0.9
@@ -31,6 +31,6 @@ weight_decay = 0.01
 beta2 = 0.95
 grad_clip = 1.0
 
-eval_every = 275
+eval_every = 270
 eval_tokens = 65_536
-save_every = 275
+save_every = 270

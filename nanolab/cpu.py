@@ -18,10 +18,10 @@ from nanolab import kernels
 from nanolab.devices import from_rank_0
 
 DEFAULT_THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
-SECONDS = 0.3  # that each of two choices may take, after one round
+SECONDS = 0.2  # that each of two choices may take, after one round
 KERNEL_GAIN = 1.15  # how many times as fast oneDNN must be: a rerun then makes the same choice
-SHARING_LOSS = 1.25  # how many times as fast sharing every operator must be
-TRIAL_FLOP = 2e9  # of one timed step, about; larger models are timed with fewer layers
+SHARING_LOSS = 1.35  # how many times as fast sharing every operator must be
+TRIAL_FLOP = 4e9  # of one timed step, about; larger models are timed with fewer layers
 LARGEST_SHARED = 2**24  # parameters up to which each part of a batch may have its own gradients
 
 
@@ -114,8 +114,9 @@ def make_trial(model, batch_size, n_threads, may_share, dtype):
     config = model.config
     block_size = min(config.block_size, 256)
     flop_of_layer = 6 * 12 * config.n_embd**2 * block_size  # of one sequence
-    smallest = min(n_threads, batch_size) if may_share else 1
-    batch_size = min(batch_size, max(int(TRIAL_FLOP / flop_of_layer), smallest))
+    smallest = min(n_threads, batch_size) if may_share else 1  # and a multiple of it: equal parts
+    wanted = min(batch_size, 1024 // block_size, int(TRIAL_FLOP / flop_of_layer))
+    batch_size = max(wanted // smallest, 1) * smallest
     n_layer = min(config.n_layer, max(int(TRIAL_FLOP / flop_of_layer / batch_size), 1))
     trial = type(model)(replace(config, n_layer=n_layer, block_size=block_size, dropout=0.0,
                                 vocab_size=min(config.vocab_size, 4096)))
