@@ -33,17 +33,17 @@ def read_json(path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The quickstart, shortened: 100 steps, then 100 more by --resume. -> the run's folder."""
+    """The quickstart, shortened: 40 steps, then 40 more by --resume. -> the run's folder."""
     folder = tmp_path_factory.mktemp("quickstart")
     command = ["train.py", "config/quickstart.py", f"--data_dir={folder}/data",
                f"--out_dir={folder}/out", "--schedule=constant", "--warmup_fraction=0",
-               "--eval_every=100", "--eval_tokens=4096", "--device=cpu"]
-    first = call(*command, "--max_steps=100")
+               "--eval_every=40", "--eval_tokens=4096", "--device=cpu"]
+    first = call(*command, "--max_steps=40")
     assert first.returncode == 0, first.stderr
     assert "tokens/s" in first.stderr
     assert "python eval.py --ckpt" in first.stdout and "python sample.py" in first.stdout
-    second = call(*command, "--max_steps=200", "--resume")
-    assert second.returncode == 0 and "resume: at step 100" in second.stdout, second.stderr
+    second = call(*command, "--max_steps=80", "--resume")
+    assert second.returncode == 0 and "resume: at step 40" in second.stdout, second.stderr
     return folder / "out"
 
 
@@ -53,12 +53,12 @@ def test_train(run):
     assert made <= {file.name for file in run.iterdir()}
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
-    assert [entry["step"] for entry in steps] == list(range(200))
+    assert [entry["step"] for entry in steps] == list(range(80))
     assert set(steps[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "clipped", "skipped",
                              "tokens_per_second", "mfu", "seconds"}
     assert steps[0]["loss"] > 5 and steps[-1]["loss"] < 3
-    assert [entry["step"] for entry in log if "val_loss" in entry] == [100, 200]
-    assert read_json(run / "summary.json")["tokens"] == 200 * 6 * 64
+    assert [entry["step"] for entry in log if "val_loss" in entry] == [40, 80]
+    assert read_json(run / "summary.json")["tokens"] == 80 * 16 * 128
 
 
 def test_evaluate(run):

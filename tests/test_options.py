@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import HERE, SMALL
 
-from nanolab.checkpoint import read_checkpoint
+from nanolab.common import load_tensors
 
 NEW_OPTION = '    rotary: bool = option(False, "a throw-away flag")\n'
 ITS_NEIGHBOUR = "    qkv_bias: bool"  # in GPTConfig
@@ -71,7 +71,7 @@ def test_an_option_is_defined_once(copy, data_dir, small_run):
         export_before=["model.py", "export", str(before), "exported_before"])
 
     def rotary(run):
-        return read_checkpoint(copy / run / "last.pt")["config"]["rotary"]
+        return load_tensors(copy / run / "last.pt")["config"]["rotary"]
 
     def assert_refused(name, exit_code, message):
         code, output = results[name]

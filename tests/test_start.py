@@ -12,12 +12,12 @@ from nanolab.logfile import read_log
 def test_quickstart_schedule(tmp_path, data_dir):
     """Shortened, the quickstart still warms up, learns, and ends at a rate of zero."""
     result = call("train.py", "config/quickstart.py", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out",
-                  "--max_steps=50", "--eval_every=25", "--eval_tokens=4096", "--device=cpu")
+                  "--max_steps=50", "--eval_every=25", "--batch_size=4", "--global_batch_size=4", "--eval_tokens=4096", "--device=cpu")
     assert result.returncode == 0, result.stderr
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert made == {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "report.html", "summary.json"}
     log = read_log(tmp_path / "out" / "log.jsonl")[0]
-    assert log[-1]["loss"] < 3 and log[0]["lr"] < log[2]["lr"] > log[25]["lr"] > log[-1]["lr"] == 0
+    assert log[-1]["loss"] < 3.5 < log[0]["loss"] and log[0]["lr"] < log[2]["lr"] > log[25]["lr"] > log[-1]["lr"] == 0
 
 
 def test_dry_run(small_run, tmp_path, capsys):
@@ -47,7 +47,7 @@ def test_torchrun_ends_with_our_line(tmp_path):
     result = call("train.py", *SMALL, f"--out_dir={tmp_path}/out", "--batch_size=16", processes=2)
     lines = result.stderr.splitlines()
     ours = "train.py: global_batch_size=8 (from --global_batch_size) is not divisible by batch_size=16 "
-    assert lines[0].startswith(ours) and ours in lines[-2]
+    assert any(line.startswith(ours) for line in lines) and ours in lines[-2]
     assert result.returncode == 1 and "exitcode  : 2" in result.stderr.split("Root Cause")[1]
 
 
