@@ -27,7 +27,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch.distributed as dist
 
 from config import OPTIONS, SEEDS
 from model import GPT

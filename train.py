@@ -106,6 +106,11 @@ def train(config):
     skipped_in_a_row = 0
     batches = log.timed(micro_batches(train_data, config, state.step, rank, world_size, device))
 
+    def validate():
+        """The loss on the first n_val_windows: of the weights, or in the tail of their mean."""
+        return mean_loss(compiled_mean if tail.n_averaged else compiled_model, val_data,
+                         n_val_windows, config.batch_size, device, dtype, rank, world_size)
+
     model.train()
     with log, saver:  # on exit: waits for the last save, then closes the log and frees its folder
         inputs, targets = next(batches)
@@ -138,8 +143,7 @@ def train(config):
                 optimizer.step()
             skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
             if skipped_in_a_row == MAX_SKIPPED:
-                saver.wait()
-                raise UserError(describe_bad_numbers(model, step, config.out_dir))
+                end_for_bad_numbers(model, step, saver)
             scaler.update()
             optimizer.zero_grad(set_to_none=world_size == 1)  # under DDP they are views of buckets
             state.step += 1
@@ -151,17 +155,13 @@ def train(config):
             # sample, validate, save: none of them changes the training or its timing
             last_step = state.step == max_steps
             with log.clock_stopped():
-                if rank == 0 and is_due(config.sample_every, state.step):
-                    log.sample(sample())
+                log.sample_if_due(sample)
                 if last_step or is_due(config.eval_every, state.step):
-                    tested = compiled_mean if tail.n_averaged else compiled_model
-                    val_loss = mean_loss(tested, val_data, n_val_windows, config.batch_size, device,
-                                         dtype, rank, world_size)
+                    val_loss = validate()
                     log.validation(val_loss, is_best=saver.save_best(val_loss, wait=last_step))
                 if last_step:
                     log.write_summary()  # before last.pt, which marks the run as finished
-                if last_step or not stopping:
-                    log.draw_if_due()
+                log.draw_if_due(stopping)
                 if last_step or stopping or is_due(config.save_every, state.step):
                     saver.save_last(wait=last_step or stopping)
             if stopping:
@@ -199,14 +199,15 @@ def sync_step(loss, grad_norm, stop_requested):
     return loss, norm, n_stops > 0
 
 
-def describe_bad_numbers(model, step, out_dir):
+def end_for_bad_numbers(model, step, saver):
+    saver.wait()
     bad = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
-    last = Path(out_dir, "last.pt")
+    last = saver.out_dir / "last.pt"
     saved = f"{last} is the last good checkpoint" if last.exists() else "no checkpoint was saved"
-    return (f"{MAX_SKIPPED} updates in a row were skipped because the loss or a gradient was not "
-            f"finite, the last at step {step}; the first parameter that went bad is "
-            f"{bad[0] if bad else 'none of them alone'}. {saved}. "
-            "Try a lower --learning_rate, or --grad_clip")
+    raise UserError(f"{MAX_SKIPPED} updates in a row were skipped because the loss or a gradient "
+                    f"was not finite, the last at step {step}; the first parameter that went bad "
+                    f"is {bad[0] if bad else 'none of them alone'}. {saved}. "
+                    "Try a lower --learning_rate, or --grad_clip")
 
 
 def is_due(every, step):
@@ -292,7 +293,7 @@ def print_cpu_plan(plan, busy_cores):
         print0(f"cpu:    {plan}")
     if busy_cores and busy_cores > 0.3:
         print0(f"note:   other programs keep {busy_cores:.1f} of {os.cpu_count()} cores busy; "
-               "the run is slower by that, and faster without them")
+               "this run gets the rest")
 
 
 def main():

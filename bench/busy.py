@@ -17,9 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from nanogpt import ROOT, STEPS_NOT_TIMED, commit, processor
+import torch
+from nanogpt import ROOT, STEPS_NOT_TIMED, commit
 
 from nanolab.common import argument_parser, run_script
+from nanolab.devices import machine
 from nanolab.logfile import read_log
 
 
@@ -40,7 +42,7 @@ def main():
         print(f"| {name} | {median:,.0f} ({min(each):,.0f} to {max(each):,.0f}) "
               f"| {median / quiet:.2f} |")
     if args.json:
-        content = {"processor": processor(), "cores": len(cores), "commit": commit(),
+        content = {"machine": machine(torch.device("cpu")), "commit": commit(),
                    "command": " ".join(sys.argv), "tokens_per_second": rates}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 

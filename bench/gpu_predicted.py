@@ -3,13 +3,13 @@
     python bench/gpu_predicted.py
 
 Nothing is measured. docs/gpu.md holds the output, and tests/test_gpu_docs.py compares the counts
-with the code. Each arithmetic expression is printed as it is computed.
+with the code. f"{expression=}" prints each arithmetic expression as it is computed.
 """
 
 import functools
-import math
 import sys
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,26 +38,32 @@ RANKS = 8
 B, T, C, V, L = 12, SHAPE.block_size, SHAPE.n_embd, SHAPE.vocab_size, SHAPE.n_layer
 N = B * T
 P = V + -V % 64
-K = math.ceil(N * P / GPU_CHUNK)
+K = ceil(N * P / GPU_CHUNK)
 
-HEAD = [  # what, bytes
-    ("hidden states to 16 bits", "N*C * (4+2)"),
-    ("the head to 16 bits, padded with zeros", "V*C * (4+2) + (P-V)*C * 2"),
-    ("both gradients start as zeros in float32", "(N*C + V*C) * 4"),
-    ("logits = hidden @ head.T", "N*P*2 + N*C*2 + K * P*C*2"),
-    ("logsumexp and the target's logit (compiled): reads the logits", "N*P*2"),
-    ("logits to their gradient, in place (compiled): reads and writes", "N*P*2 * 2"),
-    ("gradient of hidden = logits @ head", "N*P*2 + K * P*C*2 + N*C*2"),
-    ("its copy to float32", "N*C * (2+4)"),
-    ("gradient of the head = logits.T @ hidden", "N*P*2 + N*C*2 + K * P*C*2"),
-    ("added up in float32", "K * V*C * (2+4+4)"),
-    ("backward pass: both gradients times the loss's", "(N*C + V*C) * (4+4)"),
+
+def formula(shown):
+    """From f"{expression=}": -> the expression, its value."""
+    expression, _, value = shown.rpartition("=")
+    return expression, int(value)
+
+
+HEAD = [  # what, the expression of its bytes, their number
+    ("hidden states to 16 bits", *formula(f"{N*C * (4+2)=}")),
+    ("the head to 16 bits, padded with zeros", *formula(f"{V*C * (4+2) + (P-V)*C * 2=}")),
+    ("both gradients start as zeros in float32", *formula(f"{(N*C + V*C) * 4=}")),
+    ("logits = hidden @ head.T", *formula(f"{N*P*2 + N*C*2 + K * P*C*2=}")),
+    ("logsumexp and the target's logit (compiled): reads the logits", *formula(f"{N*P*2=}")),
+    ("logits to their gradient, in place (compiled): reads and writes", *formula(f"{N*P*2 * 2=}")),
+    ("gradient of hidden = logits @ head", *formula(f"{N*P*2 + K * P*C*2 + N*C*2=}")),
+    ("its copy to float32", *formula(f"{N*C * (2+4)=}")),
+    ("gradient of the head = logits.T @ hidden", *formula(f"{N*P*2 + N*C*2 + K * P*C*2=}")),
+    ("added up in float32", *formula(f"{K * V*C * (2+4+4)=}")),
+    ("backward pass: both gradients times the loss's", *formula(f"{(N*C + V*C) * (4+4)=}")),
 ]
-NANOGPT_HEAD = "6 * N*P*2 + 3 * (N*C + P*C) * 2 + (N*C + P*C) * 2 * (4+2)"
-HEAD_MEMORY = "ceil(N/K) * P*2 + 2 * P*C*2 + N*C*2"
-MATRICES = "12 * L*C*C + V*C"
-FLOPS = "6 * (12 * L*C*C + V*C) + 12 * L*C*T"
-ADAMW = "28 * n_params"
+NANOGPT_HEAD = formula(f"{6 * N*P*2 + 3 * (N*C + P*C) * 2 + (N*C + P*C) * 2 * (4+2)=}")
+HEAD_MEMORY = formula(f"{ceil(N/K) * P*2 + 2 * P*C*2 + N*C*2=}")
+MATRICES = formula(f"{12 * L*C*C + V*C=}")
+FLOPS = formula(f"{6 * (12 * L*C*C + V*C) + 12 * L*C*T=}")
 
 
 def main():
@@ -72,11 +78,12 @@ def paragraphs():
 def names():
     return (f"`N` = {B} x {T:,} tokens of a micro-batch, `C` = {C} numbers a token, `V` = {V:,} "
             f"logits, `P` = {P:,} with those added for faster products, `K` = {K} chunks, `L` = "
-            f"{L} layers, `T` = {T:,} tokens of a sequence, `n_params` = {n_params():,}:")
+            f"{L} layers, `T` = {T:,} tokens of a sequence, `n_params` = {count_parameters():,}:")
 
 
-def evaluate(expression):
-    return eval(expression, globals() | {"ceil": math.ceil, "n_params": n_params()})
+def adamw():
+    n_params = count_parameters()
+    return formula(f"{28 * n_params=}")
 
 
 def card_table():
@@ -88,27 +95,27 @@ def card_table():
 
 def work_table():
     """What does not depend on the card."""
-    rows = [(what, f"`{bytes_}`", in_gb(evaluate(bytes_))) for what, bytes_ in HEAD]
+    rows = [(what, f"`{expression}`", in_gb(n_bytes)) for what, expression, n_bytes in HEAD]
     rows += [
         ("**the head, all**", "the sum", f"**{in_gb(head_bytes())}**"),
-        ("nanoGPT's head, counted likewise", f"`{NANOGPT_HEAD}`", in_gb(evaluate(NANOGPT_HEAD))),
-        ("weights in matrix products", f"`{MATRICES}`", f"{evaluate(MATRICES) / 1e6:.1f} million"),
-        ("operations a token", f"`{FLOPS}`", f"{evaluate(FLOPS) / 1e6:.1f} MFLOP"),
+        ("nanoGPT's head, counted likewise", f"`{NANOGPT_HEAD[0]}`", in_gb(NANOGPT_HEAD[1])),
+        ("weights in matrix products", f"`{MATRICES[0]}`", f"{MATRICES[1] / 1e6:.1f} million"),
+        ("operations a token", f"`{FLOPS[0]}`", f"{FLOPS[1] / 1e6:.1f} MFLOP"),
         ("operations of the micro-batch", "`N` times that",
-         f"{N * evaluate(FLOPS) / 1e12:.2f} TFLOP"),
-        ("AdamW, once a step", f"`{ADAMW}`", in_gb(evaluate(ADAMW))),
+         f"{N * FLOPS[1] / 1e12:.2f} TFLOP"),
+        ("AdamW, once a step", f"`{adamw()[0]}`", in_gb(adamw()[1])),
         ("memory: 16 bytes a parameter, and what is stored for the backward pass",
          f"`count_training_memory` of {B} sequences", in_gib(stored_memory(B))),
-        ("memory beside it while the head runs", f"`{HEAD_MEMORY}`",
-         in_gib(evaluate(HEAD_MEMORY))),
-        ("**peak memory**", "the sum", f"**{in_gib(stored_memory(B) + evaluate(HEAD_MEMORY))}**"),
+        ("memory beside it while the head runs", f"`{HEAD_MEMORY[0]}`",
+         in_gib(HEAD_MEMORY[1])),
+        ("**peak memory**", "the sum", f"**{in_gib(stored_memory(B) + HEAD_MEMORY[1])}**"),
     ]
     return table(("what", "arithmetic", "predicted", "measured"), [(*row, "") for row in rows])
 
 
 def time_table():
     """What depends on the card: one row a figure, one column a card."""
-    flops = N * evaluate(FLOPS)
+    flops = N * FLOPS[1]
     tokens = count_steps(Config()) * Config.global_batch_size * T
     each = (stored_memory(B) - stored_memory(8)) / (B - 8)  # of fewer, the MLP stores more
     columns = []
@@ -119,7 +126,7 @@ def time_table():
         columns.append([
             f"{seconds * 1e3:.0f} ms", in_hundreds(rate), in_hundreds(N / seconds_tf32),
             f"{head_bytes() / moving * 1e3:.1f} ms", f"{head_bytes() / moving / seconds:.0%}",
-            f"{evaluate(ADAMW) / moving * 1e3:.1f} ms", f"{tokens / rate / 3600:.1f} h",
+            f"{adamw()[1] / moving * 1e3:.1f} ms", f"{tokens / rate / 3600:.1f} h",
             str(int(((1 - MARGIN) * gib * 2**30 - stored_memory(8)) // each) + 8)])
     labels = [
         ("micro-batch, 16 bits", "operations / (share x 16-bit TFLOP/s)"),
@@ -163,7 +170,7 @@ def muon_work(n_ranks):
     flops = elementwise = products = gathered = 0
     stacks = [(3 * L, C, C), (L, C, C), (L, C, 4 * C), (L, 4 * C, C)]  # Q K V; proj; fc; proj
     for n, rows, columns in stacks:
-        mine = math.ceil(n / n_ranks)
+        mine = ceil(n / n_ranks)
         m, size = min(rows, columns), rows * columns
         tall = rows > columns
         flops += mine * 5 * (4 * m * m * max(rows, columns) + 2 * m**3)
@@ -192,11 +199,11 @@ def graph_table():
 
 
 def head_bytes():
-    return sum(evaluate(n_bytes) for _, n_bytes in HEAD)
+    return sum(n_bytes for _, _, n_bytes in HEAD)
 
 
 @functools.cache
-def n_params():
+def count_parameters():
     return empty_model(SHAPE).num_params()
 
 

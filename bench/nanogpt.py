@@ -27,7 +27,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch
+
 from nanolab.common import UserError, argument_parser, run_script
+from nanolab.devices import machine
 from nanolab.logfile import read_log
 
 STEPS_NOT_TIMED = 3  # they allocate and compile
@@ -111,7 +114,6 @@ def time_nanogpt(path, shape, compiled, tokens):
     """nanoGPT's training loop without its logging, in this process. Prints the figures as JSON."""
     sys.path.insert(0, path)
     import numpy as np
-    import torch
     from model import GPT, GPTConfig  # nanoGPT's
 
     shape = dict(shape)
@@ -173,16 +175,9 @@ def describe_conditions(args):
     """The caption: what a reader needs to judge the figures or to repeat them."""
     compiled = {"none": "neither compiled", "nanogpt": "nanoGPT compiled, nanolab not",
                 "both": "both compiled"}[args.compile]
-    return (f"{processor()}, cores: {os.cpu_count()}, threads: {args.threads}; {date.today()}, "
+    return (f"{machine(torch.device('cpu'))}, threads: {args.threads}; {date.today()}, "
             f"commit {commit()}, torch {version('torch')}; pairs: {args.pairs}, {compiled}. "
             f"Command: `python {' '.join(sys.argv)}`")
-
-
-def processor():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, "unknown processor")
 
 
 def commit():

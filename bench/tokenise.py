@@ -16,9 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanogpt import ROOT, commit, processor
+import torch
+from nanogpt import ROOT, commit
 
 from nanolab.common import UserError, argument_parser, run_script
+from nanolab.devices import machine
 from nanolab.tokenizer import get_tokenizer
 
 
@@ -44,7 +46,8 @@ def main():
           f"{statistics.median(ratios):.2f} of tiktoken's speed "
           f"({min(ratios):.2f} to {max(ratios):.2f})")
     if args.json:
-        content = {"processor": processor(), "commit": commit(), "command": " ".join(sys.argv),
+        content = {"machine": machine(torch.device("cpu")), "commit": commit(),
+                   "command": " ".join(sys.argv),
                    "megabytes": size, "seconds_of_tiktoken_and_prepare": rounds}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 

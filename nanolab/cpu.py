@@ -76,6 +76,7 @@ def plan_for_eval(checkpoint, device):
 
 
 def measure(model, config, dtype):
+    """-> the fastest CPUPlan; how many cores other programs kept busy meanwhile, or None."""
     n_threads = config.threads or DEFAULT_THREADS
     batch_size = 2 * n_threads if config.batch_size == "auto" else config.batch_size
     n_params = sum(p.numel() for p in model.parameters())
@@ -83,10 +84,9 @@ def measure(model, config, dtype):
     step = make_trial(model, batch_size, n_threads, may_share, dtype)
 
     before = busy_seconds(), time.process_time(), time.perf_counter()
-    torch_s = CPUPlan()
-    kernels_ = [torch_s, CPUPlan(onednn=True)] if kernels.ONEDNN_AVAILABLE else [torch_s]
-    times = time_plans(kernels_, step)
-    onednn = min(times, key=times.get).onednn and times[torch_s] > KERNEL_GAIN * min(times.values())
+    matmul = CPUPlan()
+    times = time_plans([matmul, *[CPUPlan(onednn=True)] * kernels.ONEDNN_AVAILABLE], step)
+    onednn = times[matmul] > KERNEL_GAIN * min(times.values())
 
     counts = [n_threads]
     while counts[-1] > 1 and not config.threads:
@@ -94,12 +94,8 @@ def measure(model, config, dtype):
     plans = [CPUPlan(onednn, n, share) for n in counts for share in (False, True)
              if not share or may_share and 1 < n <= batch_size]
     times = time_plans(plans, step)
-    shared = [plan for plan in plans if plan.share_batch]
-    plan = min(plans, key=times.get)
-    if shared and not plan.share_batch:
-        best_shared = min(shared, key=times.get)
-        if times[best_shared] < SHARING_LOSS * times[plan]:
-            plan = best_shared
+    # sharing operators must be clearly faster than sharing batches
+    plan = min(plans, key=lambda plan: times[plan] / (SHARING_LOSS if plan.share_batch else 1))
 
     busy = None
     if before[0] is not None:

@@ -194,8 +194,8 @@ def normalise_neurons(matrices, states, beta2=0.95):
 
 
 def orthogonalise(matrices):
-    """newton_schulz of (n, rows, columns) matrices; the ranks, or the threads on
-    a CPU, do a share each, and all ranks get all."""
+    """newton_schulz of (n, rows, columns) matrices. Each rank does its share, and all get all; on
+    one rank, the threads of a CPU share them."""
     if not dist.is_initialized():
         parts = map_parts(newton_schulz, matrices)
         return parts[0] if len(parts) == 1 else torch.cat(parts)

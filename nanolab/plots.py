@@ -3,6 +3,7 @@
 matplotlib is imported at the first picture, because every process of train.py imports this file.
 """
 
+import gc
 import io
 import math
 
@@ -220,3 +221,4 @@ def save_figure(figure, path, dpi=150):
         raise UserError(f"{path}: {error}") from None
     finally:
         plt.close(figure)
+        gc.collect()  # its cycles hold megabytes, and a training loop hardly starts the collector

@@ -129,7 +129,12 @@ class RunLog:
             tqdm.write(f"step {self.state.step:,}: validation loss {val_loss:.4f}{best}")
         self.write({"step": self.state.step, "tokens": self.state.tokens, "val_loss": val_loss})
 
-    def sample(self, text):
+    def sample_if_due(self, sample):
+        """Draws a text, see nanolab/samples.py, prints and logs it."""
+        every = self.config.sample_every
+        if not (self.enabled and every and self.state.step % every == 0):
+            return
+        text = sample()
         self.write({"step": self.state.step, "tokens": self.state.tokens, "sample": text})
         shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
         encoding = sys.stdout.encoding or "ascii"
@@ -184,10 +189,11 @@ class RunLog:
                 "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
                 "machine": machine(self.device), "versions": versions()}
 
-    def draw_if_due(self):
-        """Draws at the end, and else every ten seconds; less often if drawing takes long."""
+    def draw_if_due(self, stopping):
+        """Draws at the end, and else every ten seconds; less often if drawing takes long, and not
+        before the save of a run that was asked to stop."""
         is_last = self.state.step == self.max_steps
-        if is_last or time.perf_counter() > self.next_drawing:
+        if is_last or not stopping and time.perf_counter() > self.next_drawing:
             self.draw("finished" if is_last else f"step {self.state.step:,} of {self.max_steps:,}",
                       is_running=not is_last)
 

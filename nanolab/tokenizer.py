@@ -36,7 +36,7 @@ def get_tokenizer(name):
                                  special_tokens={END_OF_TEXT: 256})
     if name == UNKNOWN:
         raise UserError("these tokens cannot be turned into text: their tokenizer is unknown; "
-                        "sample.py --tokenizer=bytes (or gpt2) tells it")
+                        "name it to sample.py, with --tokenizer=bytes or gpt2")
     if name != "gpt2":
         raise UserError(f"unknown tokenizer '{name}'; there are gpt2 and bytes")
     advice = ("connect once, or set TIKTOKEN_CACHE_DIR to a folder that has vocab.bpe and "
