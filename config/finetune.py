@@ -8,12 +8,12 @@
 # weights, prepare the text with --tokenizer=bytes. The shape is the weights' own. What the values
 # rest on:
 # - learning_rate: a tenth of what such a model was trained with, so that it adapts to the text
-#   before it forgets the rest. nanoGPT fine-tunes GPT-2 at 3e-5; small models bear ten times that.
+#   before it forgets the rest. nanoGPT fine-tunes GPT-2 at 3e-5.
 # - warm-up: AdamW's first updates rest on few gradients, and good weights have more to lose.
 # - dropout 0.1, as GPT-2 was trained with: the text is small and is read several times. The weight
 #   decay is small, for it pulls towards 0 and not towards the weights that were given.
-# - max_steps: 32 sequences a step; of 1,024 tokens, 200 steps are 6.5 million tokens. Look at the
-#   line `data:` of the run: beyond 3 or 4 epochs the validation loss mostly rises again. best.pt is
+# - max_steps: 32 sequences a step; of 1,024 tokens, 200 steps are 6.5 million tokens. The line
+#   `data:` of the run says how many epochs that is. If the validation loss rises again, best.pt is
 #   from where it was lowest, so more steps cost time alone.
 
 name = "finetune"

@@ -151,9 +151,9 @@ def test_asked_to_stop_in_one_rank(tmp_path, data_dir, where, who, number):
     assert "--resume" in result.stdout and step == len(losses(tmp_path / "out")) and 6 <= step <= (6 if where == "validation" else 20)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop_by_the_command_line(tmp_path, data_dir, number):
-    """As Ctrl-C or kill would: it saves, says how to go on, exits with 0."""
+    """As Ctrl-C, kill or a closed terminal would: it saves, says how to go on, exits with 0."""
     process = start_long_run(tmp_path, data_dir)
     process.send_signal(number)
     out, _ = process.communicate(timeout=30)
