@@ -49,7 +49,9 @@ def run(tmp_path_factory):
 
 def test_train(run):
     """The run leaves what the README says, and the loss falls."""
-    made = {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "report.html", "summary.json"}
+    made = {
+        "config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "report.html", "summary.json"
+    }
     assert made <= {file.name for file in run.iterdir()}
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]
@@ -82,7 +84,8 @@ def test_evaluate(run):
 
 
 def test_sample(run):
-    """Two samples, which differ, and are the same a second time; a prompt longer than the context."""
+    """Two samples, which differ, and are the same a second time; a prompt longer than the
+    context."""
     prompt = "def prompt_longer_than_the_context(" + "argument, " * 10
     command = ["sample.py", "--ckpt", run / "best.pt", "--prompt", prompt, "--max_new_tokens=80",
                "--num_samples=2", "--seed=1", "--device=cpu"]

@@ -1,4 +1,5 @@
-"""What the tests share: data sets, small runs, and ways to call the scripts and to damage what they wrote."""
+"""What the tests share: data sets, small runs, and ways to call the scripts and to damage what they
+wrote."""
 
 import contextlib
 import hashlib
@@ -29,9 +30,9 @@ from nanolab.corpus import own_files
 from nanolab.logfile import read_log
 from nanolab.tokenizer import GPT2_VOCABULARY
 
-SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8", "--global_batch_size=8",
-         "--max_steps=10", "--eval_every=0", "--save_every=0", "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0",
-         "--device=cpu"]
+SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8",
+         "--global_batch_size=8", "--max_steps=10", "--eval_every=0", "--save_every=0",
+         "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0", "--device=cpu"]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -76,13 +77,15 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A folder with a data set so small that 12 steps are more than two epochs. -> the flags that choose it."""
+    """A folder with a data set so small that 12 steps are more than two epochs. -> the flags that
+    choose it."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "texts").mkdir()
     for i in range(60):
         (folder / "texts" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}, and so on.\n")
     prepare.prepare_text(own_files(folder / "texts"), folder / "tiny", "bytes", "text", 1, "tiny")
-    return ["--dataset=tiny", f"--data_dir={folder}", "--block_size=16", "--order=shuffled", "--dropout=0.2"]
+    return ["--dataset=tiny", f"--data_dir={folder}", "--block_size=16", "--order=shuffled",
+            "--dropout=0.2"]
 
 
 @pytest.fixture(scope="session")
@@ -90,8 +93,10 @@ def gpt2_data(tmp_path_factory, vocabulary):
     """A folder with the data set `words`, of GPT-2's tokens."""
     folder = tmp_path_factory.mktemp("words")
     texts = [f"Document {i} counts: " + " ".join(map(str, range(i, i + 90))) for i in range(100)]
-    (folder / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    prepare.prepare_text([str(folder / "words.jsonl")], folder / "words", "gpt2", "text", 1, "words")
+    (folder / "words.jsonl").write_text("".join(
+        json.dumps({"text": text}) + "\n" for text in texts))
+    prepare.prepare_text([str(folder / "words.jsonl")], folder / "words", "gpt2", "text", 1,
+                         "words")
     return folder
 
 
@@ -99,7 +104,8 @@ def gpt2_data(tmp_path_factory, vocabulary):
 def small_run(data_dir, tmp_path):
     """train(name, *flags): a small run in this process. -> its folder."""
     def run(name, *flags):
-        argv = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}", *flags]
+        argv = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
+                f"--out_dir={tmp_path / name}", *flags]
         train.train(config.load(argv))
         return tmp_path / name
     return run
@@ -110,8 +116,8 @@ def call(*command, processes=0, timeout=120, stdin=None, **env):
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*launcher, *map(str, command)], cwd=HERE, env={**os.environ, **env}, capture_output=True,
-                          text=True, timeout=timeout, stdin=stdin)
+    return subprocess.run([*launcher, *map(str, command)], cwd=HERE, env={**os.environ, **env},
+                          capture_output=True, text=True, timeout=timeout, stdin=stdin)
 
 
 def run_main(monkeypatch, script, *argv):
@@ -135,18 +141,26 @@ def equal_weights(one, other):
     """Whether two checkpoints have the same weights and the same optimizer state, bit for bit."""
     def tensors(path):
         checkpoint = read_checkpoint(path)
-        optimizers = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"], list) else [checkpoint["optimizer"]]
-        moments = [value for optimizer in optimizers for state in optimizer["state"].values() for value in state.values()]
-        return [*checkpoint["model"].values(), *checkpoint.get("training_model", {}).values(), *moments]
+        optimizers = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"],
+                                                           list) else [checkpoint["optimizer"]]
+        moments = [
+            value for optimizer in optimizers for state in optimizer["state"].values()
+            for value in state.values()
+        ]
+        return [*checkpoint["model"].values(), *checkpoint.get("training_model", {}).values(),
+                *moments]
     one, other = tensors(one), tensors(other)
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def assert_same_run(whole, parts):
-    """Bit for bit the same weights, moments and log; and time that goes on instead of starting again."""
-    assert equal_weights(whole / "last.pt", parts / "last.pt") and equal_weights(whole / "best.pt", parts / "best.pt")
+    """Bit for bit the same weights, moments and log; and time that goes on instead of starting
+    again."""
+    assert equal_weights(whole / "last.pt",
+                         parts / "last.pt") and equal_weights(whole / "best.pt", parts / "best.pt")
     keys = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm", "clipped", "skipped")
-    one, other = ([[entry.get(key) for key in keys] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+    one, other = ([[entry.get(key) for key in keys]
+                   for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
                   for folder in (whole, parts))
     assert one == other
     seconds = [entry["seconds"] for entry in read_log(parts / "log.jsonl")[0]]
@@ -155,7 +169,8 @@ def assert_same_run(whole, parts):
 
 def assert_same_logits(ours, theirs):
     """Our GPT and transformers' agree on every logit."""
-    tokens = torch.randint(ours.config.vocab_size, (3, ours.config.block_size), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(ours.config.vocab_size, (3, ours.config.block_size),
+                           generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected = theirs(tokens).logits
         assert expected.std() > 0.3 and (ours(tokens) - expected).abs().max() < 1e-4
@@ -175,11 +190,16 @@ def write_texts(folder, names):
     from pyarrow import Table
     from pyarrow.parquet import write_table
     folder.mkdir()
-    rows = [f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7) for i in range(60)]
+    rows = [
+        f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7)
+        for i in range(60)
+    ]
     (folder / f"{names[0]}.txt").write_text(rows[0])
     (folder / f"{names[1]}.MD").write_text(rows[1])
-    (folder / f"{names[2]}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows[2:30]))
-    write_table(Table.from_pydict({"text": rows[30:]}), folder / f"{names[3]}.parquet", row_group_size=7)
+    (folder / f"{names[2]}.jsonl").write_text("".join(
+        json.dumps({"text": row}) + "\n" for row in rows[2:30]))
+    write_table(Table.from_pydict({"text": rows[30:]}), folder / f"{names[3]}.parquet",
+                row_group_size=7)
     return rows
 
 
@@ -230,7 +250,8 @@ def watch_waits(monkeypatch, set_mode, first_step):
     """Makes waiting for the device an error in the steps of train.py from first_step on, but not in
     sync_step.
 
-    set_mode: torch.cuda.set_sync_debug_mode. -> a list that gets the numbers of the steps watched to their end.
+    set_mode: torch.cuda.set_sync_debug_mode. -> a list that gets the numbers of the steps watched
+    to their end.
     """
     watched = []
     learning_rate_at, sync_step, log_step = train.learning_rate_at, train.sync_step, train.RunLog.step

@@ -32,25 +32,36 @@ def test_pairs_with_nanogpt(tmp_path, data_dir):
     nanogpt = tmp_path / "nanoGPT"
     nanogpt.mkdir()
     (nanogpt / "model.py").write_text(NANOGPT)
-    result = call("bench/nanogpt.py", nanogpt, "--pairs=2", "--shapes", "4x128", "--steps=5", "--threads=1",
-                  f"--data_dir={data_dir}", "--json", tmp_path / "pairs.json", WHAT_WAS_ASKED=str(tmp_path / "asked"))
+    result = call("bench/nanogpt.py", nanogpt, "--pairs=2", "--shapes", "4x128", "--steps=5",
+                  "--threads=1", f"--data_dir={data_dir}", "--json", tmp_path / "pairs.json",
+                  WHAT_WAS_ASKED=str(tmp_path / "asked"))
     assert result.returncode == 0, result.stderr
     pairs = json.loads((tmp_path / "pairs.json").read_text())["pairs"]["4x128"]
     assert len(pairs) == 2
-    assert all(side["tokens_per_second"] > 0 and side["peak_memory_mb"] > 50 for pair in pairs for side in pair.values())
-    ratios = [pair["nanolab"]["tokens_per_second"] / pair["nanogpt"]["tokens_per_second"] for pair in pairs]
+    assert all(side["tokens_per_second"] > 0 and side["peak_memory_mb"] > 50 for pair in pairs
+               for side in pair.values())
+    ratios = [
+        pair["nanolab"]["tokens_per_second"] / pair["nanogpt"]["tokens_per_second"]
+        for pair in pairs
+    ]
     row = result.stdout.splitlines()[-1]
     assert row.startswith("| 4 x 128, vocabulary 257, context 64, batch 12 |")
     assert f"{sum(ratios) / 2:.2f} ({min(ratios):.2f} to {max(ratios):.2f})" in row
-    assert re.search(r"threads: 1; 20\d\d-\d\d-\d\d, commit .*, torch .*; pairs: 2, neither compiled", result.stdout)
+    assert re.search(
+        r"threads: 1; 20\d\d-\d\d-\d\d, commit .*, torch .*; pairs: 2, neither compiled",
+        result.stdout)
     asked = (tmp_path / "asked").read_text()
-    for option in ("('n_layer', 4)", "('n_embd', 128)", "('block_size', 64)", "('vocab_size', 257)", "('dropout', 0.0)"):
+    for option in ("('n_layer', 4)", "('n_embd', 128)", "('block_size', 64)", "('vocab_size', 257)",
+                   "('dropout', 0.0)"):
         assert asked.count(option) == 2
 
 
 def test_nanogpt_that_is_missing_or_fails(tmp_path, data_dir):
     result = call("bench/nanogpt.py", tmp_path)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "no model.py" in result.stderr
+    assert result.returncode == 1 and result.stderr.count(
+        "\n") == 1 and "no model.py" in result.stderr
     (tmp_path / "model.py").write_text("raise ValueError('not nanoGPT')")
-    result = call("bench/nanogpt.py", tmp_path, "--shapes", "4x128", "--steps=5", "--pairs=1", f"--data_dir={data_dir}")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "not nanoGPT" in result.stderr
+    result = call("bench/nanogpt.py", tmp_path, "--shapes", "4x128", "--steps=5", "--pairs=1",
+                  f"--data_dir={data_dir}")
+    assert result.returncode == 1 and result.stderr.count(
+        "\n") == 1 and "not nanoGPT" in result.stderr

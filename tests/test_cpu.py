@@ -1,4 +1,5 @@
-"""A CPU's kernel and threads are chosen by timing, kept in the checkpoint, and change the result in rounding only."""
+"""A CPU's kernel and threads are chosen by timing, kept in the checkpoint, and change the result in
+rounding only."""
 
 import time
 
@@ -24,7 +25,8 @@ def threads_as_before():
 
 
 def small_model(**options):
-    return GPT(GPTConfig(**{"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 32, "dropout": 0.0, **options}))
+    return GPT(GPTConfig(**{"vocab_size": 257, "block_size": 32, "n_layer": 2, "n_head": 2,
+                            "n_embd": 32, "dropout": 0.0, **options}))
 
 
 @pytest.mark.parametrize("milliseconds, chosen", [
@@ -37,12 +39,14 @@ def small_model(**options):
     ((10, 10, 40, 30), CPUPlan(False, 1)),  # a busy machine
 ])
 def test_the_fastest_way_is_chosen_by_timing(monkeypatch, milliseconds, chosen):
-    """A way that changes the bits must be clearly faster; sharing the batch, which a busy core does not stop, may be slower."""
+    """A way that changes the bits must be clearly faster; sharing the batch, which a busy core does
+    not stop, may be slower."""
     onednn, one, operators, batch = milliseconds
 
     def step(plan):
         slow = onednn / one if plan.onednn else 1
-        time.sleep(slow * (one if plan.n_threads == 1 else batch if plan.share_batch else operators) / 1000)
+        time.sleep(slow * (one if plan.n_threads == 1 else batch if plan.share_batch else operators)
+                   / 1000)
 
     monkeypatch.setattr(cpu, "make_trial", lambda *args: step)
     monkeypatch.setattr(kernels, "ONEDNN_AVAILABLE", True)
@@ -55,7 +59,8 @@ def test_the_fastest_way_is_chosen_by_timing(monkeypatch, milliseconds, chosen):
 def test_no_shared_batch_where_it_would_change_more_than_rounding(monkeypatch, options):
     """Dropout's masks, compiled code and a single sequence have no parts."""
     monkeypatch.setattr(cpu, "DEFAULT_THREADS", 2)
-    plan, _ = cpu.measure(small_model(), config.Config(**{"batch_size": 8, "dropout": 0.0, **options}), None)
+    plan, _ = cpu.measure(small_model(),
+                          config.Config(**{"batch_size": 8, "dropout": 0.0, **options}), None)
     assert not plan.share_batch
 
 
@@ -68,7 +73,8 @@ def test_the_choice_takes_a_second():
 
 
 def test_shared_batches_compute_the_same():
-    """Loss and gradients equal the plain ones to rounding, also of unequal parts, and each time to the last bit."""
+    """Loss and gradients equal the plain ones to rounding, also of unequal parts, and each time to
+    the last bit."""
     model, (inputs, targets) = small_model(), torch.randint(257, (2, 5, 32))
 
     def loss_and_gradients(plan):

@@ -356,7 +356,8 @@ def test_files_of_nanogpt(tmp_path, small_run, capsys):
 
 
 def test_info(tmp_path, data_dir, monkeypatch, capsys):
-    """Counts, checksums and the beginning; a flipped bit or a short file of any split is an error that names it."""
+    """Counts, checksums and the beginning; a flipped bit or a short file of any split is an error
+    that names it."""
     shutil.copytree(data_dir / "stdlib", tmp_path / "mine")
     info = ["info", "mine", f"--data_dir={tmp_path}"]
     run_main(monkeypatch, "prepare", *info)
@@ -443,7 +444,8 @@ def test_no_vocabulary_no_network(tmp_path, monkeypatch):
 
 
 def write_wheels(folder, requirements):
-    """Three wheels and the requirements file that names them; `shared` is in all, and latin-1 is no UTF-8."""
+    """Three wheels and the requirements file that names them; `shared` is in all, and latin-1 is no
+    UTF-8."""
     folder.mkdir(parents=True)
     lines = []
     for split in ("test", "val", "train"):
@@ -460,12 +462,14 @@ def write_wheels(folder, requirements):
 
 
 def test_wheels_are_split_by_package(tmp_path):
-    """Whole packages are held out, in the order of the files' names; a file that is there twice counts once, in test."""
+    """Whole packages are held out, in the order of the files' names; a file that is there twice
+    counts once, in test."""
     write_wheels(tmp_path / "data" / "pypi.wheels", tmp_path / "wheels.txt")
     prepare.prepare_pypi(tmp_path / "data" / "pypi", "bytes", tmp_path / "wheels.txt")
     for split in ("test", "val", "train"):
         shared = ["shared = 'é'\n"] if split == "test" else []
-        assert read_split(tmp_path / "data", "pypi", split) == [*shared, f"b = '{split}'\n", f"print('{split} z')\n"]
+        assert read_split(tmp_path / "data", "pypi", split) == [*shared, f"b = '{split}'\n",
+                                                                f"print('{split} z')\n"]
 
 
 def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
@@ -495,11 +499,13 @@ def flip(path, place):
 
 
 def test_a_flipped_token_is_noticed(tmp_path, monkeypatch):
-    """In train when its chunk is first read, in val and test at the start; also where meta.json has no sums of chunks."""
+    """In train when its chunk is first read, in val and test at the start; also where meta.json has
+    no sums of chunks."""
     for module in (data, token_files):
         monkeypatch.setattr(module, "CHUNK_BYTES", 300)
     write_texts(tmp_path / "mine", "abcd")
-    prepare.prepare_text(own_files(tmp_path / "mine"), tmp_path / "data" / "mine", "bytes", "text", 1, "mine")
+    prepare.prepare_text(own_files(tmp_path / "mine"), tmp_path / "data" / "mine", "bytes", "text",
+                         1, "mine")
     folder = tmp_path / "data" / "mine"
     dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
     dataset.batch(range(len(dataset)))
@@ -508,7 +514,8 @@ def test_a_flipped_token_is_noticed(tmp_path, monkeypatch):
     flip(folder / "train.bin", 1000)  # in the fourth chunk
     dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
     dataset.batch(range(900 // 32 - 1))  # windows of 32 bytes and a token
-    with pytest.raises(UserError, match=r"train.bin is damaged: bytes 900 to 1,200 .*make it again"):
+    with pytest.raises(UserError,
+                       match=r"train.bin is damaged: bytes 900 to 1,200 .*make it again"):
         dataset.batch([900 // 32])  # its last tokens are the chunk's first
     flip(folder / "train.bin", 1000)
     for split in ("val", "test"):

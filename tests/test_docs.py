@@ -22,14 +22,18 @@ EVAL_COMMAND = re.compile(r"    python eval\.py (--ckpt config/\S+\.json[^#]*)")
 
 
 def eval_command(line):
-    """The arguments of an eval.py command on the published data, without pictures; [] if it is none."""
+    """The arguments of an eval.py command on the published data, without pictures; [] if it is
+    none."""
     match = EVAL_COMMAND.match(line)
     words = match.group(1).split() if match else []
-    return [word for word in words if not word.endswith(".png") and word not in ("--plot", "--curves")]
+    return [
+        word for word in words if not word.endswith(".png") and word not in ("--plot", "--curves")
+    ]
 
 
 def test_tables_come_from_the_data(monkeypatch, capsys):
-    """After each eval.py command stands, line for line, what it prints; and no other such table is there."""
+    """After each eval.py command stands, line for line, what it prints; and no other such table is
+    there."""
     monkeypatch.chdir(HERE)
     n_commands = 0
     for doc in DOCS:
@@ -56,11 +60,14 @@ def test_each_result_is_in_the_docs():
 
 
 def test_readmes_effects_are_those_of_the_tables(monkeypatch, capsys, tmp_path):
-    """The columns `published` and `lab` of the README's tables: difference and verdict, as in the study's own table."""
+    """The columns `published` and `lab` of the README's tables: difference and verdict, as in the
+    study's own table."""
     monkeypatch.chdir(HERE)
     effects = {"published": {}, "lab": {}}
-    for column, path, *flags in (("published", "config/published.json"), ("lab", "config/results/lab.json"),
-                                 ("lab", "config/results/modern.json", "--baseline", "tuned_stack")):
+    for column, path, *flags in (("published",
+                                  "config/published.json"), ("lab", "config/results/lab.json"),
+                                 ("lab", "config/results/modern.json", "--baseline",
+                                  "tuned_stack")):
         evaluate(monkeypatch, capsys, "--ckpt", path, *flags, "--json", tmp_path / "table.json")
         for row in json.loads((tmp_path / "table.json").read_text())["rows"]:
             if "verdict" in row:
@@ -100,17 +107,24 @@ def test_figures_in_the_sentences_come_from_the_data(monkeypatch, capsys, tmp_pa
     assert f"lower than the A100s, by {cloud - one:.3f} and {cloud - other:.3f}" in text
 
     seeds = {name: np.corrcoef(lab["baseline"], values)[0, 1] for name, values in lab.items()}
-    assert (f"the two weight decays (correlation over seeds {seeds['weight_decay_gpt2']:.3f}), the QKV bias "
-            f"({seeds['qkv_bias']:.2f}) and the stack ({seeds['cloud']:.2f}), less for the schedule "
-            f"({seeds['schedule_learning_rate']:.2f}), and hardly for tying ({seeds['weight_tying']:.2f})") in text
+    assert (
+        f"the two weight decays (correlation over seeds {seeds['weight_decay_gpt2']:.3f}), the QKV bias "
+        f"({seeds['qkv_bias']:.2f}) and the stack ({seeds['cloud']:.2f}), less for the schedule "
+        f"({seeds['schedule_learning_rate']:.2f}), and hardly for tying ({seeds['weight_tying']:.2f})"
+    ) in text
     assert f"{seeds['weight_decay_cerebras']:.3f}" == f"{seeds['weight_decay_gpt2']:.3f}"
-    tokens_per_parameter = 614_400 / GPT(GPTConfig.from_options(vars(config.load(["config/lab.py"])) | {
-        "vocab_size": 257})).num_params()
+    tokens_per_parameter = 614_400 / GPT(
+        GPTConfig.from_options(vars(config.load(["config/lab.py"]))
+                               | {"vocab_size": 257})).num_params()
     tau = 1.084 * tokens_per_parameter ** -0.527  # of the rule that gave 0.33724
     assert f"would give about {8 * 64 / (4e-4 * 614_400 * tau):.1f} for this budget" in text
 
-    evaluate(monkeypatch, capsys, "--ckpt", "config/published.json", "--json", tmp_path / "table.json")
-    rows = {row["experiment"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    evaluate(monkeypatch, capsys, "--ckpt", "config/published.json", "--json",
+             tmp_path / "table.json")
+    rows = {
+        row["experiment"]: row
+        for row in json.loads((tmp_path / "table.json").read_text())["rows"]
+    }
     assert f"ends at {rows['cloud']['high']:.4f}." in text
     assert f"A change must be worth {rows['cloud']['detectable']:.2f} " in text
     low, high = rows["baseline"]["one_more_run"]
@@ -120,7 +134,8 @@ def test_figures_in_the_sentences_come_from_the_data(monkeypatch, capsys, tmp_pa
 
 def test_promises_name_tests_that_exist():
     """Each `tests/FILE.py -k WORDS` in the README chooses tests by every one of its words."""
-    chosen = re.findall(r"`(tests/test_\w+\.py)(?: -k (\w+|\"[^\"]+\"))?`", (HERE / "README.md").read_text())
+    chosen = re.findall(r"`(tests/test_\w+\.py)(?: -k (\w+|\"[^\"]+\"))?`",
+                        (HERE / "README.md").read_text())
     assert len(chosen) >= 8
     for file, words in chosen:
         names = re.findall(r"^def (test_\w+)", (HERE / file).read_text(), re.MULTILINE)
@@ -143,7 +158,9 @@ def test_what_the_docs_name_exists(doc):
         linked = (doc.parent / file).resolve() if file else doc
         assert linked.exists(), f"{doc.name} links to {file}"
         if heading:
-            assert heading in map(anchor, linked.read_text().splitlines()), f"{doc.name} links to #{heading}"
+            assert heading in map(
+                anchor,
+                linked.read_text().splitlines()), f"{doc.name} links to #{heading}"
 
 
 def anchor(line):
@@ -158,7 +175,8 @@ def test_training_commands_are_accepted(monkeypatch):
     n_commands = 0
     for doc in DOCS:
         text = doc.read_text()
-        commands = re.findall(r"^    [^#\n]*(?:python |torchrun [^#\n]*)train\.py ([^#\n|&]*)", text, re.MULTILINE)
+        commands = re.findall(r"^    [^#\n]*(?:python |torchrun [^#\n]*)train\.py ([^#\n|&]*)",
+                              text, re.MULTILINE)
         commands += re.findall(r"`python train\.py ([^`]*)`", text)
         for command in commands:
             if not re.search(r"--help|\[FILE", command) and YOUR_OWN not in command:
@@ -172,13 +190,15 @@ def test_notebook(small_run, data_dir, tmp_path):
     run = small_run("out")
     (tmp_path / "data").symlink_to(data_dir)
     code = (HERE / "docs/hugging_face.md").read_text().split("```python\n")[1].split("```")[0]
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(HERE)},
-                            capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path,
+                            env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True,
+                            text=True)
     assert result.returncode == 0, result.stderr
     text, loss = result.stdout.rsplit("\n", 2)[:2]
     inputs, targets = TokenDataset(data_dir, "stdlib", "test", 32).batch([0, 1, 2])
     assert text.startswith("def main():") and len(text) > 20
-    assert float(loss) == pytest.approx(GPT.from_checkpoint(run / "best.pt")(inputs, targets).item(), abs=1e-4)
+    assert float(loss) == pytest.approx(
+        GPT.from_checkpoint(run / "best.pt")(inputs, targets).item(), abs=1e-4)
 
 
 def test_readmes_first_run_is_the_one_on_record():
@@ -192,11 +212,15 @@ def test_readmes_first_run_is_the_one_on_record():
 
 
 def test_page_for_nanogpts_users_is_complete():
-    """Every option of nanoGPT's train.py has its line; ours exist and have the default that is said."""
-    lines = (HERE / "docs/from_nanogpt.md").read_text().split("## The other scripts")[0].splitlines()
-    theirs = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log wandb_project
-        wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer n_head n_embd dropout bias learning_rate
-        max_iters weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype compile""".split()
+    """Every option of nanoGPT's train.py has its line; ours exist and have the default that is
+    said."""
+    text = (HERE / "docs/from_nanogpt.md").read_text()
+    lines = text.split("## The other scripts")[0].splitlines()
+    theirs = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from
+        wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size
+        block_size n_layer n_head n_embd dropout bias learning_rate max_iters weight_decay beta1
+        beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend device dtype
+        compile""".split()
     found = []
     for line in (line for line in lines if line.startswith("| ") and "---" not in line):
         their, _, ours, default = (re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:5])

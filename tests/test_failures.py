@@ -1,4 +1,5 @@
-"""Numbers that are not finite, disks that are full: a run goes on, or ends with one line and nothing lost."""
+"""Numbers that are not finite, disks that are full: a run goes on, or ends with one line and
+nothing lost."""
 
 import contextlib
 import json
@@ -18,7 +19,8 @@ import torch
 import nanolab.checkpoint
 import nanolab.runlog
 import train
-from conftest import HERE, SMALL, assert_same_run, call, equal_weights, losses, no_file_larger_than, write_script
+from conftest import (HERE, SMALL, assert_same_run, call, equal_weights, losses,
+                      no_file_larger_than, write_script)
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -42,9 +44,11 @@ train.main()
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_bad_numbers_on_one_rank(tmp_path, data_dir, amp):
-    """A loss that is not a number on one of two ranks: both leave out that update, log it and count it."""
+    """A loss that is not a number on one of two ranks: both leave out that update, log it and count
+    it."""
     script = write_script(tmp_path / "nan.py", NAN_ON_ONE_RANK)
-    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--batch_size=4", "--max_steps=6"]
+    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}",
+             "--batch_size=4", "--max_steps=6"]
     result = call(script, *flags, f"--amp={amp}", processes=2)
     assert result.returncode == 0, result.stderr
     log = read_log(tmp_path / "out" / "log.jsonl")[0]
@@ -57,7 +61,8 @@ def test_bad_numbers_on_one_rank(tmp_path, data_dir, amp):
 
 
 def test_bad_numbers_without_end(small_run, monkeypatch):
-    """20 in a row end the run with the step and the first bad parameter; last.pt and best.pt stay good."""
+    """20 in a row end the run with the step and the first bad parameter; last.pt and best.pt stay
+    good."""
     folder = small_run("run", "--max_steps=6", "--eval_every=1")
     good = read_checkpoint(folder / "best.pt")["best_val_loss"]
     real = GPT.hidden_states
@@ -69,7 +74,9 @@ def test_bad_numbers_without_end(small_run, monkeypatch):
         return real(self, tokens)
 
     monkeypatch.setattr(GPT, "hidden_states", hidden)
-    with pytest.raises(UserError, match=r"20 updates .* step 25; the first parameter that went bad is blocks.1.mlp.fc.weight"):
+    with pytest.raises(
+            UserError, match=
+            r"20 updates .* step 25; the first parameter that went bad is blocks.1.mlp.fc.weight"):
         small_run("run", "--max_steps=60", "--resume", "--eval_every=100")
     assert read_checkpoint(folder / "best.pt")["best_val_loss"] == good
     assert read_checkpoint(folder / "last.pt")["step"] == 6
@@ -78,25 +85,29 @@ def test_bad_numbers_without_end(small_run, monkeypatch):
 def test_validation_that_is_not_finite_is_never_best(small_run, monkeypatch):
     monkeypatch.setattr(train, "mean_loss", lambda *args: math.nan)
     folder = small_run("run", "--eval_every=5")
-    assert not (folder / "best.pt").exists() and read_log(folder / "log.jsonl")[1][0]["val_loss"] is None
+    assert not (folder / "best.pt").exists() and read_log(
+        folder / "log.jsonl")[1][0]["val_loss"] is None
 
 
 def test_full_disk_in_training(small_run, tiny_data, capsys):
-    """A save that fails says so and leaves the last one good; training goes on; with room again, so does the run."""
+    """A save that fails says so and leaves the last one good; training goes on; with room again, so
+    does the run."""
     flags = [*tiny_data, "--save_every=2", "--eval_every=5"]
     folder = small_run("run", *flags)
     size = (folder / "last.pt").stat().st_size
     before = (folder / "last.pt").read_bytes()
-    with no_file_larger_than(size // 2), pytest.raises(UserError, match="last.pt could not be saved"):
+    with no_file_larger_than(size // 2), pytest.raises(UserError,
+                                                       match="last.pt could not be saved"):
         small_run("run", *flags, "--resume", "--max_steps=20")
-    assert (folder / "last.pt").read_bytes() == before and capsys.readouterr().err.count("could not save") > 3
+    assert (folder / "last.pt"
+            ).read_bytes() == before and capsys.readouterr().err.count("could not save") > 3
     small_run("run", *flags, "--resume", "--max_steps=20")
     assert_same_run(small_run("whole", *flags, "--max_steps=20"), folder)
 
 
 def test_a_log_without_room(small_run, tiny_data, capsys):
-    """Lines that a full disk does not take are kept until there is room; else the end says how many are missing, and so
-    does --resume."""
+    """Lines that a full disk does not take are kept until there is room; else the end says how many
+    are missing, and so does --resume."""
     flags = [*tiny_data, "--max_steps=20", "--save_weights=True"]
     whole = small_run("whole", *flags)
     real, room = nanolab.runlog.RunLog.write, contextlib.ExitStack()
@@ -111,7 +122,8 @@ def test_a_log_without_room(small_run, tiny_data, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nanolab.runlog.RunLog, "write", write)
         late = small_run("late", *flags)
-    assert losses(late) == losses(whole) and capsys.readouterr().err.count("kept until there is room") == 1
+    assert losses(late) == losses(whole) and capsys.readouterr().err.count(
+        "kept until there is room") == 1
     log = late / "log.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:8]))
     small_run("late", *flags, "--resume", "--max_steps=22")
@@ -120,8 +132,8 @@ def test_a_log_without_room(small_run, tiny_data, capsys):
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_folder_that_is_deleted(small_run, tiny_data, monkeypatch, tmp_path, replaced):
-    """The next save notices it, and saves where the folder was, so that --resume continues; another folder is not
-    touched."""
+    """The next save notices it, and saves where the folder was, so that --resume continues; another
+    folder is not touched."""
     real, folder = train.learning_rate_at, tmp_path / "run"
 
     def learning_rate_at(step, *args):
@@ -171,11 +183,13 @@ def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
     monkeypatch.setattr(train, "mean_loss", lambda *args: next(val_losses))
     monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", save)
     small_run("run", *tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=4")
-    assert saved == [("last.pt", 4, math.inf), ("best.pt", 8, 3.5), ("last.pt", 8, 3.5), ("last.pt", 12, 3.5)]
+    assert saved == [("last.pt", 4, math.inf), ("best.pt", 8, 3.5), ("last.pt", 8, 3.5),
+                     ("last.pt", 12, 3.5)]
 
 
 def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
-    """Steps go on while a file is written, and none of them gets into it; the end waits for the last one."""
+    """Steps go on while a file is written, and none of them gets into it; the end waits for the
+    last one."""
     flags = [*tiny_data, "--max_steps=12", "--eval_every=4"]
     real, slow = nanolab.checkpoint.save_checkpoint, []
 
@@ -183,7 +197,8 @@ def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
         log = path.parent / "log.jsonl"
         before = len(log.read_text().splitlines())
         end = time.monotonic() + 5
-        while checkpoint["step"] < 12 and len(log.read_text().splitlines()) < before + 3 and time.monotonic() < end:
+        while checkpoint["step"] < 12 and len(
+                log.read_text().splitlines()) < before + 3 and time.monotonic() < end:
             time.sleep(0.01)
         slow.append((path.name, checkpoint["step"], len(log.read_text().splitlines()) - before))
         return real(path, checkpoint)
@@ -200,14 +215,17 @@ def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
     monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", save_slowly)
     slowly = small_run("slowly", *flags, "--save_every=4")
     monkeypatch.undo()
-    assert beside and set(beside) == {(nanolab.checkpoint.copy_single_threaded,)}, "see test_the_thread_that_saves_starts_no_others"
+    assert beside and set(beside) == {(nanolab.checkpoint.copy_single_threaded,)
+                                      }, "see test_the_thread_that_saves_starts_no_others"
     assert_same_run(whole, slowly)
     assert [at for at in slow if at[:2] == ("best.pt", 4)][0][2] >= 3, slow
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(), reason="counts threads as Linux shows them")
+@pytest.mark.skipif(not pathlib.Path("/proc/self/task").exists(),
+                    reason="counts threads as Linux shows them")
 def test_the_thread_that_saves_starts_no_others():
-    """torch's copy in a second thread brings it OpenMP helpers of its own, and then everybody's sleep between two products."""
+    """torch's copy in a second thread brings it OpenMP helpers of its own, and then everybody's
+    sleep between two products."""
     code = """if True:
         import os, threading, torch, nanolab.checkpoint
         tensor = torch.ones(2**22)
@@ -221,7 +239,8 @@ def test_the_thread_that_saves_starts_no_others():
             thread.start()
             thread.join()
         print(before, *found)"""
-    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "2"})
     before, alone, in_parallel = map(int, result.stdout.split())
     assert alone == before + 1 < in_parallel
 
@@ -241,7 +260,8 @@ def test_float16_scales_and_unscales(small_run):
     norms = [[entry["grad_norm"] for entry in log] for log in logs]
     assert norms[1] == pytest.approx(norms[0], rel=5e-2) and min(norms[0]) < 0.8 < max(norms[0])
     assert all(entry["clipped"] == (entry["grad_norm"] > 0.8) for log in logs for entry in log)
-    assert read_checkpoint(half / "last.pt")["scaler"]["scale"] == 65536 and not read_checkpoint(full / "last.pt")["scaler"]
+    assert read_checkpoint(half / "last.pt")["scaler"]["scale"] == 65536 and not read_checkpoint(
+        full / "last.pt")["scaler"]
     small_run("bfloat16", "--amp=bfloat16", "--max_steps=2")
 
 
@@ -262,21 +282,26 @@ def test_a_flipped_bit_is_noticed(small_run, tiny_data):
             assert str(error).startswith(str(last)) and "\n" not in str(error)
             outcomes.append("refused")
         else:
-            assert str(read["config"]) == str(good["config"]) and str(read["optimizer"]) == str(good["optimizer"])
+            assert str(read["config"]) == str(good["config"]) and str(read["optimizer"]) == str(
+                good["optimizer"])
             assert all(torch.equal(read["model"][key], good["model"][key]) for key in good["model"])
             outcomes.append("the same")
     assert outcomes.count("refused") > 100
 
 
 def test_a_damaged_last_names_the_best(small_run, tiny_data):
-    """--resume refuses a damaged last.pt, and best.pt, copied over it, is a way out; if both are damaged, none is named."""
+    """--resume refuses a damaged last.pt, and best.pt, copied over it, is a way out; if both are
+    damaged, none is named."""
     flags = [*tiny_data, "--max_steps=4", "--eval_every=4"]
     folder = small_run("run", *flags)
     last, best = folder / "last.pt", folder / "best.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
-    with pytest.raises(UserError, match=r"last.pt is damaged: .*; .*best.pt is whole: copy it over last.pt to resume from step 4$"):
+    with pytest.raises(
+            UserError, match=
+            r"last.pt is damaged: .*; .*best.pt is whole: copy it over last.pt to resume from step 4$"
+    ):
         small_run("run", *flags, "--resume")
     shutil.copy(best, last)
     small_run("run", *flags, "--resume")

@@ -1,4 +1,5 @@
-"""Flags, bits and cuts drawn at random from a seed: right, or one UserError, and never another error."""
+"""Flags, bits and cuts drawn at random from a seed: right, or one UserError, and never another
+error."""
 
 import random
 import shutil
@@ -11,8 +12,9 @@ from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
 from nanolab.data import TokenDataset
 
-VALUES = ["0", "1", "-1", "3", "0.5", "1e-3", "1e999", "nan", "inf", "-inf", "9" * 30, "9" * 5000, "", "True", "None", "x", "é", "\udcff",
-          "../..", "[1]", "(" * 300, "{}", "'a'", "auto", "\n", "1e30", "0x10", "1_000"]
+VALUES = ["0", "1", "-1", "3", "0.5", "1e-3", "1e999", "nan", "inf", "-inf", "9" * 30, "9" * 5000,
+          "", "True", "None", "x", "é", "\udcff", "../..", "[1]", "(" * 300, "{}", "'a'", "auto",
+          "\n", "1e30", "0x10", "1_000"]
 SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.fuzz) for seed in range(2, 40))]
 
 
@@ -41,7 +43,8 @@ def test_flags(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_damaged_files(seed, small_run, tiny_data, tmp_path):
-    """A flipped bit or a cut in a checkpoint, a token file or meta.json: refused, or what is read is as it was."""
+    """A flipped bit or a cut in a checkpoint, a token file or meta.json: refused, or what is read
+    is as it was."""
     draw = random.Random(seed)
     folder = small_run("run", *tiny_data, "--max_steps=1")
     shutil.copytree(f"{tiny_data[1].split('=')[1]}/tiny", tmp_path / "data" / "tiny")
@@ -76,5 +79,6 @@ def test_the_low_bit_of_every_test_token(small_run, tiny_data, tmp_path, monkeyp
     path = tmp_path / "data/tiny/test.bin"
     path.write_bytes(bytes(byte ^ (i % 2 == 0) for i, byte in enumerate(path.read_bytes())))
     with pytest.raises(UserError, match="test.bin is damaged"):
-        evaluate(monkeypatch, capsys, "--ckpt", folder / "best.pt", f"--data_dir={tmp_path / 'data'}", "--device=cpu")
+        evaluate(monkeypatch, capsys, "--ckpt", folder / "best.pt",
+                 f"--data_dir={tmp_path / 'data'}", "--device=cpu")
     assert not list(folder.glob("*.test.json"))

@@ -72,7 +72,8 @@ def test_memory(monkeypatch, amp, n_bytes, needs_grad):
     assert traffic.largest_float32 <= (V * C if amp else chunk)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pretends a GPU, which fake_cuda.py can on Linux")
+@pytest.mark.skipif(sys.platform != "linux",
+                    reason="pretends a GPU, which fake_cuda.py can on Linux")
 def test_bytes_moved(monkeypatch):
     """At most 10 GB for one micro-batch in bfloat16, forward and backward, softcap or not: every
     input and output of the operators that run one by one, and of the kernels that inductor would

@@ -41,16 +41,19 @@ train.main()
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="only Linux limits a process's memory")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"),
+                    reason="only Linux limits a process's memory")
 def test_batch_size_auto_under_a_limit(small_run, tmp_path, data_dir):
-    """With too little memory for its whole share a process takes less at once, and the run stays the same."""
+    """With too little memory for its whole share a process takes less at once, and the run stays
+    the same."""
     flags = ["--n_embd=128", "--block_size=128", "--global_batch_size=64", "--max_steps=2"]
     script = write_script(tmp_path / "limit.py", LIMIT_MEMORY)
-    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'auto'}", *flags,
-                  "--batch_size=auto")
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
+                  f"--out_dir={tmp_path / 'auto'}", *flags, "--batch_size=auto")
     assert result.returncode == 0, result.stderr
     assert 1 <= read_checkpoint(tmp_path / "auto/last.pt")["config"]["batch_size"] < 64
-    assert losses(tmp_path / "auto") == pytest.approx(losses(small_run("whole", *flags, "--batch_size=64")), rel=1e-5)
+    assert losses(tmp_path / "auto") == pytest.approx(
+        losses(small_run("whole", *flags, "--batch_size=64")), rel=1e-5)
 
 
 LESS_MEMORY_ON_ONE_RANK = """
@@ -87,14 +90,18 @@ def test_a_trial_changes_nothing(small_run):
 
 
 def test_what_fits_is_the_docs_table():
-    """The batch sizes by card in docs/speed.md: the largest whose count_training_memory is at most 90 % of it, which is
-    also where batch_size=auto begins to try."""
+    """The batch sizes by card in docs/speed.md: the largest whose count_training_memory is at most
+    90 % of it, which is also where batch_size=auto begins to try."""
     gpt = GPT(GPTConfig(dropout=0.0))
     count = {size: count_training_memory(gpt, size, torch.bfloat16) for size in (8, 9, 12)}
     each = count[9] - count[8]  # of fewer sequences the MLP stores more
     assert count[12] == count[8] + 4 * each, "it grows by the same for each sequence"
-    assert count[8] > 16 * gpt.num_params() + 8 * 1024 * 768 * 12 * 2, "more than an activation a layer"
-    fits = {card: int((0.9 * card * 2**30 - count[8]) // each) + 8 for card in (8, 12, 16, 24, 40, 80)}
+    assert count[
+        8] > 16 * gpt.num_params() + 8 * 1024 * 768 * 12 * 2, "more than an activation a layer"
+    fits = {
+        card: int((0.9 * card * 2**30 - count[8]) // each) + 8
+        for card in (8, 12, 16, 24, 40, 80)
+    }
     text = (HERE / "docs/speed.md").read_text()
     rows = re.findall(r"^\| (\d+) GiB \| (\d+) \|", text, re.MULTILINE)
     assert {int(card): int(size) for card, size in rows} == fits, (
@@ -102,7 +109,8 @@ def test_what_fits_is_the_docs_table():
     assert f"{each / 2**20:.0f} MiB a sequence" in text
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads a process's memory as Linux shows it")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"),
+                    reason="reads a process's memory as Linux shows it")
 def test_freed_memory_is_kept():
     code = """if True:
         import torch, nanolab.devices
@@ -120,8 +128,9 @@ def test_freed_memory_is_kept():
 
 
 def test_timed_seconds(small_run, monkeypatch):
-    """Tokens per second are those of the steps after the first, without validations and samples: here a
-    clock counts 100 s for the first step, 1 s for each later one and 1,000 s for each of the others."""
+    """Tokens per second are those of the steps after the first, without validations and samples:
+    here a clock counts 100 s for the first step, 1 s for each later one and 1,000 s for each of the
+    others."""
     now = [0.0]
 
     def advance(seconds, value):
@@ -140,15 +149,22 @@ def test_timed_seconds(small_run, monkeypatch):
 
 
 def test_bench(tmp_path):
-    """A timing run needs no data and keeps no weights, so a second one may follow; the last line has its figures."""
-    flags = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=32", "--vocab_size=300", "--max_steps=30", "--batch_size=8",
-             "--global_batch_size=8", "--device=cpu"]
+    """A timing run needs no data and keeps no weights, so a second one may follow; the last line
+    has its figures."""
+    flags = ["--n_layer=2", "--n_head=2", "--n_embd=64", "--block_size=32", "--vocab_size=300",
+             "--max_steps=30", "--batch_size=8", "--global_batch_size=8", "--device=cpu"]
     for _ in range(2):
-        result = call("train.py", "config/bench.py", *flags, f"--data_dir={tmp_path / 'none'}", f"--out_dir={tmp_path / 'out'}")
+        result = call("train.py", "config/bench.py", *flags, f"--data_dir={tmp_path / 'none'}",
+                      f"--out_dir={tmp_path / 'out'}")
         assert result.returncode == 0, result.stderr
-    numbers = re.search(r"speed:  ([\d,.]+) tokens/s, ([\d.]+) GFLOP/s of the ([\d.,]+) .* \(([\d.]+)%\); peak memory ([\d,]+) MB; "
-                        r"([\d.]+)% of the time outside", result.stdout)
-    rate, done, peak, share, megabytes, outside = (float(number.replace(",", "")) for number in numbers.groups())
-    assert done == pytest.approx(rate * GPT(GPTConfig(300, 32, 2, 2, 64)).flops_per_token() / 1e9, rel=0.05, abs=0.06)
-    assert share == pytest.approx(100 * done / peak, rel=0.1, abs=0.2) and 50 < megabytes < 4000 and 0 < outside < 20
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["log.jsonl", "summary.json"]
+    numbers = re.search(
+        r"speed:  ([\d,.]+) tokens/s, ([\d.]+) GFLOP/s of the ([\d.,]+) .* \(([\d.]+)%\); peak memory ([\d,]+) MB; "
+        r"([\d.]+)% of the time outside", result.stdout)
+    rate, done, peak, share, megabytes, outside = (float(number.replace(",", ""))
+                                                   for number in numbers.groups())
+    assert done == pytest.approx(rate * GPT(GPTConfig(300, 32, 2, 2, 64)).flops_per_token() / 1e9,
+                                 rel=0.05, abs=0.06)
+    assert share == pytest.approx(100 * done / peak, rel=0.1,
+                                  abs=0.2) and 50 < megabytes < 4000 and 0 < outside < 20
+    assert sorted(file.name
+                  for file in (tmp_path / "out").iterdir()) == ["log.jsonl", "summary.json"]

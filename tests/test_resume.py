@@ -1,4 +1,5 @@
-"""Stopped, killed, restarted: a resumed run is the run that would have been; another run is refused."""
+"""Stopped, killed, restarted: a resumed run is the run that would have been; another run is
+refused."""
 
 import os
 import signal
@@ -27,14 +28,17 @@ def stop_at(step, number=signal.SIGINT):
     return learning_rate_at
 
 
-@pytest.mark.parametrize("amp, optimizer, schedule", [("off", "adamw", "cosine"), ("float16", "adamw", "cosine"),
+@pytest.mark.parametrize("amp, optimizer, schedule", [("off", "adamw", "cosine"),
+                                                      ("float16", "adamw", "cosine"),
                                                       ("float16", "normuon", "wsd")])
 def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer, schedule):
-    """Stopped after any step and resumed, with dropout and a shuffled order, over epoch borders: bit for bit the run that
-    would have been, and a log without gaps or repeats."""
-    flags = [*tiny_data, f"--schedule={schedule}", "--eval_every=4", "--max_steps=12", f"--amp={amp}", f"--optimizer={optimizer}"]
+    """Stopped after any step and resumed, with dropout and a shuffled order, over epoch borders:
+    bit for bit the run that would have been, and a log without gaps or repeats."""
+    flags = [*tiny_data, f"--schedule={schedule}", "--eval_every=4", "--max_steps=12",
+             f"--amp={amp}", f"--optimizer={optimizer}"]
     if schedule == "wsd":  # with all that came later; steps 8 to 12 are the tail
-        flags += ["--cautious_decay", "--weight_decay=5", "--tail_average=0.42", "--x0_lambdas", "--value_embeddings", "--head_lr=2"]
+        flags += ["--cautious_decay", "--weight_decay=5", "--tail_average=0.42", "--x0_lambdas",
+                  "--value_embeddings", "--head_lr=2"]
     whole = small_run("whole", *flags)
     assert read_checkpoint(whole / "last.pt")["step"] == 12 and int(losses(whole)[0]) == 5
     for step in (0, 4, 7, 10):
@@ -43,16 +47,18 @@ def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer, sche
         monkeypatch.undo()
         assert read_checkpoint(parts / "last.pt")["step"] == step + 1
         with open(parts / "log.jsonl", "a") as file:  # a killed run logs more than it saves
-            file.write(f'{{"step": {step + 1}, "tokens": 1, "loss": 0}}\n{{"step": {step + 2}, "tok')
+            file.write(
+                f'{{"step": {step + 1}, "tokens": 1, "loss": 0}}\n{{"step": {step + 2}, "tok')
         small_run(f"stopped{step}", *flags, "--resume")
         assert_same_run(whole, parts)
 
 
 def test_resume_on_two_processes(small_run, tiny_data, tmp_path):
-    """Two processes resume exactly; and a run may go from one process to two and back on the same curve."""
+    """Two processes resume exactly; and a run may go from one process to two and back on the same
+    curve."""
     def two(name, steps, *flags):
-        result = call("train.py", *SMALL, *tiny_data, "--batch_size=4", f"--out_dir={tmp_path / name}", f"--max_steps={steps}",
-                      *flags, processes=2)
+        result = call("train.py", *SMALL, *tiny_data, "--batch_size=4",
+                      f"--out_dir={tmp_path / name}", f"--max_steps={steps}", *flags, processes=2)
         assert result.returncode == 0, result.stderr
     two("whole", 12)
     two("parts", 5)
@@ -105,11 +111,13 @@ print("FINISHED", status)
 
 
 def test_killed_at_any_moment(small_run, tiny_data, tmp_path):
-    """SIGKILL at 50 random moments of a run that saves at every step: always a whole checkpoint or none, and in the end the
-    run that would have been."""
-    flags = [*tiny_data, "--max_steps=1200", "--eval_every=10", "--eval_tokens=16", "--save_every=1", "--tail_average=0.5"]
+    """SIGKILL at 50 random moments of a run that saves at every step: always a whole checkpoint or
+    none, and in the end the run that would have been."""
+    flags = [*tiny_data, "--max_steps=1200", "--eval_every=10", "--eval_tokens=16",
+             "--save_every=1", "--tail_average=0.5"]
     script = write_script(tmp_path / "kill.py", KILL_AT_RANDOM)
-    killed = call(script, tmp_path / "killed", *SMALL, *flags, f"--out_dir={tmp_path / 'killed'}", "--resume")
+    killed = call(script, tmp_path / "killed", *SMALL, *flags, f"--out_dir={tmp_path / 'killed'}",
+                  "--resume")
     assert "FINISHED 0" in killed.stdout, killed.stdout + killed.stderr
     print(killed.stdout)
     whole = small_run("whole", *flags, "--save_every=0")
@@ -139,16 +147,20 @@ train.main()
 """
 
 
-@pytest.mark.parametrize("where, who, number", [("validation", 1, "SIGTERM"), ("saving", 0, "SIGINT")])
+@pytest.mark.parametrize("where, who, number",
+                         [("validation", 1, "SIGTERM"), ("saving", 0, "SIGINT")])
 def test_asked_to_stop_in_one_rank(tmp_path, data_dir, where, who, number):
-    """A signal to one rank, in a validation or a save, stops all after the same step, saved, with exit code 0."""
+    """A signal to one rank, in a validation or a save, stops all after the same step, saved, with
+    exit code 0."""
     script = write_script(tmp_path / "ask.py", SIGNAL_ONE_RANK)
-    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--batch_size=4", "--max_steps=500",
-             "--eval_every=5", "--save_every=5"]
+    flags = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}",
+             "--batch_size=4", "--max_steps=500", "--eval_every=5", "--save_every=5"]
     result = call(script, *flags, processes=2, WHERE=where, WHO=str(who), SIGNAL=number)
     assert result.returncode == 0, result.stderr
-    step = read_checkpoint(tmp_path / "out/last.pt")["step"]  # a save goes on beside the steps after it
-    assert "--resume" in result.stdout and step == len(losses(tmp_path / "out")) and 6 <= step <= (6 if where == "validation" else 20)
+    step = read_checkpoint(tmp_path
+                           / "out/last.pt")["step"]  # a save goes on beside the steps after it
+    assert "--resume" in result.stdout and step == len(losses(
+        tmp_path / "out")) and 6 <= step <= (6 if where == "validation" else 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -163,10 +175,13 @@ def test_asked_to_stop_by_the_command_line(tmp_path, data_dir, number):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_torchrun_is_stopped(tmp_path, data_dir, number):
-    """Killed or interrupted, torchrun leaves no process behind; its processes save, and give no traceback of ours."""
-    torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *SMALL,
-                                 "--dataset=stdlib", f"--data_dir={data_dir}", "--batch_size=4", "--max_steps=100000",
-                                 f"--out_dir={tmp_path / 'out'}"], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    """Killed or interrupted, torchrun leaves no process behind; its processes save, and give no
+    traceback of ours."""
+    torchrun = subprocess.Popen([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", "--batch_size=4",
+        "--max_steps=100000", f"--out_dir={tmp_path / 'out'}"
+    ], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "log.jsonl"
     while not (log.exists() and log.read_text()):
         time.sleep(0.05)
@@ -180,7 +195,8 @@ def test_torchrun_is_stopped(tmp_path, data_dir, number):
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "sample.py", "model.py", "prepare.py"])
 def test_ctrl_c_while_it_imports(script):
     """One line, no traceback."""
-    argv = ["export", "a", "b"] if script == "model.py" else ["stdlib"] if script == "prepare.py" else []
+    argv = ["export", "a", "b"
+            ] if script == "model.py" else ["stdlib"] if script == "prepare.py" else []
     code = f"""if True:
         import os, runpy, signal, sys
         class Interrupt:
@@ -192,11 +208,13 @@ def test_ctrl_c_while_it_imports(script):
         sys.argv = {[script, *argv]!r}
         runpy.run_path({str(HERE / script)!r}, run_name="__main__")"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
-    assert result.returncode == 130 and result.stderr == f"{script}: stopped before it began\n" and not result.stdout
+    assert result.returncode == 130 and result.stderr == f"{script}: stopped before it began\n"
+    assert not result.stdout
 
 
 def test_second_ctrl_c_ends_at_once(tmp_path, data_dir):
-    process = start_long_run(tmp_path, data_dir, "--eval_every=1", "--eval_tokens=10_000_000")  # it is in a long validation
+    process = start_long_run(tmp_path, data_dir, "--eval_every=1",
+                             "--eval_tokens=10_000_000")  # it is in a long validation
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
@@ -204,8 +222,10 @@ def test_second_ctrl_c_ends_at_once(tmp_path, data_dir):
 
 
 def start_long_run(tmp_path, data_dir, *flags):
-    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", "--max_steps=100000",
-                                f"--out_dir={tmp_path / 'out'}", *flags], cwd=HERE, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "train.py", *SMALL, "--dataset=stdlib",
+                                f"--data_dir={data_dir}", "--max_steps=100000",
+                                f"--out_dir={tmp_path / 'out'}",
+                                *flags], cwd=HERE, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, text=True)
     log = tmp_path / "out" / "log.jsonl"
     while not (log.exists() and log.read_text()):
@@ -228,11 +248,15 @@ train.main()
 
 
 def test_torchrun_restarts_resume(small_run, tmp_path, tiny_data):
-    """`torchrun --max-restarts=3`: a rank that dies, and the run goes on from its last checkpoint by itself."""
+    """`torchrun --max-restarts=3`: a rank that dies, and the run goes on from its last checkpoint
+    by itself."""
     script = write_script(tmp_path / "die.py", DIE_ONCE)
     flags = [*tiny_data, "--batch_size=4", "--save_every=3"]
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
-                             str(script), *SMALL, *flags, f"--out_dir={tmp_path / 'out'}"], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=3",
+        str(script), *SMALL, *flags, f"--out_dir={tmp_path / 'out'}"
+    ], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "resume: at step 6" in result.stdout
     assert losses(tmp_path / "out") == pytest.approx(losses(small_run("one", *flags)), rel=1e-5)
@@ -249,8 +273,8 @@ def test_another_torchrun_does_not_resume(small_run, monkeypatch):
 
 
 def test_a_tail_goes_on(small_run, monkeypatch):
-    """From a copy of best.pt inside the tail too; and extended, the mean goes on counting, under a name of its own, or starts
-    again in the new tail."""
+    """From a copy of best.pt inside the tail too; and extended, the mean goes on counting, under a
+    name of its own, or starts again in the new tail."""
     flags = ["--tail_average=0.5", "--eval_every=8", "--name=tail"]
     whole = small_run("whole", *flags)
     monkeypatch.setattr(train, "learning_rate_at", stop_at(8))
@@ -268,26 +292,32 @@ def test_a_tail_goes_on(small_run, monkeypatch):
         assert last["config"]["name"].startswith("tail_extended_10")
 
 
-@pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16", "--seed=1",
-                                  "--dropout=0.3", "--tail_average=0.1", "--order=sequential", "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon",
-                                  "--compile=True"])
+@pytest.mark.parametrize("flag", ["--learning_rate=0.5", "--n_layer=3", "--block_size=8",
+                                  "--global_batch_size=16", "--seed=1", "--dropout=0.3",
+                                  "--tail_average=0.1", "--order=sequential", "--amp=bfloat16",
+                                  "--weight_decay=0", "--optimizer=muon", "--compile=True"])
 def test_resume_refuses_another_run(finished_run, flag):
     key = flag[2:].split("=")[0]
-    with pytest.raises(UserError, match=f"belongs to another run: .*{'init_seed' if key == 'seed' else key} was .*, is "):
+    with pytest.raises(
+            UserError,
+            match=f"belongs to another run: .*{'init_seed' if key == 'seed' else key} was .*, is "):
         finished_run("--resume", flag)
 
 
-@pytest.mark.parametrize("schedule", ["--warmup_fraction=0.5", "--schedule=cosine", "--tail_average=0.5"])
+@pytest.mark.parametrize("schedule",
+                         ["--warmup_fraction=0.5", "--schedule=cosine", "--tail_average=0.5"])
 def test_a_schedule_fixes_the_number_of_steps(small_run, schedule):
-    """The learning rate of each step depends on it, or where the tail starts, so a run of another length is another run."""
+    """The learning rate of each step depends on it, or where the tail starts, so a run of another
+    length is another run."""
     small_run("run", schedule, "--max_steps=2")
     with pytest.raises(UserError, match="max_steps was 2, is 4"):
         small_run("run", schedule, "--max_steps=4", "--resume")
 
 
 def test_resume_allows_what_changes_nothing(finished_run, small_run):
-    folder = finished_run("--resume", "--max_steps=14", "--batch_size=2", "--device=cpu", "--eval_every=3",
-                          "--save_every=2", "--log_every=2", "--dollars_per_hour=2", "--name=other")
+    folder = finished_run("--resume", "--max_steps=14", "--batch_size=2", "--device=cpu",
+                          "--eval_every=3", "--save_every=2", "--log_every=2",
+                          "--dollars_per_hour=2", "--name=other")
     assert read_checkpoint(folder / "last.pt")["step"] == 14
     small_run("no_dropout", "--max_steps=2")  # then compiled code draws no other masks
     folder = small_run("no_dropout", "--max_steps=4", "--compile=False", "--resume")
@@ -296,7 +326,8 @@ def test_resume_allows_what_changes_nothing(finished_run, small_run):
 
 @pytest.mark.parametrize("schedule", ["constant", "wsd"])
 def test_an_extended_run_is_the_longer_run(small_run, tiny_data, monkeypatch, schedule):
-    """Stopped at a learning rate that a longer run has there too, it becomes that run, bit for bit."""
+    """Stopped at a learning rate that a longer run has there too, it becomes that run, bit for
+    bit."""
     flags = [*tiny_data, f"--schedule={schedule}", "--eval_every=4"]
     whole = small_run("whole", *flags, "--max_steps=24")
     if schedule == "wsd":
@@ -314,7 +345,8 @@ def test_an_extended_run_is_the_longer_run(small_run, tiny_data, monkeypatch, sc
 
 
 def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
-    """It gets the tail of the longer run, whose beginning it did not have; the name says so from then on."""
+    """It gets the tail of the longer run, whose beginning it did not have; the name says so from
+    then on."""
     flags = [*tiny_data, "--schedule=cosine", "--warmup_fraction=0.25", "--name=short"]
     whole = small_run("whole", *flags, "--max_steps=12")
     parts = small_run("parts", *flags, "--max_steps=8")
@@ -323,13 +355,15 @@ def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
     resume(parts, "--extend", "--max_steps=12")
     small_run("parts", *flags, "--max_steps=12", "--resume")
     assert f"{parts} is finished: 12 steps" in capsys.readouterr().out
-    rates, longer = ([entry["lr"] for entry in read_log(folder / "log.jsonl")[0]] for folder in (parts, whole))
+    rates, longer = ([entry["lr"] for entry in read_log(folder / "log.jsonl")[0]]
+                     for folder in (parts, whole))
     assert rates[10:] == longer[10:] and rates[2:8] != longer[2:8]
     assert read_checkpoint(parts / "last.pt")["config"]["name"] == "short_extended_8_extended_10"
 
 
 def test_resume_by_the_folder_alone(small_run, tiny_data, tmp_path):
-    """--resume --out_dir=X takes the options from X/config.json. Flags win: a folder that was moved, a seed of another run."""
+    """--resume --out_dir=X takes the options from X/config.json. Flags win: a folder that was
+    moved, a seed of another run."""
     flags = [*tiny_data, "--n_layer=1", "--seed=7", "--max_tokens=1920", "--max_steps=0"]
     small_run("run", *flags).rename(tmp_path / "moved")
     resume(tmp_path / "moved", "--max_tokens=2560")
@@ -375,16 +409,18 @@ def test_a_second_run_does_not_overwrite_the_first(finished_run, capsys):
 
 
 def test_two_runs_in_one_folder(tmp_path, data_dir):
-    """The second is one line with the first one's process, with and without --resume, and changes nothing; after a kill
-    of the first the folder is free."""
+    """The second is one line with the first one's process, with and without --resume, and changes
+    nothing; after a kill of the first the folder is free."""
     first = start_long_run(tmp_path, data_dir, "--save_every=5")
     while not (tmp_path / "out" / "last.pt").exists():
         time.sleep(0.05)
     config_json = (tmp_path / "out" / "config.json").read_text()
-    command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'out'}", "--resume"]
+    command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
+               f"--out_dir={tmp_path / 'out'}", "--resume"]
     second = call(*command, "--max_steps=100000", "--save_every=5", "--name=second")
     assert second.returncode == 1 and "Traceback" not in second.stderr
-    assert second.stderr.splitlines()[-1].startswith(f"train.py: another run is writing to {tmp_path / 'out'} (process {first.pid} on ")
+    assert second.stderr.splitlines()[-1].startswith(
+        f"train.py: another run is writing to {tmp_path / 'out'} (process {first.pid} on ")
     assert first.poll() is None and (tmp_path / "out" / "config.json").read_text() == config_json
     first.kill()
     first.wait()
@@ -395,12 +431,14 @@ def test_two_runs_in_one_folder(tmp_path, data_dir):
 
 
 def test_a_damaged_log_is_reported(small_run, tiny_data, capsys):
-    """Garbage in log.jsonl does not stop a resumed run: the good lines stay, the file as it was is kept, one line says so."""
+    """Garbage in log.jsonl does not stop a resumed run: the good lines stay, the file as it was is
+    kept, one line says so."""
     flags = [*tiny_data, "--max_steps=4"]
     folder = small_run("run", *flags)
     log = folder / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
-    garbage = [b"5\n", b"null\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\n", b"[" * 100_000 + b"\n"]
+    garbage = [b"5\n", b"null\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\n",
+               b"[" * 100_000 + b"\n"]
     damaged = b"".join([lines[0], *garbage, *lines[1:]])
     log.write_bytes(damaged)
     capsys.readouterr()

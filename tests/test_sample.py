@@ -1,4 +1,5 @@
-"""Texts: by sample.py, where each depends on its own seed and not on those made beside it; and while training."""
+"""Texts: by sample.py, where each depends on its own seed and not on those made beside it; and
+while training."""
 
 import json
 import re
@@ -28,7 +29,8 @@ def samples(run):
 
 
 def test_samples_leave_no_trace(small_run, tiny_data, tmp_path, monkeypatch, capsys):
-    """In one process or two, with dropout, stopped or not: the same bits as without them, and the same texts."""
+    """In one process or two, with dropout, stopped or not: the same bits as without them, and the
+    same texts."""
     flags = [*tiny_data, "--batch_size=4", "--eval_every=4", "--max_steps=12"]
     sampling = [*flags, "--sample_every=3", "--sample_prompt=12 t"]
     without, whole = small_run("without", *flags), small_run("whole", *sampling)
@@ -43,11 +45,13 @@ def test_samples_leave_no_trace(small_run, tiny_data, tmp_path, monkeypatch, cap
     assert_same_run(whole, parts)
     assert samples(parts) == texts
     for log in (whole / "log.jsonl", parts / "log.jsonl"):
-        log.write_text("".join(line for line in log.read_text().splitlines(True) if "sample" not in line))
+        log.write_text("".join(line for line in log.read_text().splitlines(True)
+                               if "sample" not in line))
     assert_same_run(without, parts)
     two = call("train.py", *SMALL, *sampling, f"--out_dir={tmp_path / 'two'}", processes=2)
     assert two.returncode == 0, two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-5) and list(samples(tmp_path / "two")) == list(texts)
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-5) and list(
+        samples(tmp_path / "two")) == list(texts)
 
 
 def test_samples_need_a_tokenizer(small_run, tiny_data, monkeypatch, tmp_path):

@@ -14,26 +14,30 @@ from nanolab.logfile import read_log
 from probes import without_progress
 
 
-NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambdas", "--value_embeddings", "--embed_norm",
-       "--embedding_lr=9", "--head_lr=2", "--scalar_lr=3"]
+NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambdas",
+       "--value_embeddings", "--embed_norm", "--embedding_lr=9", "--head_lr=2", "--scalar_lr=3"]
 
 
 @pytest.mark.parametrize("order, optimizer", [("sequential", "adamw"), ("shuffled", "normuon")])
 def test_any_split_is_the_same_run(small_run, data_dir, tmp_path, order, optimizer):
-    """1 process x 8 sequences, 2, 4 and 8 micro-steps, 2 and 4 processes, two machines: one loss curve over 50 steps."""
-    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}", f"--optimizer={optimizer}", *NEW * (optimizer == "normuon")]
+    """1 process x 8 sequences, 2, 4 and 8 micro-steps, 2 and 4 processes, two machines: one loss
+    curve over 50 steps."""
+    flags = ["--max_steps=50", "--eval_every=25", f"--order={order}", f"--optimizer={optimizer}",
+             *NEW * (optimizer == "normuon")]
     command = ["train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags]
     whole = small_run("whole", *flags)
     others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in (4, 2, 1)]
     others.append(tmp_path / "processes")
-    result = call(*command, f"--out_dir={others[-1]}", "--batch_size=2", processes=2 if order == "sequential" else 4)
+    result = call(*command, f"--out_dir={others[-1]}", "--batch_size=2",
+                  processes=2 if order == "sequential" else 4)
     assert result.returncode == 0, result.stderr
     others.append(tmp_path / "machines")
     two_machines(*command, f"--out_dir={others[-1]}", "--batch_size=2")
     for folder in others:
         assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
         ours, theirs = (read_log(f / "log.jsonl")[1] for f in (folder, whole))
-        assert [e["val_loss"] for e in ours] == pytest.approx([e["val_loss"] for e in theirs], rel=1e-5)
+        assert [e["val_loss"] for e in ours] == pytest.approx([e["val_loss"] for e in theirs],
+                                                              rel=1e-5)
 
 
 def two_machines(*command):
@@ -41,9 +45,13 @@ def two_machines(*command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_id=test",
-                                "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}", *map(str, command)], cwd=HERE,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)]
+    agents = [
+        subprocess.Popen([
+            sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+            "--rdzv_id=test", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}",
+            *map(str, command)
+        ], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)
+    ]
     assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
 
 
@@ -72,12 +80,14 @@ end_distributed()
 
 
 def test_gradients_are_reduced_once_a_step(tmp_path, data_dir):
-    """4 micro-steps cost one all-reduce for the gradients and one for the logged loss, not four and one. (Five more are of
-    the start and of the validation.)"""
+    """4 micro-steps cost one all-reduce for the gradients and one for the logged loss, not four and
+    one. (Five more are of the start and of the validation.)"""
     script = write_script(tmp_path / "count.py", COUNT_ALL_REDUCES)
-    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={tmp_path}/out", "--max_steps=10",
-                  "--batch_size=1", processes=2)
-    count = next(int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("ALL-REDUCES"))
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
+                  f"--out_dir={tmp_path}/out", "--max_steps=10", "--batch_size=1", processes=2)
+    count = next(
+        int(line.split()[1]) for line in result.stdout.splitlines()
+        if line.startswith("ALL-REDUCES"))
     assert count == 2 * 10 + 5
 
 
@@ -116,22 +126,27 @@ end_distributed()
 
 
 @pytest.mark.parametrize("processes, n_layer", [(2, 2), (4, 1)])
-def test_ranks_share_muon_and_store_gradients_once(small_run, data_dir, tmp_path, processes, n_layer):
-    """Each process orthogonalises its share of the matrices, also where there are fewer of a shape than processes, and all
-    have the same weights after it. The gradients are views of DDP's buckets (of 1 MiB, then of 25) in every micro-step
-    from the second step on: there is no second copy of them."""
-    flags = ["--n_embd=128", f"--n_layer={n_layer}", "--n_head=4", "--max_steps=4", "--optimizer=muon"]
+def test_ranks_share_muon_and_store_gradients_once(small_run, data_dir, tmp_path, processes,
+                                                   n_layer):
+    """Each process orthogonalises its share of the matrices, also where there are fewer of a shape
+    than processes, and all have the same weights after it. The gradients are views of DDP's buckets
+    (of 1 MiB, then of 25) in every micro-step from the second step on: there is no second copy of
+    them."""
+    flags = ["--n_embd=128", f"--n_layer={n_layer}", "--n_head=4", "--max_steps=4",
+             "--optimizer=muon"]
     one = small_run("one", *flags)
     script = write_script(tmp_path / "watch.py", WATCH_RANKS)
-    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags, "--batch_size=1",
-                  f"--out_dir={tmp_path / 'many'}", processes=processes)
+    result = call(script, *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags,
+                  "--batch_size=1", f"--out_dir={tmp_path / 'many'}", processes=processes)
     assert result.returncode == 0 and without_progress(result.stderr) == []
     assert losses(tmp_path / "many") == pytest.approx(losses(one), rel=1e-5)
     line = next(line for line in result.stdout.splitlines() if line.startswith("SEEN"))
     storages, matrices, same_weights = json.loads(line.removeprefix("SEEN"))
     assert same_weights
-    stacks = [3 * n_layer, n_layer, n_layer, n_layer]  # Q, K and V; the MLP's two and attention's projection
-    assert sorted(matrices) == sorted(4 * [-(-n // processes) for n in stacks]), "each rank does its share"
+    stacks = [3 * n_layer, n_layer, n_layer,
+              n_layer]  # Q, K and V; the MLP's two and attention's projection
+    assert sorted(matrices) == sorted(4 * [-(-n // processes)
+                                           for n in stacks]), "each rank does its share"
     micro_steps = 8 // processes
     assert len(storages) == 4 * micro_steps
     later = storages[micro_steps:]

@@ -66,7 +66,8 @@ def test_each_result_has_its_study():
 @pytest.mark.skipif(not shutil.which("bash"), reason="the studies are scripts for bash")
 @pytest.mark.parametrize("study", STUDIES)
 def test_study_makes_its_results(study, tmp_path, monkeypatch):
-    """A study trains the runs of its results, with equal options, and its tables gather them all."""
+    """A study trains the runs of its results, with equal options, and its tables gather them
+    all."""
     train_commands, eval_commands = command_lines(study, tmp_path)
     runs = {}
     monkeypatch.chdir(HERE)  # where the config files are

@@ -1,4 +1,5 @@
-"""What a study shows and what not: through eval.py, on numbers whose answer a textbook or a simulation gives."""
+"""What a study shows and what not: through eval.py, on numbers whose answer a textbook or a
+simulation gives."""
 
 import json
 import math
@@ -35,11 +36,21 @@ def statistics(monkeypatch, capsys, file, *argv):
     return next(content[key] for key in ("rows", "noise", "fit") if key in content), printed
 
 
-@pytest.mark.parametrize("n, n_baseline, shift", [
-    (5, 5, 0), (2, 2, 0), (30, 30, 0),  # paired: the same seeds
-    (5, 7, 100), (40, 3, 100), (5, 5, 4),  # Welch's: no seed in common, or only one
-    (1, 7, 100), (1, 7, 0), (7, 1, 0), (2, 9, 100), (9, 2, 8),  # Student's: one or two runs on one side
-])
+@pytest.mark.parametrize(
+    "n, n_baseline, shift",
+    [
+        (5, 5, 0),
+        (2, 2, 0),
+        (30, 30, 0),  # paired: the same seeds
+        (5, 7, 100),
+        (40, 3, 100),
+        (5, 5, 4),  # Welch's: no seed in common, or only one
+        (1, 7, 100),
+        (1, 7, 0),
+        (7, 1, 0),
+        (2, 9, 100),
+        (9, 2, 8),  # Student's: one or two runs on one side
+    ])
 def test_intervals_are_the_textbooks(tmp_path, monkeypatch, capsys, n, n_baseline, shift):
     """Interval and p-value of a row, from the formulas of the t-test that its seeds ask for."""
     ours = {seed + shift: loss for seed, loss in draws(n, 3.65, 0.02, n).items()}
@@ -84,10 +95,11 @@ def test_intervals_are_the_textbooks(tmp_path, monkeypatch, capsys, n, n_baselin
 
 
 def test_differences_without_a_spread(tmp_path, monkeypatch, capsys):
-    """Equal losses are identical; where nothing shows the noise, there is no p and nothing is shown."""
+    """Equal losses are identical; where nothing shows the noise, there is no p and nothing is
+    shown."""
     two, other = {1: 3.5, 2: 3.75}, {3: 3.5, 4: 3.5}
-    losses = {"baseline": two, "same": two, "same_in_part": {2: 3.75, 7: 3.0}, "shifted": {1: 3.0, 2: 3.25},
-              "constant": other}
+    losses = {"baseline": two, "same": two, "same_in_part": {2: 3.75, 7: 3.0},
+              "shifted": {1: 3.0, 2: 3.25}, "constant": other}
     rows, printed = statistics(monkeypatch, capsys, results_file(tmp_path / "a.json", losses))
     rows = {row["experiment"]: row for row in rows}
 
@@ -100,7 +112,8 @@ def test_differences_without_a_spread(tmp_path, monkeypatch, capsys):
     assert rows["constant"]["compared"] == "unpaired, two runs" and 0.2 < rows["constant"]["p"] < 1
     assert "Interval and p: of the one test, not corrected." in printed  # `constant`
 
-    constants = {"baseline": {1: 3.0, 2: 3.0, 3: 3.0}, "higher": {4: 3.5, 5: 3.5, 6: 3.5}, "one": {7: 3.5}}
+    constants = {"baseline": {1: 3.0, 2: 3.0, 3: 3.0}, "higher": {4: 3.5, 5: 3.5, 6: 3.5},
+                 "one": {7: 3.5}}
     rows, _ = statistics(monkeypatch, capsys, results_file(tmp_path / "b.json", constants))
     assert {row["experiment"]: (row.get("compared"), row.get("verdict")) for row in rows} == {
         "baseline": (None, None), "higher": ("unpaired, no spread", "not shown"),
@@ -110,12 +123,14 @@ def test_differences_without_a_spread(tmp_path, monkeypatch, capsys):
     rows, _ = statistics(monkeypatch, capsys, results_file(tmp_path / "c.json", single))
     found = {row["experiment"]: (row["difference"], row["compared"], row["verdict"]) for row in rows
              if "verdict" in row}
-    assert found == {"other": (-1, "one run each", "not shown"), "equal": (0, "identical, 1", "identical")}
+    assert found == {"other": (-1, "one run each", "not shown"),
+                     "equal": (0, "identical, 1", "identical")}
     assert capsys.readouterr().err == ""
 
 
 def test_verdicts_and_intervals_follow_one_rule(tmp_path, monkeypatch, capsys):
-    """Bonferroni's: p times the number of tests; shown is what the interval at that level leaves out 0 for."""
+    """Bonferroni's: p times the number of tests; shown is what the interval at that level leaves
+    out 0 for."""
     baseline = draws(6, 3.6, 0.01, 1)
     losses = {"baseline": baseline, "repeat": baseline,
               **{f"by {shift}": {seed: loss + shift + 0.01 * math.sin(9 * seed + 1e4 * shift)
@@ -132,11 +147,15 @@ def test_verdicts_and_intervals_follow_one_rule(tmp_path, monkeypatch, capsys):
         gaps = np.subtract(row["losses"], list(baseline.values()))
         interval = scipy.stats.ttest_1samp(gaps, 0).confidence_interval(1 - 0.05 / 6)
         assert (row["low"], row["high"]) == pytest.approx(tuple(interval))
-        assert row["p_corrected"] == pytest.approx(min(1, 6 * scipy.stats.ttest_1samp(gaps, 0).pvalue))
-        assert (row["verdict"] != "not shown") == (row["p_corrected"] < 0.05) == (row["low"] * row["high"] > 0)
-    assert len({row["verdict"] for row in tested}) == 3  # the cases cover better, worse and not shown
+        assert row["p_corrected"] == pytest.approx(min(1,
+                                                       6 * scipy.stats.ttest_1samp(gaps, 0).pvalue))
+        assert (row["verdict"] != "not shown") == (row["p_corrected"]
+                                                   < 0.05) == (row["low"] * row["high"] > 0)
+    assert len({row["verdict"]
+                for row in tested}) == 3  # the cases cover better, worse and not shown
     reference = next(row for row in rows if row["experiment"] == "elsewhere")
-    assert reference["compared"] == "reference" and "verdict" not in reference and "p" not in reference
+    assert reference[
+        "compared"] == "reference" and "verdict" not in reference and "p" not in reference
 
 
 def test_the_smallest_effect_that_a_table_shows(tmp_path, monkeypatch, capsys):
@@ -147,9 +166,11 @@ def test_the_smallest_effect_that_a_table_shows(tmp_path, monkeypatch, capsys):
 
     effect = stats.detectable(1 / math.sqrt(5), 4, 0.01)
     gaps = np.random.default_rng(1).normal(effect, 1, (20_000, 5))
-    assert np.mean(scipy.stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.01) == pytest.approx(0.8, abs=0.01)
+    assert np.mean(scipy.stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.01) == pytest.approx(
+        0.8, abs=0.01)
 
-    file = results_file(tmp_path / "a.json", {"baseline": draws(5, 3.6, 0.01, 1), "a": draws(5, 3.6, 0.01, 2),
+    file = results_file(tmp_path / "a.json", {"baseline": draws(5, 3.6, 0.01, 1),
+                                              "a": draws(5, 3.6, 0.01, 2),
                                               "b": draws(5, 3.6, 0.05, 3)})
     rows, printed = statistics(monkeypatch, capsys, file)
     smallest, largest = sorted(row["detectable"] for row in rows if "detectable" in row)
@@ -160,28 +181,35 @@ def test_a_table_says_what_a_comparison_lacks(tmp_path, monkeypatch, capsys):
     """Seeds, where two pairs did not show an effect that more would; and a common budget."""
     losses = {"baseline": {1: 3.00, 2: 3.02}, "mine": {1: 2.90, 2: 2.94}}
     text = evaluate(monkeypatch, capsys, "--ckpt", results_file(tmp_path / "two.json", losses))
-    [needed] = re.findall(r"^mine: 2 seeds are too few to show this difference; about (\d+) would", text, re.M)
+    [needed] = re.findall(r"^mine: 2 seeds are too few to show this difference; about (\d+) would",
+                          text, re.M)
     error = 0.01  # of the mean of the differences -0.10 and -0.08
     effects = {n: stats.detectable(error * math.sqrt(2 / n), n - 1, 0.05) for n in range(3, 9)}
     assert needed == str(min(n for n, effect in effects.items() if effect <= 0.09))
     assert "Unequal budgets" not in text
-    equal = results_file(tmp_path / "equal.json", {name: {1: 3.0, 2: 3.0 - i, 3: 3.1, 4: 3.2} for i, name in enumerate(losses)})
+    equal = results_file(
+        tmp_path / "equal.json",
+        {name: {1: 3.0, 2: 3.0 - i, 3: 3.1, 4: 3.2}
+         for i, name in enumerate(losses)})
     assert "too few" not in evaluate(monkeypatch, capsys, "--ckpt", equal)
 
-    runs = [{"name": "baseline", "test_loss": 3.0, "max_steps": 100}, {"name": "mine", "test_loss": 2.9, "max_steps": 200}]
+    runs = [{"name": "baseline", "test_loss": 3.0, "max_steps": 100},
+            {"name": "mine", "test_loss": 2.9, "max_steps": 200}]
     (tmp_path / "budgets.json").write_text(json.dumps(runs))
     text = evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "budgets.json")
     assert "Unequal budgets, so a difference is not of the change alone: baseline 9,830,400 tokens; mine 19,660,800 tokens." in text
 
 
 def reml(losses, matrices, sides):
-    """The variances of greatest likelihood of the contrasts that no mean can change, by brute force."""
+    """The variances of greatest likelihood of the contrasts that no mean can change, by brute
+    force."""
     contrasts = scipy.linalg.null_space(np.eye(max(sides) + 1)[sides].T).T
     projected = [contrasts @ matrix @ contrasts.T for matrix in matrices]
     y = contrasts @ np.array(losses)
 
     def minus_log_likelihood(logs):
-        return -scipy.stats.multivariate_normal.logpdf(y, cov=np.tensordot(np.exp(logs), projected, 1))
+        return -scipy.stats.multivariate_normal.logpdf(y,
+                                                       cov=np.tensordot(np.exp(logs), projected, 1))
     start = [math.log(np.var(y))] * len(matrices)
     fit = scipy.optimize.minimize(minus_log_likelihood, start, method="Nelder-Mead",
                                   options={"xatol": 1e-6, "fatol": 1e-10, "maxiter": 5000})
@@ -199,7 +227,8 @@ def test_partly_common_seeds_use_every_run(tmp_path, monkeypatch, capsys):
     baseline = {seed: 3.7 + seed_effects[seed] + rest[0, seed] for seed in range(6)}
     ours = {seed: 3.6 + seed_effects[seed] + 3 * rest[1, seed] for seed in range(2, 9)}
     file = results_file(tmp_path / "a.json", {"baseline": baseline, "ours": ours})
-    row = next(row for row in statistics(monkeypatch, capsys, file)[0] if row["experiment"] == "ours")
+    row = next(row for row in statistics(monkeypatch, capsys, file)[0]
+               if row["experiment"] == "ours")
 
     seeds, losses = np.array([*ours, *baseline]), np.array([*ours.values(), *baseline.values()])
     sides = [0] * len(ours) + [1] * len(baseline)
@@ -214,7 +243,8 @@ def test_partly_common_seeds_use_every_run(tmp_path, monkeypatch, capsys):
     assert row["error"] == pytest.approx(math.sqrt([1, -1] @ of_means @ [1, -1]), rel=1e-3)
     assert abs(row["difference"] + 0.1) < 0.01 and 2.9 < row["df"] < 9
     swapped = stats.difference(by_tuple(baseline), by_tuple(ours))
-    assert (swapped["difference"], swapped["error"]) == pytest.approx((-row["difference"], row["error"]), rel=1e-4)
+    assert (swapped["difference"], swapped["error"]) == pytest.approx(
+        (-row["difference"], row["error"]), rel=1e-4)
 
     # More baselines than runs of ours: as good as the pairs alone. Without anything in common to
     # the runs of one seed: about the difference of the means.
@@ -240,25 +270,29 @@ def by_tuple(losses):
 
 @pytest.mark.parametrize("shared, scale", [(0, 1), (0.5, 4), (0.95, 1)])
 def test_intervals_over_partly_common_seeds_hold(shared, scale):
-    """Coverage by simulation: three seeds in common, whatever share of the noise belongs to the seed."""
+    """Coverage by simulation: three seeds in common, whatever share of the noise belongs to the
+    seed."""
     rng, held = np.random.default_rng(int(100 * shared)), []
     for _ in range(250):
         seed_effects = rng.normal(0, math.sqrt(shared), 8)
-        sides = [{(seed,): sd * (seed_effects[seed] + rng.normal(0, math.sqrt(1 - shared))) for seed in seeds}
-                 for seeds, sd in ((range(3), scale), (range(8), 1))]
+        sides = [{(seed,): sd * (seed_effects[seed] + rng.normal(0, math.sqrt(1 - shared)))
+                  for seed in seeds} for seeds, sd in ((range(3), scale), (range(8), 1))]
         row = stats.difference(*sides)
         held.append(abs(row["difference"]) < scipy.stats.t.ppf(0.975, row["df"]) * row["error"])
     assert 0.9 < np.mean(held) < 0.99
 
 
-PUBLISHED_SEEDS = [(42, 42), (22, 22), (67, 67), (42, 23), (42, 67), (23, 23), (67, 23)]  # weights, loop
+PUBLISHED_SEEDS = [(42, 42), (22, 22), (67, 67), (42, 23), (42, 67), (23, 23),
+                   (67, 23)]  # weights, loop
 PUBLISHED_LOSSES = [3.691526, 3.673453, 3.653593, 3.681356, 3.680505, 3.673943, 3.664345]
 
 
 def test_crossed_seeds_by_a_mixed_model(monkeypatch, capsys, tmp_path):
-    """The seven published baselines: REML by brute force, the audit's figures, and the intervals' formulas."""
+    """The seven published baselines: REML by brute force, the audit's figures, and the intervals'
+    formulas."""
     monkeypatch.chdir(HERE)
-    printed = evaluate(monkeypatch, capsys, "--ckpt", "config/published.json", "--noise", "--json", tmp_path / "n.json")
+    printed = evaluate(monkeypatch, capsys, "--ckpt", "config/published.json", "--noise", "--json",
+                       tmp_path / "n.json")
     noise = json.loads((tmp_path / "n.json").read_text())["noise"]
     weights, loop = (equal(labels) for labels in zip(*PUBLISHED_SEEDS))
     variances = reml(PUBLISHED_LOSSES, [np.eye(7), weights, loop], [0] * 7)
@@ -274,26 +308,34 @@ def test_crossed_seeds_by_a_mixed_model(monkeypatch, capsys, tmp_path):
         assert (low + high) / 2 == pytest.approx(3.674103, abs=1e-6)
         df = {"mean_interval": 3.27, "one_more_run": 3.82}[name]
         assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, df) * error, rel=2e-3)
-    assert errors["mean_interval"] ** 2 / np.var(PUBLISHED_LOSSES, ddof=1) > 1 / 7  # not seven independent runs
+    assert errors["mean_interval"]**2 / np.var(PUBLISHED_LOSSES,
+                                               ddof=1) > 1 / 7  # not seven independent runs
 
     # A second experiment with the same crossed seeds: its gaps are crossed in the same way.
     baseline = dict(zip(PUBLISHED_SEEDS, PUBLISHED_LOSSES))
     row = stats.difference({seeds: 2 * loss for seeds, loss in baseline.items()}, baseline)
-    assert row["compared"] == "paired, 7" and row["error"] == pytest.approx(errors["mean_interval"], rel=1e-3)
+    assert row["compared"] == "paired, 7" and row["error"] == pytest.approx(errors["mean_interval"],
+                                                                            rel=1e-3)
 
     # One run each of seven seeds: nothing separates weights, loop and rest, and the textbook holds.
     independent = {(seed,) * 3: loss for seed, loss in enumerate(PUBLISHED_LOSSES)}
     low, high = stats.prediction_interval(independent)
-    assert (high - low) / 2 == pytest.approx(scipy.stats.t.ppf(0.975, 6) * math.sqrt(8 / 7) * 0.0123393, rel=1e-4)
+    assert (high - low) / 2 == pytest.approx(
+        scipy.stats.t.ppf(0.975, 6) * math.sqrt(8 / 7) * 0.0123393, rel=1e-4)
 
 
-@pytest.mark.parametrize("sds", [(0.0097, 0.0050, 0.0045), (0.01, 0.002, 0.002), (0.002, 0.01, 0.002), (0.001, 0.001, 0.01)])
+@pytest.mark.parametrize("sds", [(0.0097, 0.0050, 0.0045), (0.01, 0.002, 0.002),
+                                 (0.002, 0.01, 0.002), (0.001, 0.001, 0.01)])
 def test_intervals_over_crossed_seeds_hold(sds):
-    """Coverage of our own design by simulation, for noise that comes mostly from one source or from all."""
+    """Coverage of our own design by simulation, for noise that comes mostly from one source or from
+    all."""
     rng, held = np.random.default_rng(7), []
     for _ in range(250):
         weights, loop = ({label: rng.normal(0, sd) for label in (22, 23, 42, 67)} for sd in sds[:2])
-        losses = {seeds: weights[seeds[0]] + loop[seeds[1]] + rng.normal(0, sds[2]) for seeds in PUBLISHED_SEEDS}
+        losses = {
+            seeds: weights[seeds[0]] + loop[seeds[1]] + rng.normal(0, sds[2])
+            for seeds in PUBLISHED_SEEDS
+        }
         new = rng.normal(0, math.sqrt(sum(sd ** 2 for sd in sds)))
         held.append([low < value < high for value, (low, high) in
                      ((0, stats.mean_interval(losses)), (new, stats.prediction_interval(losses)))])
@@ -307,28 +349,32 @@ def test_noise_is_measured_by_its_source(tmp_path, monkeypatch, capsys):
     loop[0] = weights[0] = both[0]  # one run that all three have: the seeds (1, 1, 1)
     runs = [{"seed": i + 1, "test_loss": loss} for i, loss in enumerate(both)]
     runs += [{"seed": i + 1, "init_seed": 1, "test_loss": loss} for i, loss in enumerate(loop) if i]
-    runs += [{"seed": 1, "init_seed": i + 1, "test_loss": loss} for i, loss in enumerate(weights) if i]
+    runs += [{"seed": 1, "init_seed": i + 1,
+              "test_loss": loss} for i, loss in enumerate(weights) if i]
     runs[1]["test_loss"] -= 0.001  # with the same seeds once more: only their mean counts
     runs.append({"seed": 2, "test_loss": both[1] + 0.001})
     runs.append({"seed": 77, "dropout_seed": 78, "test_loss": 3.6})  # of no source
     file = tmp_path / "runs.json"
     file.write_text(json.dumps([{"name": "mine", **run} for run in runs]))
-    noise, printed = statistics(monkeypatch, capsys, file, "--noise", "--plot", tmp_path / "noise.png")
+    noise, printed = statistics(monkeypatch, capsys, file, "--noise", "--plot",
+                                tmp_path / "noise.png")
 
-    groups = {"both, by one seed": both, "the loop (data order, dropout), initial weights fixed": loop,
+    groups = {"both, by one seed": both,
+              "the loop (data order, dropout), initial weights fixed": loop,
               "initial weights, the loop fixed": weights,
               "all runs": np.concatenate((both, loop[1:], weights[1:], [3.6]))}
     assert [row["source"] for row in noise["sources"]] == list(groups)
     for row, losses in zip(noise["sources"], groups.values()):
         n, sd = len(losses), np.std(losses, ddof=1)
         assert sorted(row["losses"]) == pytest.approx(sorted(losses), rel=1e-12)
-        assert (row["n"], row["mean"], row["sd"], row["population_sd"], row["lowest"], row["highest"]) == pytest.approx(
+        assert (row["n"], row["mean"], row["sd"], row["population_sd"], row["lowest"],
+                row["highest"]) == pytest.approx(
             (n, np.mean(losses), sd, np.std(losses), min(losses), max(losses)))
         if row["source"] == "all runs":  # they are not independent
             assert "sd_interval" not in row
             continue
-        assert row["sd_interval"] == pytest.approx([sd * math.sqrt((n - 1) / scipy.stats.chi2.ppf(p, n - 1))
-                                                    for p in (0.975, 0.025)])
+        assert row["sd_interval"] == pytest.approx(
+            [sd * math.sqrt((n - 1) / scipy.stats.chi2.ppf(p, n - 1)) for p in (0.975, 0.025)])
         assert f"{sd:.6f}  {row['sd_interval'][0]:.4f} to {row['sd_interval'][1]:.4f}" in printed
     low, high = noise["one_more_run"]
     assert f"of one more run: {low:.4f} to {high:.4f}." in printed
@@ -336,25 +382,32 @@ def test_noise_is_measured_by_its_source(tmp_path, monkeypatch, capsys):
 
 
 def test_noise_wants_one_experiment(tmp_path, monkeypatch, capsys):
-    """Two experiments, neither called baseline: there is no spread to measure until --baseline names one."""
-    file = results_file(tmp_path / "runs.json", {"one": draws(3, 3.6, 0.01, 1), "other": draws(3, 3.5, 0.01, 2)})
+    """Two experiments, neither called baseline: there is no spread to measure until --baseline
+    names one."""
+    file = results_file(tmp_path / "runs.json",
+                        {"one": draws(3, 3.6, 0.01, 1), "other": draws(3, 3.5, 0.01, 2)})
     with pytest.raises(UserError, match="at least two runs of the baseline"):
         evaluate(monkeypatch, capsys, "--ckpt", file, "--noise")
     noise, _ = statistics(monkeypatch, capsys, file, "--noise", "--baseline=other")
-    assert noise["sources"][0]["mean"] == pytest.approx(np.mean(list(draws(3, 3.5, 0.01, 2).values())))
+    assert noise["sources"][0]["mean"] == pytest.approx(
+        np.mean(list(draws(3, 3.5, 0.01, 2).values())))
 
 
 def test_noise_of_the_published_baselines(monkeypatch, capsys):
-    """Population standard deviations of the seven published losses, by hand from the post's data; mean of all seven."""
+    """Population standard deviations of the seven published losses, by hand from the post's data;
+    mean of all seven."""
     rows = {line.split("  ")[0]: line for line in
-            evaluate(monkeypatch, capsys, "--ckpt", HERE / "config/published.json", "--noise").splitlines()}
-    for source, sd in (("both, by one seed", "0.015492"), ("the loop (data order, dropout), initial weights fixed", "0.005007"),
+            evaluate(monkeypatch, capsys, "--ckpt", HERE / "config/published.json",
+                     "--noise").splitlines()}
+    for source, sd in (("both, by one seed", "0.015492"),
+                       ("the loop (data order, dropout), initial weights fixed", "0.005007"),
                        ("initial weights, the loop fixed", "0.006964"), ("all runs", "3.674103")):
         assert sd in rows[source]
 
 
 def test_published_results_are_complete(monkeypatch, capsys, tmp_path):
-    """The figures of the posts that an audit missed; the headline; equal configurations on other hardware."""
+    """The figures of the posts that an audit missed; the headline; equal configurations on other
+    hardware."""
     content = json.loads((HERE / "config/published.json").read_text())
     runs = {}
     for run in content["runs"]:
@@ -363,25 +416,38 @@ def test_published_results_are_complete(monkeypatch, capsys, tmp_path):
     assert loss["batch_size"] - loss["baseline"] == pytest.approx(0.252474)  # batch 6 to 96
     assert loss["baseline"] - loss["cloud"] == pytest.approx(0.113765)
     assert (loss["jax_twice_the_tokens"], loss["jax_two_epochs"]) == (3.324953, 3.326482)
-    assert [speed["tokens_per_second"] for speed in content["speeds"]] == [12599, 15402, 19921, 19997]
+    assert [speed["tokens_per_second"]
+            for speed in content["speeds"]] == [12599, 15402, 19921, 19997]
     assert [runs[name][0]["cost"] for name in ("baseline", "cloud_builtin_gelu", "no_amp")] == [
         "35 to 42", "43.96 to 45.03", "over 135"]
     diverged = content["without_test_loss"][0]
     assert diverged["config"] == {"learning_rate": 1.4e-3} and "diverged" in diverged["result"]
-    assert [entry["correct"] for entry in content["corrections"]] == [3.814, 3.73, 0.005007, 0.006964]
-    references = {name for name, members in runs.items() if all("reference" in run for run in members)}
-    assert references == {"gpt2", "gpt2-medium", "jax", "jax_no_dropout", "jax_two_epochs", "jax_twice_the_tokens"}
+    assert [entry["correct"]
+            for entry in content["corrections"]] == [3.814, 3.73, 0.005007, 0.006964]
+    references = {
+        name
+        for name, members in runs.items() if all("reference" in run for run in members)
+    }
+    assert references == {
+        "gpt2", "gpt2-medium", "jax", "jax_no_dropout", "jax_two_epochs", "jax_twice_the_tokens"
+    }
     assert all((run["config"]["amp"], run["config"]["tf32"]) == ("off", False)
                for name in references for run in runs[name] if name.startswith("jax"))
 
-    rows, printed = statistics(monkeypatch, capsys, file_in(tmp_path, HERE / "config/published.json"))
+    rows, printed = statistics(monkeypatch, capsys,
+                               file_in(tmp_path, HERE / "config/published.json"))
     rows = {row["experiment"]: row for row in rows}
-    assert all(rows[name]["compared"] == "reference" and "verdict" not in rows[name] for name in references)
+    assert all(rows[name]["compared"] == "reference" and "verdict" not in rows[name]
+               for name in references)
     assert "corrected for 21 tests" in printed and f"{'over 135':>14}" in printed
-    assert rows["cloud"]["same_seed"] == pytest.approx(-0.113765) and rows["cloud"]["difference"] == pytest.approx(-0.096342)
+    assert rows["cloud"]["same_seed"] == pytest.approx(
+        -0.113765) and rows["cloud"]["difference"] == pytest.approx(-0.096342)
 
-    five = [run["test_loss"] for name in ("cloud", "local_3090", "cloud_builtin_gelu") for run in runs[name]]
-    assert ("cloud, local_3090, cloud_builtin_gelu. 5 different runs, 3.538161 to 3.599611, SD 0.0280.\n") in printed
+    five = [run["test_loss"] for name in ("cloud", "local_3090",
+                                          "cloud_builtin_gelu") for run in runs[name]]
+    assert (
+        "cloud, local_3090, cloud_builtin_gelu. 5 different runs, 3.538161 to 3.599611, SD 0.0280.\n"
+    ) in printed
     f = np.var(five, ddof=1) / np.var(PUBLISHED_LOSSES, ddof=1)
     assert scipy.stats.f.sf(f, 4, 6) == pytest.approx(0.038, abs=0.001)
 
@@ -400,7 +466,8 @@ def points_file(path, points):
 def test_batch_size_fit_is_the_published_one(tmp_path, monkeypatch, capsys):
     points = {6: 3.944, 104: 3.674, 216: 3.725, 224: 3.73, 512: 3.771}
     file = points_file(tmp_path / "points.json", points)
-    fit, printed = statistics(monkeypatch, capsys, file, "--fit_batch_size", "--plot", tmp_path / "fit.png")
+    fit, printed = statistics(monkeypatch, capsys, file, "--fit_batch_size", "--plot",
+                              tmp_path / "fit.png")
     assert "a 0.0323126, b -0.2957154, c 4.3687459" in printed and "optimum 97.1" in printed and "loss there 3.692" in printed
     assert (tmp_path / "fit.png").stat().st_size > 10_000
 
@@ -411,21 +478,26 @@ def test_batch_size_fit_is_the_published_one(tmp_path, monkeypatch, capsys):
     covariance = residuals @ residuals / 2 * np.linalg.inv(np.vander(x, 3).T @ np.vander(x, 3))
     error = math.sqrt(at @ covariance @ at)
     assert fit["covariance"] == [pytest.approx(row) for row in covariance]
-    assert fit["predicted_interval"] == pytest.approx(scipy.stats.t.interval(0.95, 2, fit["predicted"], error))
+    assert fit["predicted_interval"] == pytest.approx(scipy.stats.t.interval(0.95, 2,
+                                                                             fit["predicted"],
+                                                                             error))
 
     # Fieller's interval of the optimum ends where the slope's t statistic is at its 5 % point.
     low, high = fit["optimum_interval"]
     for end in (low, high):
         at = np.array([2 * math.log(end), 1, 0])  # the slope's coefficients of a, b, c
         slope = at @ [fit["a"], fit["b"], fit["c"]]
-        assert abs(slope) / math.sqrt(at @ covariance @ at) == pytest.approx(scipy.stats.t.ppf(0.975, 2))
-    assert fit["optimum"] == pytest.approx(math.exp(-fit["b"] / 2 / fit["a"])) and low < fit["optimum"] < high
+        assert abs(slope) / math.sqrt(at @ covariance @ at) == pytest.approx(
+            scipy.stats.t.ppf(0.975, 2))
+    assert fit["optimum"] == pytest.approx(math.exp(
+        -fit["b"] / 2 / fit["a"])) and low < fit["optimum"] < high
     assert (round(low), round(high)) == (62, 595)  # as the audit computed
     assert f"optimum 97.1 (95 % interval, Fieller's: {low:.1f} to {high:.1f})\n" in printed
 
 
 def test_fiellers_interval_holds():
-    """Coverage by simulation: a curve with its lowest point at 64. With much noise there are often no ends."""
+    """Coverage by simulation: a curve with its lowest point at 64. With much noise there are often
+    no ends."""
     sizes, rng = np.array([6, 104, 216, 224, 512]), np.random.default_rng(3)
 
     def intervals(sd, n=1000):
@@ -440,19 +512,23 @@ def test_fiellers_interval_holds():
 @pytest.mark.parametrize("points, sentence", [
     ({2: 3.1, 4: 3.0, 8: 3.2}, "(no interval: three runs fit three coefficients exactly)\n"),
     ({2: 3.1, 4: 3.3, 8: 3.2, 16: 3.0}, "the curve has no lowest point: a is not positive\n"),
-    ({2: 3.0240, 4: 3.0961, 8: 3.2162, 16: 3.3844}, "; beyond the sizes measured, so do not trust it\n"),
+    ({2: 3.0240, 4: 3.0961, 8: 3.2162, 16: 3.3844},
+     "; beyond the sizes measured, so do not trust it\n"),
     ({2: 3.2, 4: 3.0, 8: 3.15, 16: 3.1}, "(95 % interval, Fieller's: without an end)\n"),
 ])
 def test_batch_size_fit_says_what_it_cannot(tmp_path, monkeypatch, capsys, points, sentence):
     file = points_file(tmp_path / "points.json", points)
-    fit, printed = statistics(monkeypatch, capsys, file, "--fit_batch_size", "--plot", tmp_path / "fit.png")
+    fit, printed = statistics(monkeypatch, capsys, file, "--fit_batch_size", "--plot",
+                              tmp_path / "fit.png")
     assert sentence in printed and (fit["optimum_interval"] is None) == ("beyond" not in sentence)
     assert (tmp_path / "fit.png").stat().st_size > 10_000
 
 
 def test_what_counts_as_one_experiment():
-    """Seeds and what cannot change the result do not tell runs apart; a repeat of the same seeds counts once."""
-    runs = [{"name": "a", "test_loss": 3.0, "seed": 1}, {"name": "a", "test_loss": 3.2, "seed": 1, "device": "cuda"},
+    """Seeds and what cannot change the result do not tell runs apart; a repeat of the same seeds
+    counts once."""
+    runs = [{"name": "a", "test_loss": 3.0, "seed": 1},
+            {"name": "a", "test_loss": 3.2, "seed": 1, "device": "cuda"},
             {"name": "a", "test_loss": 3.3, "seed": 2, "batch_size": 1, "compile": True},
             {"name": "a", "test_loss": 2.0, "seed": 1, "dropout": 0.0}]
     experiments = study.group_by_experiment(runs)
@@ -461,7 +537,8 @@ def test_what_counts_as_one_experiment():
 
 
 def test_a_study(small_run, data_dir, tmp_path, monkeypatch, capsys):
-    """Runs in, table out: measured once, runs without an end listed, the same table from the results file."""
+    """Runs in, table out: measured once, runs without an end listed, the same table from the
+    results file."""
     def head_spread(model, *rest):
         return 3 + model.head.weight.std().item()
 
@@ -475,8 +552,8 @@ def test_a_study(small_run, data_dir, tmp_path, monkeypatch, capsys):
     (tmp_path / "other.pt").write_bytes((tmp_path / "baseline/1/best.pt").read_bytes())
 
     command = ["--ckpt", tmp_path / "*/*/best.pt", "--baseline", "baseline"]
-    table = evaluate(monkeypatch, capsys, *command, "--json", tmp_path / "study.json", "--plot", tmp_path / "table.png",
-                     "--curves", tmp_path / "curves.png")
+    table = evaluate(monkeypatch, capsys, *command, "--json", tmp_path / "study.json", "--plot",
+                     tmp_path / "table.png", "--curves", tmp_path / "curves.png")
     rows = {line.split()[0]: line.split() for line in table.splitlines() if line}
     assert rows["baseline"][1] == "3" and rows["qkv_bias"][1] == "2" and "paired, 2" in table
     assert f"missing: {tmp_path}/qkv_bias/3" in table and f"missing: {tmp_path}/baseline/4" in table
@@ -486,16 +563,20 @@ def test_a_study(small_run, data_dir, tmp_path, monkeypatch, capsys):
         raise AssertionError("measured again")
     monkeypatch.setattr(evaluation, "mean_loss", measures)
     assert evaluate(monkeypatch, capsys, *command) == table
-    assert evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "baseline", tmp_path / "qkv_bias") == table
-    assert evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "[bq]*") == table  # the folders that match, with runs in them
-    assert table.startswith(evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "study.json").rstrip())
+    assert evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "baseline",
+                    tmp_path / "qkv_bias") == table
+    assert evaluate(monkeypatch, capsys, "--ckpt",
+                    tmp_path / "[bq]*") == table  # the folders that match, with runs in them
+    assert table.startswith(evaluate(monkeypatch, capsys, "--ckpt",
+                                     tmp_path / "study.json").rstrip())
     with pytest.raises(AssertionError, match="again"):  # other weights under the same name
         shutil.copy(tmp_path / "baseline/2/best.pt", tmp_path / "baseline/1/best.pt")
         evaluate(monkeypatch, capsys, *command)
 
 
 def test_the_loss_does_not_depend_on_the_split(small_run, tmp_path, monkeypatch, capsys):
-    """One process or two, any batch size: the same test loss; and from then on it is read from NAME.test.json."""
+    """One process or two, any batch size: the same test loss; and from then on it is read from
+    NAME.test.json."""
     folder, file = small_run("out"), tmp_path / "result.json"
     flags = ["--ckpt", folder / "best.pt", "--device=cpu", "--json", file]
 
@@ -522,4 +603,5 @@ def test_the_loss_does_not_depend_on_the_split(small_run, tmp_path, monkeypatch,
     assert facts(evaluate(monkeypatch, capsys, *flags))["test_loss"] == 1.25
     (folder / "summary.json").unlink()  # a checkpoint named in full is taken as it is
     unfinished = facts(evaluate(monkeypatch, capsys, *flags))
-    assert unfinished["test_loss"] == 1.25 and "machine" not in unfinished and unfinished["tokens_per_second"] > 0
+    assert unfinished["test_loss"] == 1.25 and "machine" not in unfinished and unfinished[
+        "tokens_per_second"] > 0

@@ -31,15 +31,16 @@ def test_a_step_reads_the_device_once(small_run, monkeypatch, optimizer, amp):
         assert reads.events[start:end] == [("tolist", "sync_step")]
 
 
-@pytest.mark.parametrize("what, read", [
-    ("item", lambda x: x[0].item()), ("tolist", torch.Tensor.tolist), ("cpu", torch.Tensor.cpu),
-    ("to", lambda x: x.to("cpu")), ("numpy", torch.Tensor.numpy), ("__bool__", lambda x: bool(x[0])),
-    ("__float__", lambda x: float(x[0])), ("__format__", lambda x: f"{x[0]}"),
-    ("nonzero", lambda x: x.nonzero()), ("nonzero", lambda x: torch.where(x > 0)),
-    ("masked_select", lambda x: x.masked_select(x > 0)), ("index", lambda x: x[x > 0]),
-    ("equal", lambda x: torch.equal(x, x)), ("tensor", lambda x: torch.tensor(1.0)),
-    ("_local_scalar_dense", lambda x: torch.ops.aten._local_scalar_dense(x[0])),
-])
+@pytest.mark.parametrize(
+    "what, read", [("item", lambda x: x[0].item()), ("tolist", torch.Tensor.tolist),
+                   ("cpu", torch.Tensor.cpu), ("to", lambda x: x.to("cpu")),
+                   ("numpy", torch.Tensor.numpy), ("__bool__", lambda x: bool(x[0])),
+                   ("__float__", lambda x: float(x[0])), ("__format__", lambda x: f"{x[0]}"),
+                   ("nonzero", lambda x: x.nonzero()), ("nonzero", lambda x: torch.where(x > 0)),
+                   ("masked_select", lambda x: x.masked_select(x > 0)),
+                   ("index", lambda x: x[x > 0]), ("equal", lambda x: torch.equal(x, x)),
+                   ("tensor", lambda x: torch.tensor(1.0)),
+                   ("_local_scalar_dense", lambda x: torch.ops.aten._local_scalar_dense(x[0])),])
 def test_no_read_is_overlooked(what, read):
     """What the test above would see in a step, and what it would not: arithmetic alone."""
     x = torch.arange(3.0)
