@@ -304,7 +304,7 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
     ({"p.txt": write("")}, [*SAMPLE, "--prompt_file=p.txt"], "p.txt is empty"),
     ({}, [*SAMPLE, "--tokenizer=gpt2"], "reads bytes tokens; leave out --tokenizer=gpt2"),
     ({BEST: change_checkpoint(tokenizer="unknown")}, SAMPLE,
-     "sample.py --tokenizer=bytes (or gpt2) tells it"),
+     "name it to sample.py, with --tokenizer=bytes or gpt2"),
     ({}, [*SAMPLE, "--top_p=0"], "--top_p"),
     ({}, [*SAMPLE, "--top_p=nan"], "--top_p"),
     ({}, [*SAMPLE, "--top_k=0"], "--top_k"),
