@@ -5,6 +5,7 @@
     python eval.py --ckpt config/results/lab.json --markdown       the lab's table, from its data
     python eval.py --ckpt config/published.json --noise            which seeds cause how much noise
     python eval.py --ckpt config/published.json --fit_batch_size   the best global batch, by a fit
+    python eval.py --ckpt out/ladder/runs --baseline published --scaling   loss over model size
     torchrun --standalone --nproc_per_node=8 eval.py --ckpt out/best.pt
 
 The loss is the mean cross-entropy over all whole windows of the test split. Each token is predicted
@@ -30,13 +31,13 @@ import numpy as np
 
 from config import OPTIONS, SEEDS
 from model import GPT
-from nanolab import plots, study, tables
+from nanolab import plots, scaling, study, tables
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, parse_json, run_script
 from nanolab.cpu import plan_for_eval, share_batches
 from nanolab.data import TokenDataset
 from nanolab.devices import autocast_dtype, end_distributed, from_rank_0, init_distributed
-from nanolab.measure import mean_loss
+from nanolab.measure import mean_loss_of_groups
 from nanolab.results import load_result, save_result
 from nanolab.stats import fit_batch_size
 from nanolab.token_files import read_meta
@@ -93,20 +94,27 @@ def evaluate(path, args, device, rank, world_size):
     # other machines may not see rank 0's disk
     saved = from_rank_0(lambda: load_result(path)) if is_ours else {"results": []}
     for result in saved["results"]:
-        if split and result["test_sha256"] == split["sha256"] and result["amp"] == amp:
+        if (split and result["test_sha256"] == split["sha256"] and result["amp"] == amp
+                and "group_losses" in result):  # results of before lack these
             return {**result, "path": str(path), **training_cost(path, checkpoint)}
 
     test_data = TokenDataset(data_dir, dataset, "test", config["block_size"])
-    model = share_batches(GPT.from_checkpoint(path).to(device), plan_for_eval(checkpoint, device))
-    loss = mean_loss(model, test_data, len(test_data), args.batch_size, device, dtype, rank,
-                     world_size)
+    model = GPT.from_checkpoint(path).to(device)
+    n_parameters = model.num_params()
+    model = share_batches(model, plan_for_eval(checkpoint, device))
+    groups = test_data.groups_of_documents(meta["eot_id"])
+    losses = mean_loss_of_groups(model, test_data, groups, args.batch_size, device, dtype, rank,
+                                 world_size)
+    sizes = [len(group) for group in groups]
+    loss = math.fsum(map(math.prod, zip(losses, sizes))) / len(test_data)
     if not math.isfinite(loss):
         raise UserError(f"the test loss of {path} is not finite: its weights are too large")
     result = {"name": config["name"], "path": str(path),
               "test_loss": loss, "perplexity": math.exp(min(loss, 700)),
               "bits_per_byte": loss / math.log(2) * split["tokens"] / split["bytes"],
-              "windows": len(test_data), "tokens": len(test_data) * config["block_size"],
-              "block_size": config["block_size"],
+              "windows": len(test_data), "group_windows": sizes,
+              "group_losses": [round(each, 5) for each in losses], "tokens": len(test_data) * config["block_size"],
+              "block_size": config["block_size"], "parameters": n_parameters,
               "dataset": dataset, "test_sha256": split["sha256"], "amp": amp,
               "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"],
               "averaged_steps": checkpoint.get("averaged_steps", 0),
@@ -166,6 +174,12 @@ def report(args, runs, unfinished):
         print(tables.format_fit(name, fit, sizes))
         if args.plot:
             plots.plot_fit(name, fit, sizes, losses, args.plot)
+    elif args.scaling is not None:
+        content["scaling"] = result = scaling.analyse(runs, args.baseline or "baseline",
+                                                      args.scaling)
+        print(tables.format_scaling(result, args.markdown))
+        if args.plot:
+            plots.plot_scaling(result, args.plot)
     else:
         baseline = study.choose_baseline(experiments, args.baseline)
         if args.noise:
@@ -196,10 +210,16 @@ def format_result(result):
     return (f"{result['path']}: {result['name']}, step {result['step']:,}, {mean}"
             f"on the test split of {result['dataset']}\n"
             f"test loss      {result['test_loss']:.6f} nats per token\n"
+            f"{format_other_text(result)}"
             f"perplexity     {result['perplexity']:.3f}\n"
             f"bits per byte  {result['bits_per_byte']:.6f}\n"
             f"windows        {result['windows']:,} of {result['block_size']:,} tokens, "
             f"{result['tokens']:,} tokens")
+
+
+def format_other_text(result):
+    error = study.text_error([result])
+    return f"standard error {error:.6f} if the test documents were drawn anew\n" if error else ""
 
 
 def format_study(args, experiments, rows, baseline):
@@ -237,12 +257,16 @@ def parse_arguments():
     add("--fit_batch_size", action="store_true",
         help="fit the loss over the global batch size, of the runs named --baseline "
              "or of those that vary it most")
+    add("--scaling", nargs="?", type=int, const=0, metavar="PARAMETERS",
+        help="fit each recipe's loss over the size of the model and predict it for a larger one "
+             "(default: for the largest measured, which the fit leaves out); and the share of the "
+             "baseline's tokens with which the others reach its loss")
     add("--beside", metavar="FILE.json",
         help="another study's results: its differences stand beside ours")
     add("--markdown", action="store_true", help="print tables as Markdown")
     add("--json", metavar="FILE", help="write runs and statistics; --ckpt reads the file back")
     add("--plot", metavar="FILE.png",
-        help="draw what is printed: the table, --noise or --fit_batch_size")
+        help="draw what is printed: the table, --noise, --fit_batch_size or --scaling")
     add("--curves", metavar="FILE.png", help="draw the runs' loss curves over the baseline's")
     add("--batch_size", type=int, default=16, help="windows at a time (default: %(default)s)")
     add("--dataset", help="default: the one the checkpoint was trained on")
@@ -253,8 +277,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error("--batch_size must be at least 1")
-    if args.noise and args.fit_batch_size:
-        parser.error("--noise and --fit_batch_size are two views; ask for one")
+    if args.noise + args.fit_batch_size + (args.scaling is not None) > 1:
+        parser.error("--noise, --fit_batch_size and --scaling are three views; ask for one")
     return args
 
 

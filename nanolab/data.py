@@ -70,6 +70,20 @@ class TokenDataset:
     def __len__(self):
         return (self.n_tokens - 1) // self.block_size
 
+    def groups_of_documents(self, eot_id, n_groups=200):
+        """All windows in at most n_groups ranges, each of whole documents in the file's order.
+
+        A window belongs to the document in which it begins. Neighbours are often from one source,
+        so a bootstrap should draw them together. -> [range]
+        """
+        ends = np.flatnonzero(np.fromfile(self.path, self.dtype) == eot_id)
+        firsts = -(-(ends[:-1] + 1) // self.block_size)  # the first window of each later document
+        starts = [0]
+        for first in firsts:
+            if len(self) > first >= starts[-1] + len(self) / n_groups:
+                starts.append(int(first))
+        return [range(*each) for each in zip(starts, [*starts[1:], len(self)])]
+
     def batch(self, ids, device="cpu"):
         """The windows `ids`. -> inputs, targets, each (len(ids), block_size) int64
 

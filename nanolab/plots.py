@@ -152,6 +152,43 @@ def plot_fit(name, fit, sizes, losses, path):
     save_figure(figure, path)
 
 
+def plot_scaling(result, path):
+    """Draws scaling.analyse: loss over parameters with the laws; the shares over parameters."""
+    figure, (left, right) = new_figure(1, 2, figsize=(11, 4.5))
+    target = result["target"]
+    x = np.geomspace(result["fitted"][0], target * 1.1, 100)
+    for recipe, marker, dash in zip(result["recipes"], "osD^v", ("-", "--", ":", "-.", "-")):
+        law, points = recipe["law"], recipe["losses"]
+        left.plot(x, law["floor"] + law["gain"] * (x / law["smallest"]) ** -law["exponent"], dash,
+                  color="black", linewidth=1)
+        left.plot([row["parameters"] for row in points], [row["loss"] for row in points], marker,
+                  color="black", markerfacecolor="white", label=recipe["name"])
+        left.plot([target, target], recipe["predicted_interval"], color="black", linewidth=5,
+                  alpha=0.3)
+    left.axvline(target, color="0.8", linewidth=0.8, zorder=0)
+    left.set_title("Lines: fitted to the left of the grey line. There, bars: predicted.", loc="left",
+                   fontsize=10)
+    left.set_ylabel("test loss, nats per token")
+    for name, marker in zip(dict.fromkeys(row["name"] for row in result["shares"]), "Ds^v"):
+        rows = [row for row in result["shares"] if row["name"] == name]
+        sizes, found = [row["parameters"] for row in rows], [row["share"] for row in rows]
+        for row in rows:
+            right.plot([row["parameters"]] * 2, row["interval"], color="black", linewidth=1)
+        right.plot(sizes, found, f"{marker}-", color="black", markerfacecolor="white", linewidth=1,
+                   label=name)
+    right.set_ylim(0)
+    right.set_title(f"Share of {result['baseline']}'s tokens for its loss", loc="left", fontsize=10)
+    for ax in (left, right):
+        ax.set_xscale("log")
+        ax.set_xticks([*result["fitted"], target],
+                      [f"{size / 1e6:.2g}M" for size in (*result["fitted"], target)])
+        ax.minorticks_off()
+        ax.set_xlabel("parameters")
+        if ax.lines:
+            ax.legend(frameon=False)
+    save_figure(figure, path)
+
+
 def plot_curves(logs, baseline, path):
     """Draws a panel for each experiment: the losses of its runs over those of the baseline.
 

@@ -41,8 +41,7 @@ def difference(ours, theirs):
     elif min(n_ours, n_theirs) > 2:
         compared, mean = "unpaired", result["difference"]
         (_, error_1, df_1), (_, error_2, df_2) = mean_loss(ours), mean_loss(theirs)
-        error = math.hypot(error_1, error_2)
-        df = error ** 4 / (error_1 ** 4 / df_1 + error_2 ** 4 / df_2) if error else 1
+        error, df = add_error(error_1, df_1, error_2, df_2)
     else:
         compared = "unpaired, one run" if 1 in (n_ours, n_theirs) else "unpaired, two runs"
         seeds = [((i, first), i, *rest) for i, (first, *rest) in zip(side, [*ours, *theirs])]
@@ -53,6 +52,21 @@ def difference(ours, theirs):
         return {**result, "compared": f"{compared}, no spread"}
     p = 2 * scipy.stats.t.sf(abs(mean) / error, df)
     return {**result, "error": float(error), "df": float(df), "p": float(p)}
+
+
+def bootstrap_error(values, weights):
+    """The standard error of the weighted mean of two values or more, drawn with their weights."""
+    return float(scipy.stats.bootstrap(
+        (np.multiply(values, weights), weights), paired=True, vectorized=True, n_resamples=2000,
+        statistic=lambda sums, weights, axis: sums.sum(axis) / weights.sum(axis),
+        method="percentile", rng=0).standard_error)
+
+
+def add_error(error, df, other, other_df):
+    """Adds an independent error. -> the standard error of both, and Satterthwaite's degrees of
+    freedom."""
+    both = math.hypot(error, other)
+    return both, both ** 4 / (error ** 4 / df + other ** 4 / other_df) if both else 1
 
 
 def detectable(error, df, level):

@@ -222,9 +222,30 @@ def compare(experiments, baseline):
             result = stats.difference(by_seeds, by_seed(experiments[baseline]))
             if all(run.get("reference") for run in runs):
                 result = {"difference": result["difference"], "compared": "reference"}
-            rows[-1].update(result)
+            rows[-1].update(result, text_error=text_error(runs, experiments[baseline]),
+                            n_groups=len(runs[0].get("group_losses", ())))
     add_verdicts(rows)
     return sorted(rows, key=lambda row: -row["test_loss"])
+
+
+def text_error(runs, others=None):
+    """The standard error of a mean loss, or of a difference of two, from the choice of the test
+    documents: by a bootstrap over groups of them, paired for a difference. None if unknown."""
+    losses, sizes = group_losses(runs)
+    if others:
+        their_losses, their_sizes = group_losses(others)
+        if losses is None or sizes != their_sizes:
+            return None
+        losses = losses - their_losses
+    return None if sizes is None or len(sizes) < 2 else stats.bootstrap_error(losses, sizes)
+
+
+def group_losses(runs):
+    """The loss of each group of test documents, a mean over the runs, and the groups' sizes."""
+    sizes = [run.get("group_windows") for run in runs]
+    if any(each is None or each != sizes[0] for each in sizes):
+        return None, None
+    return np.mean([run["group_losses"] for run in runs], axis=0), sizes[0]
 
 
 def mean_of(runs, key):
@@ -253,6 +274,9 @@ def add_verdicts(rows):
         row.update(low=low, high=high, p_corrected=min(1.0, len(tested) * row["p"]),
                    verdict=verdict,
                    detectable=stats.detectable(row["error"], row["df"], level))
+        if row["text_error"] is not None:
+            both = stats.add_error(row["error"], row["df"], row["text_error"], row["n_groups"] - 1)
+            row["other_text"] = stats.t_interval(row["difference"], *both, level)
     for row in rows:
         if row.get("compared", "").startswith("identical"):
             row["verdict"] = "identical"

@@ -38,15 +38,17 @@ def format_comparison(rows, markdown, other=None):
     title, other_rows = other or ("", [])
     theirs = {row["experiment"]: f"{row['difference']:+.4f} {row.get('verdict', '')}".strip()
               for row in other_rows if "difference" in row}
-    cells = [["experiment", "n", "test loss", "SD", "difference", "95 % interval", "compared",
-              "p (corrected)", "verdict", "same seed", title, "tokens/s", "hours", "US$"]]
+    cells = [["experiment", "n", "test loss", "SD", "difference", "95 % interval",
+              "other text", "compared", "p (corrected)", "verdict", "same seed", title, "tokens/s",
+              "hours", "US$"]]
     for row in rows:
         interval = (row["low"], row["high"]) if "low" in row else None
         cost = row["cost"] or ""
         cells.append([row["experiment"], str(row["n"]), f"{row['test_loss']:.6f}",
                       format_number(row["sd"], ".6f"),
                       format_number(row.get("difference"), "+.4f"),
-                      format_interval(interval, "+.4f"), row.get("compared", ""),
+                      format_interval(interval, "+.4f"),
+                      format_interval(row.get("other_text"), "+.4f"), row.get("compared", ""),
                       format_number(row.get("p_corrected"), ".3g"), row.get("verdict", ""),
                       format_number(row.get("same_seed"), "+.4f"),
                       theirs.get(row["experiment"], ""),
@@ -70,6 +72,9 @@ def format_legend(rows, baseline):
                          "Interval and p: of the one test, not corrected.")
         sentences.append("Better, worse: the interval leaves out 0. Not shown: it does not, which "
                          "is no proof of no effect.")
+    if any("other_text" in row for row in rows):
+        n_groups = max(row.get("n_groups", 0) for row in rows)
+        sentences.append(OTHER_TEXT.format(n=n_groups))
     if any("same_seed" in row for row in rows):
         sentences.append("Same seed: to the one baseline of the same seed; a single pair has no "
                          "interval.")
@@ -92,6 +97,9 @@ COMPARED = {
 }
 CORRECTED = ("Intervals and p: corrected for {n} tests (Bonferroni), so that all {n} intervals "
              "hold together 95 times in 100.")
+
+OTHER_TEXT = ("Other text: the interval if the test documents, too, were drawn anew (paired "
+              "bootstrap over {n} groups of documents).")
 
 
 def format_detectable(tested):
@@ -168,3 +176,41 @@ def format_fit(name, fit, sizes):
     if not min(sizes) <= fit["optimum"] <= max(sizes):
         optimum += "; beyond the sizes measured, so do not trust it"
     return "\n".join([*lines, optimum, predicted])
+
+
+def format_scaling(result, markdown):
+    """The power laws of scaling.analyse, its predictions and token shares."""
+    target, baseline = result["target"], result["baseline"]
+    losses = [["experiment", "n", "parameters", "tokens", "test loss"]]
+    laws = [["experiment", "law", "95 % of the floor", "95 % of the exponent", "predicted",
+             "95 % interval", "measured", "error"]]
+    for recipe in result["recipes"]:
+        losses += [[recipe["name"], str(row["n"]), f"{row['parameters']:,}", f"{row['tokens']:,}",
+                    f"{row['loss']:.6f}"] for row in recipe["losses"]]
+        law, intervals, measured = recipe["law"], recipe["law_intervals"], recipe.get("measured")
+        laws.append([recipe["name"], f"{law['floor']:.3f} + {law['gain']:.3f} "
+                     f"(N / {law['smallest']:,})^-{law['exponent']:.3f}",
+                     format_interval(intervals["floor"], ".3f"),
+                     format_interval(intervals["exponent"], ".3f"), f"{recipe['predicted']:.4f}",
+                     format_interval(recipe["predicted_interval"], ".4f"),
+                     format_number(measured, ".4f"),
+                     measured and f"{measured / recipe['predicted'] - 1:+.2%}" or ""])
+    shares = [["experiment", "parameters", f"share of {baseline}'s tokens", "95 % interval",
+               "times fewer", "beyond"]]
+    shares += [[row["name"], f"{row['parameters']:,}", f"{row['share']:.3f}",
+                format_interval(row["interval"], ".3f"), f"{1 / row['share']:.2f}",
+                "beyond" * row["beyond"]] for row in result["shares"]]
+    parts = [format_table(losses, markdown),
+             f"Loss = floor + gain (N / smallest N)^-exponent over {len(result['fitted'])} sizes, "
+             f"{result['fitted'][0]:,} to {result['fitted'][-1]:,} parameters; predicted: at "
+             f"{target:,}. The intervals cover the seeds, not a law of another form.",
+             format_table(laws, markdown)]
+    if len(shares) > 1:
+        parts += [f"With which share of {baseline}'s tokens the others reach its loss, by a line "
+                  "over ln(tokens) between their budgets (beyond: outside them). The intervals "
+                  "cover seeds and, where results have them, the choice of the test documents.",
+                  format_table(shares, markdown)]
+        parts += [f"{name}: share ~ N^{trend['exponent']:.3f} (95 % interval "
+                  f"{format_interval(trend['interval'], '.3f')})."
+                  for name, trend in sorted(result["trends"].items())]
+    return "\n\n".join(parts)

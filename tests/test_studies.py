@@ -19,10 +19,13 @@ STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh"))
 RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
            "modern": ["modern"], "modern_core": ["modern_core"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
-                            "modern_wide_half"]}
+                            "modern_wide_half"],
+           "ladder": ["ladder", "ladder_prediction"]}
+TRIALS = ["ladder_tuning"]  # which `python -m config.studies.ladder collect` writes
 
-# Instead of Python: writes its command line down.
-FAKE_PYTHON = """#!/bin/sh
+# Instead of Python: writes its command line down. A module is run.
+FAKE_PYTHON = f"""#!/bin/sh
+[ "$1" = -m ] && exec {sys.executable} "$@"
 echo "$*" >> "$COMMAND_LINES"
 """
 
@@ -60,7 +63,7 @@ def recorded_experiment(run):
 def test_each_result_has_its_study():
     assert sorted(RESULTS) == STUDIES
     files = [path.stem for path in (HERE / "config/results").glob("*.json")]
-    assert sorted(files) == sorted(name for names in RESULTS.values() for name in names)
+    assert sorted(files) == sorted(sum(RESULTS.values(), TRIALS))
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="the studies are scripts for bash")

@@ -539,10 +539,10 @@ def test_what_counts_as_one_experiment():
 def test_a_study(small_run, data_dir, tmp_path, monkeypatch, capsys):
     """Runs in, table out: measured once, runs without an end listed, the same table from the
     results file."""
-    def head_spread(model, *rest):
-        return 3 + model.head.weight.std().item()
+    def head_spread(model, dataset, groups, *rest):
+        return [3 + model.head.weight.std().item()] * len(groups)
 
-    monkeypatch.setattr(evaluation, "mean_loss", head_spread)  # quick, and differs by run
+    monkeypatch.setattr(evaluation, "mean_loss_of_groups", head_spread)  # quick, and differs by run
     for seed in (1, 2, 3):
         for name, flag in (("baseline", "--grad_clip=0"), ("qkv_bias", "--qkv_bias")):
             small_run(f"{name}/{seed}", flag, f"--name={name}", f"--seed={seed}", "--max_steps=2")
@@ -561,7 +561,7 @@ def test_a_study(small_run, data_dir, tmp_path, monkeypatch, capsys):
 
     def measures(*rest):
         raise AssertionError("measured again")
-    monkeypatch.setattr(evaluation, "mean_loss", measures)
+    monkeypatch.setattr(evaluation, "mean_loss_of_groups", measures)
     assert evaluate(monkeypatch, capsys, *command) == table
     assert evaluate(monkeypatch, capsys, "--ckpt", tmp_path / "baseline",
                     tmp_path / "qkv_bias") == table

@@ -1,0 +1,186 @@
+"""The ladder: three recipes at five sizes, each trained on 20 tokens a parameter.
+
+    python -m config.studies.ladder tuning    24 random trials of each recipe at size 2x64
+    python -m config.studies.ladder collect   writes all trials so far to out/ladder/tuning.json
+    python -m config.studies.ladder rates     the learning rate again, at four sizes
+    python -m config.studies.ladder check     three learning rates at the largest size
+    python -m config.studies.ladder runs      the runs that are tested, without the largest size
+    python -m config.studies.ladder largest   those of the largest size
+    python -m config.studies.ladder quick     five sizes of minutes, on Python's own library
+
+All but `collect` print arguments for train.py, a line a run; ladder.sh runs them. The last five
+need trials: those in out/ladder/tuning.json, or else ours in config/results/ladder_tuning.json.
+
+A trial has seed 100, which no tested run has. Trials are compared by validation loss. `tuning`
+draws learning rate, weight decay, beta2 and warm-up at random. `rates` keeps the best trial's other
+values. At each size a parabola through the best rate and its neighbours gives the optimum, and a
+power law of the number of parameters through the four optima gives the rate of every size.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RECIPES = {
+    "published": "config/cloud.py",
+    "rope_qk_norm": "config/cloud.py config/interventions/rope.py config/interventions/qk_norm.py",
+    "modern": "config/modern.py",
+}
+RATES = {"published": (2e-3, 6.4e-2), "rope_qk_norm": (2e-3, 6.4e-2), "modern": (4e-3, 1.28e-1)}
+SIZES = {"2x32": (2, 2, 32), "2x48": (2, 3, 48), "2x64": (2, 2, 64), "3x80": (3, 5, 80),
+         "3x112": (3, 7, 112), "2x16": (2, 1, 16), "2x24": (2, 2, 24)}  # n_layer, n_head, n_embd
+LADDER, LARGEST = ("2x32", "2x48", "2x64", "3x80"), "3x112"
+QUICK = ("2x16", "2x24", "2x32", "2x48", "2x64")
+TUNED = "2x64"
+SEEDS = {"2x32": 5, "2x48": 5, "2x64": 5, "3x80": 3, "3x112": 2}
+N_TRIALS = 24
+COLLECTED, RECORDED = Path("out/ladder/tuning.json"), Path("config/results/ladder_tuning.json")
+DRAWN = ("learning_rate", "weight_decay", "beta2", "warmup_fraction")
+
+
+def parameters(size):
+    """Of the published recipe; the others lack its 128 position embeddings. All get its budget."""
+    n_layer, _, n_embd = SIZES[size]
+    block = 12 * n_embd ** 2 + 10 * n_embd
+    return n_layer * block + (2 * 257 + 128 + 2) * n_embd
+
+
+def arguments(recipe, size, values, folder, seed=100, share=1, dataset="pypi"):
+    """For one run. share: of the 20 tokens a parameter."""
+    n_layer, n_head, n_embd = SIZES[size]
+    tuned = " ".join(f"--{key}={value:.4g}" for key, value in values.items())
+    return (f"{RECIPES[recipe]} config/ladder.py --dataset={dataset} --name={recipe} "
+            f"--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd} {tuned} --seed={seed} "
+            f"--max_tokens={round(20 * parameters(size) * share)} --out_dir={folder}")
+
+
+def log_uniform(rng, low, high):
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def tuning():
+    for i in range(N_TRIALS):
+        for j, recipe in enumerate(RECIPES):
+            rng = np.random.default_rng([i, j])
+            values = {"learning_rate": log_uniform(rng, *RATES[recipe]),
+                      "weight_decay": log_uniform(rng, 1e-3, 1.0),
+                      "beta2": rng.choice([0.95, 0.98, 0.99, 0.999]),
+                      "warmup_fraction": rng.choice([0.0, 0.02, 0.05, 0.1])}
+            yield arguments(recipe, TUNED, values, f"out/ladder/tuning/{recipe}/{TUNED}/{i}")
+
+
+def rates():
+    """Five rates, a factor of 2 apart, around the best trial's; three at the second largest size.
+    At the tuned size also a larger beta2, if the best trial's is the largest of those drawn."""
+    for recipe in RECIPES:
+        best = best_trial(recipe)
+        for size in LADDER:
+            steps = (0.5, 1, 2) if size == "3x80" else (0.25, 0.5, 1, 2, 4)
+            for step in steps:
+                if size != TUNED or step != 1:
+                    yield rate_trial(recipe, size, best, step * best["learning_rate"])
+        if best["beta2"] == 0.999:
+            yield arguments(recipe, TUNED, {**best, "beta2": 0.9995},
+                            f"out/ladder/tuning/{recipe}/{TUNED}/beta2_0.9995")
+
+
+def rate_trial(recipe, size, best, rate, share=1):
+    return arguments(recipe, size, {**best, "learning_rate": rate},
+                     f"out/ladder/rates/{recipe}/{size}/{rate:.4g}{'_short' * (share < 1)}",
+                     share=share)
+
+
+def check():
+    """Half, once and twice the law's rate at the largest size, with a quarter of its tokens."""
+    for recipe in ("published", "modern"):
+        for step in (0.5, 1, 2):
+            rate = step * rate_law(recipe)(parameters(LARGEST))
+            yield rate_trial(recipe, LARGEST, best_trial(recipe), rate, share=0.25)
+
+
+def runs():
+    for size in LADDER:
+        yield from runs_of(size, range(1, SEEDS[size] + 1), RECIPES)
+
+
+def largest():
+    return runs_of(LARGEST, range(1, SEEDS[LARGEST] + 1), ("published", "modern"))
+
+
+def quick():
+    for size in QUICK:
+        yield from runs_of(size, (1, 2), ("published", "modern"), "out/ladder_quick", "stdlib")
+
+
+def runs_of(size, seeds, recipes, folder="out/ladder/runs", dataset="pypi"):
+    """Each recipe on all its tokens; the modern one, with the first three seeds, on fewer too."""
+    for seed in seeds:
+        for recipe in recipes:
+            values = {**best_trial(recipe), "learning_rate": rate_law(recipe)(parameters(size))}
+            for part in (1, 2, 4, 8) if recipe == "modern" and seed <= 3 else (1,):
+                yield arguments(recipe, size, values, f"{folder}/{size}/{recipe}_1_{part}/{seed}",
+                                seed, 1 / part, dataset)
+
+
+def read_trials(recipe, size):
+    file = COLLECTED if COLLECTED.exists() else RECORDED
+    return [each for each in json.loads(file.read_text())
+            if (each["recipe"], each["size"]) == (recipe, size) and each["share"] == 1]
+
+
+def best_trial(recipe):
+    """What the best trial at the tuned size drew: {option: value}."""
+    best = min(read_trials(recipe, TUNED), key=lambda each: each["val_loss"])
+    return {key: best[key] for key in DRAWN}
+
+
+def best_rate(recipe, size):
+    """By a parabola over the logarithm of the rate, through the best trial and its neighbours."""
+    kept = {key: value for key, value in best_trial(recipe).items() if key != "learning_rate"}
+    trials = {each["learning_rate"]: each["val_loss"] for each in read_trials(recipe, size)
+              if all(each[key] == value for key, value in kept.items())}
+    ordered = sorted(trials)
+    i = ordered.index(min(trials, key=trials.get))
+    if not 0 < i < len(ordered) - 1:
+        sys.exit(f"{recipe} at {size}: the best rate, {ordered[i]}, is at the edge; try more")
+    three = ordered[i - 1:i + 2]
+    a, b, _ = np.polyfit(np.log(three), [trials[rate] for rate in three], 2)
+    return math.exp(-b / (2 * a))
+
+
+def rate_law(recipe):
+    """A function: the number of parameters -> the learning rate."""
+    slope, constant = np.polyfit(np.log([parameters(size) for size in LADDER]),
+                                 np.log([best_rate(recipe, size) for size in LADDER]), 1)
+    return lambda n: math.exp(constant + slope * math.log(n))
+
+
+def collect():
+    """Writes every trial that has ended: what it drew, its share of the tokens, validation loss."""
+    names = {shape: size for size, shape in SIZES.items()}
+    trials = []
+    folders = Path("out/ladder/tuning"), Path("out/ladder/rates")
+    for path in sorted(path for each in folders for path in each.rglob("summary.json")):
+        config = json.loads(path.with_name("config.json").read_text())
+        size = names[config["n_layer"], config["n_head"], config["n_embd"]]
+        summary = json.loads(path.read_text())
+        trials.append({"recipe": config["name"], "size": size,
+                       **{key: config[key] for key in DRAWN},
+                       "share": round(config["max_tokens"] / 20 / parameters(size), 3),
+                       "val_loss": summary["final_val_loss"], "seconds": summary["seconds"]})
+    COLLECTED.write_text("[\n" + ",\n".join(map(json.dumps, trials)) + "\n]\n")
+
+
+def main():
+    commands = {each.__name__: each for each in (tuning, collect, rates, check, runs, largest, quick)}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(f"{__doc__}\nname one of {', '.join(commands)}")
+    for line in commands[sys.argv[1]]() or ():
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

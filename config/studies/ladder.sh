@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Three recipes at five sizes, 20 tokens a parameter (config/studies/ladder.py says what they are).
+# Needs `python prepare.py pypi`, once. Writes out/ladder/, out/ladder_prediction.json, out/ladder.json
+# and out/ladder.png. Run it again after an interruption: finished runs are not repeated.
+#
+#     bash config/studies/ladder.sh           the runs, with the values that our trials found
+#     bash config/studies/ladder.sh --tune    the trials first, then the runs with what they find
+#     bash config/studies/ladder.sh --quick   five smaller sizes on Python's library, in minutes
+set -euo pipefail
+export OMP_NUM_THREADS=1
+
+train() {
+  python -m config.studies.ladder "$1" | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
+}
+
+scaling() {
+  python eval.py --baseline published --scaling "$@"
+}
+
+if [ "${1:-}" = --quick ]; then
+  train quick
+  scaling --ckpt 'out/ladder_quick/*/*/*/best.pt' --json out/ladder_quick.json \
+    --plot out/ladder_quick.png
+  exit
+fi
+if [ "${1:-}" = --tune ]; then
+  train tuning
+  python -m config.studies.ladder collect
+  train rates
+  python -m config.studies.ladder collect
+  train check
+  python -m config.studies.ladder collect
+fi
+train runs
+# the prediction for the largest size, 527,072 parameters, before any of its runs
+scaling 527072 --ckpt 'out/ladder/runs/2x*/*/*/best.pt' 'out/ladder/runs/3x80/*/*/best.pt' \
+  --json out/ladder_prediction.json
+train largest
+scaling --ckpt 'out/ladder/runs/*/*/*/best.pt' --json out/ladder.json --plot out/ladder.png

@@ -1,0 +1,120 @@
+"""eval.py --scaling on losses of a known law, and losses by groups of documents."""
+
+import json
+
+import numpy as np
+import pytest
+
+from conftest import evaluate
+from nanolab import scaling, stats
+from nanolab.common import UserError
+from nanolab.data import TokenDataset
+from nanolab.token_files import read_meta
+
+SIZES = {16: 40_000, 24: 90_000, 32: 200_000, 48: 400_000, 64: 800_000}  # width: parameters
+SHARE = 0.3  # of the baseline's tokens with which `better` has its loss
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(scaling, "N_SAMPLES", 200)  # quick
+
+
+def true_loss(parameters, share):
+    return 0.9 + 1.1 * (parameters * share / 40_000) ** -0.35
+
+
+def ladder(path, noise=0.003, widths=SIZES):
+    """A results file: `baseline` with 20 tokens a parameter, `better` also with fewer."""
+    rng = np.random.default_rng(0)
+    runs = []
+    for width in widths:
+        for name, shares in (("baseline", (1,)), ("better", (1, 1/2, 1/4))):
+            for share in shares:
+                for seed in (1, 2, 3):
+                    tokens = round(20 * SIZES[width] * share)
+                    loss = true_loss(SIZES[width], share / (SHARE if name == "better" else 1))
+                    runs.append({"name": name, "test_loss": loss + noise * rng.standard_normal(),
+                                 "parameters": SIZES[width] - 4 * (name == "better"),
+                                 "trained_tokens": tokens,
+                                 "config": {"seed": seed, "n_embd": width, "max_tokens": tokens}})
+    path.write_text(json.dumps(runs))
+    return path
+
+
+def test_the_law_is_found_and_predicts(tmp_path, monkeypatch, capsys):
+    file = ladder(tmp_path / "ladder.json")
+    printed = evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling", "--json",
+                       tmp_path / "fit.json", "--plot", tmp_path / "fit.png")
+    fit = json.loads((tmp_path / "fit.json").read_text())["scaling"]
+    assert fit["target"] == 800_000 and fit["fitted"] == [40_000, 90_000, 200_000, 400_000]
+    for recipe, scale in zip(fit["recipes"], (1, 1 / SHARE)):
+        assert recipe["law"]["exponent"] == pytest.approx(0.35, abs=0.05)
+        low, high = recipe["predicted_interval"]
+        assert low < recipe["measured"] < high < low + 0.05
+        assert recipe["predicted"] == pytest.approx(true_loss(800_000, scale), abs=0.01)
+        assert f"{recipe['predicted']:.4f}" in printed
+    for row in fit["shares"]:
+        low, high = row["interval"]
+        assert low < row["share"] < high and row["share"] == pytest.approx(SHARE, abs=0.015)
+    low, high = fit["trends"]["better"]["interval"]
+    assert low < 0 < high
+    assert (tmp_path / "fit.png").stat().st_size > 10_000
+
+
+def test_a_prediction_needs_no_run_of_its_size(tmp_path, monkeypatch, capsys):
+    file = ladder(tmp_path / "ladder.json", widths=[16, 24, 32, 48])
+    evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling=800_000", "--json",
+             tmp_path / "fit.json")
+    for recipe in json.loads((tmp_path / "fit.json").read_text())["scaling"]["recipes"]:
+        assert "measured" not in recipe and len(recipe["losses"]) == 4
+        low, high = recipe["predicted_interval"]
+        assert low < recipe["predicted"] < high
+
+
+def test_too_small_a_ladder_is_refused(tmp_path, monkeypatch, capsys):
+    file = ladder(tmp_path / "ladder.json", widths=[16, 24, 32, 48])
+    with pytest.raises(UserError, match="at least 4 sizes"):
+        evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+    with pytest.raises(UserError, match="there are baseline, better"):
+        evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling", "--baseline=none")
+
+
+def test_groups_of_documents(data_dir):
+    """Every window is in one group; each group but the first starts with a document's beginning."""
+    eot_id = read_meta(data_dir, "stdlib")["eot_id"]
+    data = TokenDataset(data_dir, "stdlib", "test", 8)
+    groups = data.groups_of_documents(eot_id, n_groups=5)
+    assert [i for group in groups for i in group] == list(range(len(data)))
+    assert 1 < len(groups) <= 5
+    tokens = np.fromfile(data.path, data.dtype)
+    for group in groups[1:]:
+        assert eot_id in tokens[(group[0] - 1) * 8:group[0] * 8]
+
+
+def test_error_of_the_text():
+    """The bootstrap's standard error is that of a mean of independent groups."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.5, 300)
+    assert stats.bootstrap_error(values, np.full(300, 7)) == pytest.approx(0.5 / 300 ** 0.5, rel=0.1)
+
+
+def test_other_text(tmp_path, monkeypatch, capsys):
+    """Where a change helps some documents and harms others, the interval for other text is wider
+    than that of the seeds; where it helps all alike, it is not."""
+    rng = np.random.default_rng(0)
+    text, sizes = rng.normal(0, 0.3, 100), [5] * 100
+    for spread, wider in ((0.2, True), (0, False)):
+        uneven = text + spread * rng.standard_normal(100)
+        runs = [{"name": name, "seed": seed, "test_loss": loss + 0.002 * rng.standard_normal(),
+                 "group_windows": sizes, "group_losses": (loss + groups).tolist()}
+                for name, loss, groups in (("baseline", 3.0, text), ("change", 2.9, uneven))
+                for seed in (1, 2, 3)]
+        file = tmp_path / "runs.json"
+        file.write_text(json.dumps(runs))
+        table = evaluate(monkeypatch, capsys, "--ckpt", file, "--json", tmp_path / "out.json")
+        [row] = [each for each in json.loads((tmp_path / "out.json").read_text())["rows"]
+                 if each["experiment"] == "change"]
+        low, high = row["other_text"]
+        assert (high - low > 2 * (row["high"] - row["low"])) is wider
+        assert low <= row["low"] + 1e-9 and "other text" in table
