@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from config import GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.export import check_export, export
+from nanolab.export import check_export, export, push
 from nanolab.kernels import Linear, head_loss, softcap
 
 
@@ -351,12 +351,17 @@ def main():
     parser.add_argument("command", choices=["export"])
     parser.add_argument("checkpoint", help="such as out/best.pt")
     parser.add_argument("folder", help="where to; it must be new or empty")
+    parser.add_argument("--push", metavar="USER/NAME",
+                        help="then upload the folder to this repository of yours on the Hugging "
+                             "Face hub, with your own token (default: nothing is sent)")
     args = parser.parse_args()
-    check_export(args.checkpoint, args.folder)
+    check_export(args.checkpoint, args.folder, args.push)
     checkpoint = read_checkpoint(args.checkpoint)
-    export(checkpoint, GPT.from_checkpoint(checkpoint), args.folder)
+    export(checkpoint, GPT.from_checkpoint(checkpoint), args.folder, args.push)
     print(f"wrote {args.folder}: config.json, model.safetensors and a model card; read the "
           "card before you publish it")
+    if args.push:
+        print(f"pushed to {push(args.folder, args.push)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -22,22 +23,25 @@ GPT2_OPTIONS = {*(our_key for our_key, _ in HF_SHAPE.values()),
                 "dropout", "qkv_bias", "tie_weights", "init"}
 
 
-def export(checkpoint, model, folder):
+def export(checkpoint, model, folder, repository=None):
     """Writes weights, config, tokenizer and model card, all of them or nothing. Raises UserError.
 
-    checkpoint: from read_checkpoint; model: its GPT; folder: new or empty.
+    checkpoint: from read_checkpoint; model: its GPT; folder: new or empty;
+    repository: on the hub, for the card's example.
     """
     source, tokenizer, folder = checkpoint["path"], checkpoint["tokenizer"], Path(folder)
     check_export(source, folder)
     check_expressible(model.config, source)
+    card = model_card(checkpoint, model, folder.name)
+    card = card.replace("THIS FOLDER", repository or "THIS FOLDER")
     files = {"config.json": as_json(to_hf_config(model.config, tokenizer)),
              "generation_config.json": as_json(end_of_text_ids(tokenizer)),
-             "README.md": model_card(checkpoint, model, folder.name).encode(),
+             "README.md": card.encode(),
              **tokenizer_files(tokenizer, model.config.block_size)}
     write_folder(folder, files, to_hf_state_dict(model))
 
 
-def check_export(source, folder):
+def check_export(source, folder, repository=None):
     """Raises UserError if `source` is no file of ours, or `folder` is in use. Reads no weights."""
     is_run = Path(source, "best.pt").is_file()
     if Path(source).is_dir() and not is_run or str(source) in OPENAI_REVISIONS:
@@ -45,6 +49,25 @@ def check_export(source, folder):
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and not empty; choose another folder, or remove it")
+    if repository is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"--push={repository} must be USER/NAME")
+
+
+def push(folder, repository):
+    """Uploads an exported folder to a repository on the hub, made private if it is new, with the
+    user's own token. -> its address. Raises UserError; the folder stays."""
+    import huggingface_hub  # here, because most exports do not need it
+    try:
+        hub = huggingface_hub.HfApi()
+        url = hub.create_repo(repository, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder,
+                          commit_message="Exported by nanolab")
+    except Exception as error:  # of many classes, from huggingface_hub and the packages it calls
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{folder} is written, but could not be pushed to {repository} "
+                        f"({type(error).__name__}: {reason}); `hf auth login` stores a token, "
+                        f"`hf upload {repository} {folder}` tries again") from None
+    return url
 
 
 def check_expressible(config, source):

@@ -3,10 +3,13 @@
 The weights are random ones that transformers makes, so no network is needed.
 """
 
+import base64
 import dataclasses
+import http.server
 import importlib
 import json
 import runpy
+import threading
 import time
 
 import pytest
@@ -305,3 +308,54 @@ def test_fine_tuning_lowers_the_loss(tmp_path, small_run, monkeypatch):
                              "--max_steps=20", "--eval_every=10", "--eval_tokens=2048"]))
     found = losses(tmp_path / "tuned")
     assert found[-1] < 0.8 * found[0]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A stand-in for the part of the hub's interface that an upload uses."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.calls.append((self.path, self.headers["Authorization"], body))
+        files = []
+        if "/preupload/" in self.path:
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]
+        here = f"http://{self.headers['Host']}/me/tiny"
+        self.send_response(200 if self.headers["Authorization"] == "Bearer hf_mine" else 401)
+        self.end_headers()
+        self.wfile.write(json.dumps({"url": here, "files": files, "commitUrl": f"{here}/commit/1",
+                                     "commitOid": "1"}).encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+def test_push(tmp_path, small_run):
+    """The exported folder arrives, with the user's token; without it, or without --push, nothing does."""
+    run = small_run("run", "--max_steps=1")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.calls = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
+           "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def export_to(name, *flags, **more):
+        return call("model.py", "export", run / "best.pt", tmp_path / name, *flags, **env, **more)
+
+    assert export_to("unpushed", HF_TOKEN="hf_mine").returncode == 0 and not server.calls
+    result = export_to("pushed", "--push=me/tiny", HF_TOKEN="hf_mine")
+    assert result.returncode == 0 and "/me/tiny" in result.stdout.splitlines()[-1], result.stderr
+    assert {token for _, token, _ in server.calls} == {"Bearer hf_mine"}
+    [commit] = [body for path, _, body in server.calls if "/commit/" in path]
+    sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
+    assert sent == {file.name: file.read_bytes() for file in (tmp_path / "pushed").iterdir()}
+    assert 'from_pretrained("me/tiny")' in sent["README.md"].decode()
+
+    result = export_to("refused", "--push=me/tiny", HF_TOKEN="hf_other")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "could not be pushed to me/tiny" in result.stderr
+    assert (tmp_path / "refused" / "model.safetensors").exists()
+    server.shutdown()
