@@ -333,7 +333,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 def test_push(tmp_path, small_run):
-    """The exported folder arrives, with the user's token; without it, or without --push, nothing does."""
+    """The exported folder arrives, with the token; without one, or without --push, nothing does."""
     run = small_run("run", "--max_steps=1")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.calls = []
