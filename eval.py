@@ -37,7 +37,7 @@ from nanolab.common import UserError, argument_parser, parse_json, run_script
 from nanolab.cpu import plan_for_eval, share_batches
 from nanolab.data import TokenDataset
 from nanolab.devices import autocast_dtype, end_distributed, from_rank_0, init_distributed
-from nanolab.measure import mean_loss_of_groups
+from nanolab.measure import mean_losses
 from nanolab.results import load_result, save_result
 from nanolab.stats import fit_batch_size
 from nanolab.token_files import read_meta
@@ -103,8 +103,8 @@ def evaluate(path, args, device, rank, world_size):
     n_parameters = model.num_params()
     model = share_batches(model, plan_for_eval(checkpoint, device))
     groups = test_data.groups_of_documents(meta["eot_id"])
-    losses = mean_loss_of_groups(model, test_data, groups, args.batch_size, device, dtype, rank,
-                                 world_size)
+    losses = mean_losses(model, test_data, groups, args.batch_size, device, dtype, rank,
+                         world_size)
     sizes = [len(group) for group in groups]
     loss = math.fsum(map(math.prod, zip(losses, sizes))) / len(test_data)
     if not math.isfinite(loss):
@@ -112,8 +112,8 @@ def evaluate(path, args, device, rank, world_size):
     result = {"name": config["name"], "path": str(path),
               "test_loss": loss, "perplexity": math.exp(min(loss, 700)),
               "bits_per_byte": loss / math.log(2) * split["tokens"] / split["bytes"],
-              "windows": len(test_data), "group_windows": sizes,
-              "group_losses": [round(each, 5) for each in losses], "tokens": len(test_data) * config["block_size"],
+              "windows": len(test_data), "tokens": len(test_data) * config["block_size"],
+              "group_windows": sizes, "group_losses": [round(each, 5) for each in losses],
               "block_size": config["block_size"], "parameters": n_parameters,
               "dataset": dataset, "test_sha256": split["sha256"], "amp": amp,
               "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"],
@@ -210,16 +210,16 @@ def format_result(result):
     return (f"{result['path']}: {result['name']}, step {result['step']:,}, {mean}"
             f"on the test split of {result['dataset']}\n"
             f"test loss      {result['test_loss']:.6f} nats per token\n"
-            f"{format_other_text(result)}"
+            f"other text     {format_text_error(result)}\n"
             f"perplexity     {result['perplexity']:.3f}\n"
             f"bits per byte  {result['bits_per_byte']:.6f}\n"
             f"windows        {result['windows']:,} of {result['block_size']:,} tokens, "
             f"{result['tokens']:,} tokens")
 
 
-def format_other_text(result):
+def format_text_error(result):
     error = study.text_error([result])
-    return f"standard error {error:.6f} if the test documents were drawn anew\n" if error else ""
+    return f"standard error {error:.4f}, by a bootstrap over the test documents" if error else "-"
 
 
 def format_study(args, experiments, rows, baseline):

@@ -2,7 +2,8 @@
 # optimizer. Its loss means nothing, so it keeps no weights. The GPT-2-small shape by default, any
 # other by flags:
 #
-#     python train.py config/bench.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --vocab_size=257
+#     python train.py config/bench.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 \
+#         --vocab_size=257
 
 name = "bench"
 out_dir = "out/bench"

@@ -2,7 +2,8 @@
 # about a minute on one core. It sets the shape and the budget only; all else is the baseline's, so
 # that config/interventions/ stack on it:
 #
-#     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 --out_dir=out/lab/qkv_bias/2
+#     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 \
+#         --out_dir=out/lab/qkv_bias/2
 
 name = "baseline"
 out_dir = "out/lab_trial"

@@ -16,52 +16,30 @@ def mean_loss(model, dataset, n_windows, batch_size, device, dtype=None, rank=0,
     """Mean cross-entropy in nats over the first n_windows of a TokenDataset. The processes share
     the work, and the result does not depend on their number or on batch_size. Draws no random
     number."""
-    mine = range(rank, n_windows, world_size)
-    batches = [mine[start:start + batch_size] for start in range(0, len(mine), batch_size)]
-    losses = batch_losses(model, dataset, batches, device, dtype)
-    sizes = torch.tensor([len(ids) for ids in batches], dtype=torch.float64)
-    total = sum_over_ranks(torch.dot(losses, sizes), device)
-    return total.item() / n_windows
-
-
-def mean_loss_of_groups(model, dataset, groups, batch_size, device, dtype=None, rank=0,
-                        world_size=1):
-    """Mean cross-entropy in nats of each group of windows, as mean_loss has it of all of them.
-
-    groups: ranges of windows. -> a list
-    """
-    batches, of_group = [], []
-    for i in range(rank, len(groups), world_size):
-        for start in range(0, len(groups[i]), batch_size):
-            batches.append(groups[i][start:start + batch_size])
-            of_group.append(i)
-    losses = batch_losses(model, dataset, batches, device, dtype)
-    sizes = torch.tensor([len(ids) for ids in batches], dtype=torch.float64)
-    sums = torch.zeros(len(groups), dtype=torch.float64)
-    sums.index_add_(0, torch.tensor(of_group, dtype=torch.int64), losses * sizes)
-    sums = sum_over_ranks(sums, device).tolist()
-    return [total / len(group) for total, group in zip(sums, groups)]
+    [loss] = mean_losses(model, dataset, [range(n_windows)], batch_size, device, dtype, rank,
+                         world_size)
+    return loss
 
 
 @torch.no_grad()
-def batch_losses(model, dataset, batches, device, dtype):
-    """The mean loss of each batch of window ids, as float64 on the CPU."""
+def mean_losses(model, dataset, groups, batch_size, device, dtype=None, rank=0, world_size=1):
+    """mean_loss of each group of windows. groups: ranges. -> [loss]"""
     was_training = model.training
     model.eval()
-    losses = [torch.zeros((), device=device)]  # so that there is one to stack
-    for ids in batches:
+    batches = [(i, group[start:start + batch_size]) for i, group in enumerate(groups)
+               for start in range(0, len(group), batch_size)][rank::world_size]
+    losses = [torch.zeros((), device=device)]  # the first, for a rank may have no batch
+    for _, ids in batches:
         with autocast(dtype, device):
             losses.append(model(*dataset.batch(ids, device)))
     model.train(was_training)
-    return torch.stack(losses)[1:].cpu().double()
-
-
-def sum_over_ranks(total, device):
-    if not dist.is_initialized():
-        return total
-    total = total.to(device)
-    dist.all_reduce(total)
-    return total
+    sums = torch.zeros(len(groups), dtype=torch.float64)
+    for (i, ids), loss in zip(batches, torch.stack(losses)[1:].cpu().double()):
+        sums[i] += loss * len(ids)
+    if world_size > 1:
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    return [total / len(group) for total, group in zip(sums.tolist(), groups)]
 
 
 def matmul_peak(device, dtype):

@@ -5,6 +5,7 @@ matplotlib is imported at the first picture, because every process of train.py i
 
 import gc
 import io
+import itertools
 import math
 
 import numpy as np
@@ -157,25 +158,29 @@ def plot_scaling(result, path):
     figure, (left, right) = new_figure(1, 2, figsize=(11, 4.5))
     target = result["target"]
     x = np.geomspace(result["fitted"][0], target * 1.1, 100)
-    for recipe, marker, dash in zip(result["recipes"], "osD^v", ("-", "--", ":", "-.", "-")):
+    names = [recipe["name"] for recipe in result["recipes"]]
+    names += [row["name"] for row in result["shares"]]
+    markers = dict(zip(dict.fromkeys(names), itertools.cycle("osD^v")))
+    for recipe in result["recipes"]:
         law, points = recipe["law"], recipe["losses"]
-        left.plot(x, law["floor"] + law["gain"] * (x / law["smallest"]) ** -law["exponent"], dash,
-                  color="black", linewidth=1)
-        left.plot([row["parameters"] for row in points], [row["loss"] for row in points], marker,
-                  color="black", markerfacecolor="white", label=recipe["name"])
+        left.plot(x, law["floor"] + law["gain"] * (x / law["smallest"]) ** -law["exponent"],
+                  color="black", linewidth=0.8)
+        left.plot([row["parameters"] for row in points], [row["loss"] for row in points],
+                  markers[recipe["name"]], color="black", markerfacecolor="white",
+                  label=recipe["name"])
         left.plot([target, target], recipe["predicted_interval"], color="black", linewidth=5,
                   alpha=0.3)
     left.axvline(target, color="0.8", linewidth=0.8, zorder=0)
-    left.set_title("Lines: fitted to the left of the grey line. There, bars: predicted.", loc="left",
-                   fontsize=10)
+    left.set_title("Curves: fitted to the sizes left of the grey line. Bars: predicted there.",
+                   loc="left", fontsize=10)
     left.set_ylabel("test loss, nats per token")
-    for name, marker in zip(dict.fromkeys(row["name"] for row in result["shares"]), "Ds^v"):
+    for name in dict.fromkeys(row["name"] for row in result["shares"]):
         rows = [row for row in result["shares"] if row["name"] == name]
         sizes, found = [row["parameters"] for row in rows], [row["share"] for row in rows]
         for row in rows:
             right.plot([row["parameters"]] * 2, row["interval"], color="black", linewidth=1)
-        right.plot(sizes, found, f"{marker}-", color="black", markerfacecolor="white", linewidth=1,
-                   label=name)
+        right.plot(sizes, found, f"{markers[name]}-", color="black", markerfacecolor="white",
+                   linewidth=0.8, label=name)
     right.set_ylim(0)
     right.set_title(f"Share of {result['baseline']}'s tokens for its loss", loc="left", fontsize=10)
     for ax in (left, right):

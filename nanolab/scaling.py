@@ -53,9 +53,10 @@ def analyse(runs, baseline, target=None):
 
 def collect_cells(runs):
     """-> {(name, parameters of the size, training tokens): runs}. Raises UserError."""
-    if lacking := [run["name"] for run in runs if not {"parameters", "trained_tokens"} <= run.keys()]:
-        raise UserError(f"--scaling needs each run's parameters and trained_tokens, as eval.py "
-                        f"--json writes them; {lacking[0]} lacks them")
+    for run in runs:
+        if not (run.get("parameters") and run.get("trained_tokens")):
+            raise UserError("--scaling needs each run's parameters and trained_tokens, as eval.py "
+                            f"--json writes them; {run['name']} lacks them")
     largest = {}
     for run in runs:
         largest[shape(run)] = max(run["parameters"], largest.get(shape(run), 0))
@@ -82,14 +83,12 @@ def sample_means(cells, other_text):
     common. other_text: test documents are drawn anew too, the same for all cells.
     """
     rng = np.random.default_rng(0)
-    means, sizes = {cell: np.full(N_SAMPLES, mean(runs)) for cell, runs in cells.items()}, None
-    if other_text:
-        grouped = {cell: study.group_losses(runs) for cell, runs in cells.items()}
-        sizes = next(iter(grouped.values()))[1]
-        if sizes and all(each == sizes for _, each in grouped.values()):
-            drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
-            weights = drawn * sizes / (drawn @ sizes)[:, None]  # (N_SAMPLES, groups)
-            means = {cell: weights @ losses for cell, (losses, _) in grouped.items()}
+    means = {cell: np.full(N_SAMPLES, mean(runs)) for cell, runs in cells.items()}
+    _, sizes = study.group_losses([run for runs in cells.values() for run in runs])
+    if other_text and sizes:  # results of before have no losses of groups
+        drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
+        weights = drawn * sizes / (drawn @ sizes)[:, None]  # (N_SAMPLES, groups)
+        means = {cell: weights @ study.group_losses(runs)[0] for cell, runs in cells.items()}
     for cell, runs in cells.items():
         peers = [list(study.by_seed(each).values()) for (name, *_), each in cells.items()
                  if name == cell[0]]
@@ -113,9 +112,8 @@ def fit_recipe(name, full, fitted, target, cells, samples):
               "losses": [{"parameters": size, "tokens": cell[2], "loss": mean(cells[cell]),
                           "n": len(study.by_seed(cells[cell]))} for size, cell in full.items()]}
     if target in full:  # the noise of its own seeds is part of the interval
-        cell = full[target]
-        predictions = predictions + samples[cell] - mean(cells[cell])
-        result.update(measured=mean(cells[cell]))
+        result["measured"] = mean(cells[full[target]])
+        predictions = predictions + samples[full[target]] - result["measured"]
     result["predicted_interval"] = interval(predictions)
     return result
 
@@ -126,9 +124,12 @@ def fit_power_law(sizes, losses, start=None):
     low, high = min(losses), max(losses)
     start = start or {"floor": 0.5 * low, "gain": high - 0.5 * low, "exponent": 0.3}
     bounds = [0, 0, 0.01], [low, 10 * high, 3]
-    (floor, gain, exponent), _ = scipy.optimize.curve_fit(
-        lambda x, floor, gain, exponent: floor + gain * x ** -exponent, x, losses,
-        p0=np.clip([start[key] for key in ("floor", "gain", "exponent")], *bounds), bounds=bounds)
+    try:
+        (floor, gain, exponent), _ = scipy.optimize.curve_fit(
+            lambda x, floor, gain, exponent: floor + gain * x ** -exponent, x, losses,
+            np.clip([start[key] for key in ("floor", "gain", "exponent")], *bounds), bounds=bounds)
+    except RuntimeError:
+        raise UserError(f"no power law fits the losses {losses} of {sizes} parameters") from None
     return {"floor": float(floor), "gain": float(gain), "exponent": float(exponent),
             "smallest": sizes[0]}
 
@@ -148,19 +149,22 @@ def token_shares(name, baseline, budgets, cells, samples):
         x = np.log(np.array(tokens) / budget)
         mine, theirs = [(name, size, t) for t in tokens], (baseline, size, budget)
         found = crossing(x, [mean(cells[cell]) for cell in mine], mean(cells[theirs]))
+        if math.isnan(found):
+            continue
         sampled = np.array([crossing(x, losses, target) for losses, target in
                             zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
-        rows.append({"name": name, "parameters": size, "share": math.exp(found),
+        rows.append({"name": name, "parameters": size, "share": stats.exp(found),
                      "interval": np.exp(interval(sampled)).tolist(),
                      "beyond": bool(not x[0] <= found <= x[-1]), "samples": sampled})
     return rows
 
 
 def crossing(x, losses, target):
-    """Where the line through the points is at the target; beyond them, on its first or last part."""
+    """Where the line through the points is at the target; beyond them, on its first or last part.
+    NaN if the losses do not fall there."""
     i = int(np.clip(np.searchsorted(-np.array(losses), -target), 1, len(x) - 1))
     slope = (losses[i] - losses[i - 1]) / (x[i] - x[i - 1])
-    return x[i] + (target - losses[i]) / slope
+    return x[i] + (target - losses[i]) / slope if slope < 0 else math.nan
 
 
 def trends(shares):
@@ -170,13 +174,13 @@ def trends(shares):
         rows = [row for row in shares if row["name"] == name]
         if len(rows) > 2:
             x = np.log([row["parameters"] for row in rows])
-            slopes = np.polyfit(x, [row["samples"] for row in rows], 1)[0]
-            found[name] = {"exponent": np.polyfit(x, np.log([row["share"] for row in rows]), 1)[0],
-                           "interval": interval(slopes)}
+            exponent, _ = np.polyfit(x, np.log([row["share"] for row in rows]), 1)
+            samples, _ = np.polyfit(x, [row["samples"] for row in rows], 1)
+            found[name] = {"exponent": float(exponent), "interval": interval(samples)}
     for row in shares:
         del row["samples"]
     return found
 
 
 def interval(samples):
-    return np.quantile(samples, (0.025, 0.975)).tolist()
+    return np.nanquantile(samples, (0.025, 0.975)).tolist()

@@ -113,9 +113,11 @@ def check_settings(run, path):
     if unknown := sorted(run.get("config", {}).keys() - OPTIONS.keys()):
         raise UserError(f"{path} has the option {unknown[0]}, which this nanolab does not have; "
                         "use the nanolab that made it")
-    numbers = [run.get(key) or 0 for key in ("seconds", "tokens_per_second")]
+    losses, sizes = (run.get(key) or [] for key in ("group_losses", "group_windows"))
+    numbers = [run.get(key) or 0 for key in ("seconds", "tokens_per_second", "parameters",
+                                             "trained_tokens")] + [*losses, *sizes]
     options = [value for value in settings(run).values() if value is not None]
-    if not (all(isinstance(number, (int, float)) for number in numbers)
+    if not (len(losses) == len(sizes) and all(isinstance(n, (int, float)) for n in numbers)
             and all(isinstance(value, (str, int, float)) for value in options)):
         raise TypeError
 

@@ -334,7 +334,8 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
      "no text"),
     ({"mine.parquet": write("no")}, ["prepare", "mine.parquet", "--data_dir=data"],
      "damaged or no .parquet"),
-    ({"mine/a.jsonl": write("".join(json.dumps({"text": text}) + "\n" for text in (" " * 1_500_000 + "a", "b", "c")))},
+    ({"mine/a.jsonl": write("".join(json.dumps({"text": text}) + "\n"
+                                    for text in (" " * 1_500_000 + "a", "b", "c")))},
      ["prepare", "mine", "--data_dir=data"], "tiktoken cannot encode"),
     ({}, ["prepare", "texts", "--data_dir=data", "--name=tiny", "--tokenizer=bytes"],
      "holds another data set"),

@@ -158,8 +158,8 @@ def test_bench(tmp_path):
                       f"--out_dir={tmp_path / 'out'}")
         assert result.returncode == 0, result.stderr
     numbers = re.search(
-        r"speed:  ([\d,.]+) tokens/s, ([\d.]+) GFLOP/s of the ([\d.,]+) .* \(([\d.]+)%\); peak memory ([\d,]+) MB; "
-        r"([\d.]+)% of the time outside", result.stdout)
+        r"speed:  ([\d,.]+) tokens/s, ([\d.]+) GFLOP/s of the ([\d.,]+) .* \(([\d.]+)%\); "
+        r"peak memory ([\d,]+) MB; ([\d.]+)% of the time outside", result.stdout)
     rate, done, peak, share, megabytes, outside = (float(number.replace(",", ""))
                                                    for number in numbers.groups())
     assert done == pytest.approx(rate * GPT(GPTConfig(300, 32, 2, 2, 64)).flops_per_token() / 1e9,

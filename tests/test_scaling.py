@@ -80,6 +80,21 @@ def test_too_small_a_ladder_is_refused(tmp_path, monkeypatch, capsys):
         evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling", "--baseline=none")
 
 
+def test_results_that_cannot_be_used(tmp_path, monkeypatch, capsys):
+    """One line, no traceback: figures of a wrong type, and losses that do not fall with tokens."""
+    file = ladder(tmp_path / "ladder.json")
+    runs = json.loads(file.read_text())
+    for key, value in (("parameters", "many"), ("group_losses", [3.0]), ("trained_tokens", [1])):
+        file.write_text(json.dumps([{**runs[0], key: value}, *runs[1:]]))
+        with pytest.raises(UserError, match="no file of results"):
+            evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+    file.write_text(json.dumps([{**runs[0], "parameters": None}, *runs[1:]]))
+    with pytest.raises(UserError, match="baseline lacks them"):
+        evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+    file.write_text(json.dumps([{**run, "test_loss": 2.0} for run in runs]))
+    assert "share" not in evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+
+
 def test_groups_of_documents(data_dir):
     """Every window is in one group; each group but the first starts with a document's beginning."""
     eot_id = read_meta(data_dir, "stdlib")["eot_id"]

@@ -119,7 +119,8 @@ def report(*args):
     if dist.get_rank() == 0:
         print("SEEN", json.dumps([storages, matrices, all(map(weights.equal, others))]))
 
-torch.Tensor.backward, nanolab.optim.newton_schulz, train.wrap_ddp = watch_gradients, count_matrices, watch_parameters
+torch.Tensor.backward, nanolab.optim.newton_schulz = watch_gradients, count_matrices
+train.wrap_ddp = watch_parameters
 train.train(config.load(sys.argv[1:]))
 report()
 end_distributed()

@@ -7,7 +7,8 @@
 # config/cloud.py (docs/results.md). At a rate tuned for AdamW the comparison is not fair to it; at
 # the baseline's 4e-4 it is far from its best. So set one after this file:
 #
-#     python train.py config/lab.py config/cloud.py config/interventions/muon.py --batch_size=8 --learning_rate=8e-3
+#     python train.py config/lab.py config/cloud.py config/interventions/muon.py \
+#         --batch_size=8 --learning_rate=8e-3
 
 name = "muon"
 optimizer = "muon"

@@ -1,20 +1,24 @@
 """The ladder: three recipes at five sizes, each trained on 20 tokens a parameter.
 
     python -m config.studies.ladder tuning    24 random trials of each recipe at size 2x64
-    python -m config.studies.ladder collect   writes all trials so far to out/ladder/tuning.json
-    python -m config.studies.ladder rates     the learning rate again, at four sizes
+    python -m config.studies.ladder beta2     a larger beta2, while the largest tried is the best
+    python -m config.studies.ladder rates     the learning rate again, at the four smaller sizes
     python -m config.studies.ladder check     three learning rates at the largest size
+    python -m config.studies.ladder collect   writes all trials so far to out/ladder/tuning.json
     python -m config.studies.ladder runs      the runs that are tested, without the largest size
     python -m config.studies.ladder largest   those of the largest size
-    python -m config.studies.ladder quick     five sizes of minutes, on Python's own library
+    python -m config.studies.ladder quick     five smaller sizes, on Python's own library
 
-All but `collect` print arguments for train.py, a line a run; ladder.sh runs them. The last five
-need trials: those in out/ladder/tuning.json, or else ours in config/results/ladder_tuning.json.
+All but `collect` print arguments for train.py, a line a run; ladder.sh runs them. `beta2` and
+`rates` print what the collected trials still lack, in the end nothing. All but `tuning` and
+`collect` read the trials: those in out/ladder/tuning.json, or else ours in
+config/results/ladder_tuning.json.
 
 A trial has seed 100, which no tested run has. Trials are compared by validation loss. `tuning`
 draws learning rate, weight decay, beta2 and warm-up at random. `rates` keeps the best trial's other
-values. At each size a parabola through the best rate and its neighbours gives the optimum, and a
-power law of the number of parameters through the four optima gives the rate of every size.
+values, and halves or doubles its rate until the best lies between two others. A parabola through
+these three gives a size's optimum, and a power law of the number of parameters through the four
+optima gives the rate of every size.
 """
 
 import json
@@ -72,25 +76,34 @@ def tuning():
             yield arguments(recipe, TUNED, values, f"out/ladder/tuning/{recipe}/{TUNED}/{i}")
 
 
-def rates():
-    """Five rates, a factor of 2 apart, around the best trial's; three at the second largest size.
-    At the tuned size also a larger beta2, if the best trial's is the largest of those drawn."""
+def beta2():
+    """Half of 1 - beta2, wherever the best trial has the largest beta2 that was tried."""
     for recipe in RECIPES:
         best = best_trial(recipe)
+        if best["beta2"] == max(each["beta2"] for each in read_trials("tuning", recipe, TUNED)):
+            larger = float(f"{(1 + best['beta2']) / 2:.4g}")
+            yield arguments(recipe, TUNED, {**best, "beta2": larger},
+                            f"out/ladder/tuning/{recipe}/{TUNED}/beta2_{larger}")
+
+
+def rates():
+    """The best trial's learning rate, its half and its double; then, at each size, the next one
+    beyond the best until the best is no longer at an edge."""
+    for recipe in RECIPES:
         for size in LADDER:
-            steps = (0.5, 1, 2) if size == "3x80" else (0.25, 0.5, 1, 2, 4)
-            for step in steps:
-                if size != TUNED or step != 1:
-                    yield rate_trial(recipe, size, best, step * best["learning_rate"])
-        if best["beta2"] == 0.999:
-            yield arguments(recipe, TUNED, {**best, "beta2": 0.9995},
-                            f"out/ladder/tuning/{recipe}/{TUNED}/beta2_0.9995")
+            tried = losses_by_step(recipe, size)
+            wanted = {-1, 0, 1} - tried.keys()
+            if not wanted:
+                best = min(tried, key=tried.get)
+                wanted = {best - 1, best + 1} - tried.keys()
+            for step in sorted(wanted):
+                yield rate_trial(recipe, size, 2.0 ** step * best_trial(recipe)["learning_rate"])
 
 
-def rate_trial(recipe, size, best, rate, share=1):
-    return arguments(recipe, size, {**best, "learning_rate": rate},
-                     f"out/ladder/rates/{recipe}/{size}/{rate:.4g}{'_short' * (share < 1)}",
-                     share=share)
+def rate_trial(recipe, size, rate, share=1):
+    return arguments(recipe, size, {**best_trial(recipe), "learning_rate": rate},
+                     f"out/ladder/rates/{recipe}/{size}/{best_trial(recipe)['beta2']}_{rate:.4g}"
+                     f"{'_short' * (share < 1)}", share=share)
 
 
 def check():
@@ -98,7 +111,7 @@ def check():
     for recipe in ("published", "modern"):
         for step in (0.5, 1, 2):
             rate = step * rate_law(recipe)(parameters(LARGEST))
-            yield rate_trial(recipe, LARGEST, best_trial(recipe), rate, share=0.25)
+            yield rate_trial(recipe, LARGEST, rate, share=0.25)
 
 
 def runs():
@@ -125,30 +138,47 @@ def runs_of(size, seeds, recipes, folder="out/ladder/runs", dataset="pypi"):
                         1 / part, dataset)
 
 
-def read_trials(recipe, size):
+def read_trials(stage, recipe, size):
+    """The trials of `tuning` or `rates` that had all their tokens."""
     file = COLLECTED if COLLECTED.exists() else RECORDED
-    return [each for each in json.loads(file.read_text())
-            if (each["recipe"], each["size"]) == (recipe, size) and each["share"] == 1]
+    found = [each for each in json.loads(file.read_text()) if each["share"] == 1 and
+             (each["stage"], each["recipe"], each["size"]) == (stage, recipe, size)]
+    if stage == "tuning" and not found:
+        sys.exit(f"{file} has no trials of {recipe}: run `tuning`, then `collect`")
+    return found
 
 
 def best_trial(recipe):
-    """What the best trial at the tuned size drew: {option: value}."""
-    best = min(read_trials(recipe, TUNED), key=lambda each: each["val_loss"])
+    """What the best of the random trials drew: {option: value}."""
+    best = min(read_trials("tuning", recipe, TUNED), key=lambda each: each["val_loss"])
     return {key: best[key] for key in DRAWN}
+
+
+def losses_by_step(recipe, size):
+    """Validation losses by rate: {how often the best trial's was doubled, negative if halved:
+    loss}."""
+    best = best_trial(recipe)
+    trials = read_trials("rates", recipe, size)
+    if size == TUNED:
+        trials += read_trials("tuning", recipe, TUNED)
+    losses = {}
+    for each in trials:
+        step = math.log2(each["learning_rate"] / best["learning_rate"])
+        if abs(step - round(step)) < 0.01 and all(each[key] == best[key] for key in DRAWN[1:]):
+            losses[round(step)] = each["val_loss"]
+    return losses
 
 
 def best_rate(recipe, size):
     """By a parabola over the logarithm of the rate, through the best trial and its neighbours."""
-    kept = {key: value for key, value in best_trial(recipe).items() if key != "learning_rate"}
-    trials = {each["learning_rate"]: each["val_loss"] for each in read_trials(recipe, size)
-              if all(each[key] == value for key, value in kept.items())}
-    ordered = sorted(trials)
-    i = ordered.index(min(trials, key=trials.get))
-    if not 0 < i < len(ordered) - 1:
-        sys.exit(f"{recipe} at {size}: the best rate, {ordered[i]}, is at the edge; try more")
-    three = ordered[i - 1:i + 2]
-    a, b, _ = np.polyfit(np.log(three), [trials[rate] for rate in three], 2)
-    return math.exp(-b / (2 * a))
+    losses = losses_by_step(recipe, size)
+    best = min(losses, key=losses.get, default=0)
+    steps = [best - 1, best, best + 1]
+    if not losses.keys() >= set(steps):
+        sys.exit(f"the best learning rate of {recipe} at {size} is not between two others yet: "
+                 "run `rates`, then `collect`, until `rates` prints nothing")
+    a, b, _ = np.polyfit(steps, [losses[step] for step in steps], 2)
+    return best_trial(recipe)["learning_rate"] * 2 ** (-b / (2 * a))
 
 
 def rate_law(recipe):
@@ -162,12 +192,12 @@ def collect():
     """Writes every trial that has ended: what it drew, its share of the tokens, validation loss."""
     names = {shape: size for size, shape in SIZES.items()}
     trials = []
-    folders = Path("out/ladder/tuning"), Path("out/ladder/rates")
-    for path in sorted(path for each in folders for path in each.rglob("summary.json")):
+    for path in [*sorted(Path("out/ladder/tuning").rglob("summary.json")),
+                 *sorted(Path("out/ladder/rates").rglob("summary.json"))]:
         config = json.loads(path.with_name("config.json").read_text())
         size = names[config["n_layer"], config["n_head"], config["n_embd"]]
         summary = json.loads(path.read_text())
-        trials.append({"recipe": config["name"], "size": size,
+        trials.append({"stage": path.parts[2], "recipe": config["name"], "size": size,
                        **{key: config[key] for key in DRAWN},
                        "share": round(config["max_tokens"] / 20 / parameters(size), 3),
                        "val_loss": summary["final_val_loss"], "seconds": summary["seconds"]})
@@ -175,7 +205,8 @@ def collect():
 
 
 def main():
-    commands = {each.__name__: each for each in (tuning, collect, rates, check, runs, largest, quick)}
+    commands = {each.__name__: each for each in (tuning, beta2, rates, check, collect, runs,
+                                                 largest, quick)}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(f"{__doc__}\nname one of {', '.join(commands)}")
     for line in commands[sys.argv[1]]() or ():

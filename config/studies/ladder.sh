@@ -13,6 +13,13 @@ train() {
   python -m config.studies.ladder "$1" | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
 }
 
+tune() {  # until the trials lack nothing
+  while [ -n "$(python -m config.studies.ladder "$1")" ]; do
+    train "$1"
+    python -m config.studies.ladder collect
+  done
+}
+
 scaling() {
   python eval.py --baseline published --scaling "$@"
 }
@@ -26,8 +33,8 @@ fi
 if [ "${1:-}" = --tune ]; then
   train tuning
   python -m config.studies.ladder collect
-  train rates
-  python -m config.studies.ladder collect
+  tune beta2
+  tune rates
   train check
   python -m config.studies.ladder collect
 fi
