@@ -62,6 +62,29 @@ def test_the_law_is_found_and_predicts(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "fit.png").stat().st_size > 10_000
 
 
+def test_crossing():
+    """On the line between the two budgets around the loss; beyond them, on the nearest line."""
+    for target, found in ((2.5, -1.5), (1.75, -0.5), (3.5, -2.5), (1.25, 0.5)):
+        assert scaling.crossing([-2, -1, 0], [3, 2, 1.5], target) == pytest.approx(found)
+    assert np.isnan(scaling.crossing([-1, 0], [2, 2], 3))
+
+
+def test_shares_depend_on_the_text(tmp_path, monkeypatch, capsys):
+    """Where the recipes differ by document, other documents would give another share."""
+    file = ladder(tmp_path / "ladder.json")
+    runs = json.loads(file.read_text())
+    uneven = {"baseline": np.zeros(50), "better": np.random.default_rng(0).normal(0, 0.2, 50)}
+    grouped = [{**run, "group_windows": [3] * 50,
+                "group_losses": (run["test_loss"] + uneven[run["name"]]).tolist()} for run in runs]
+    widths = []
+    for each in (runs, grouped):
+        file.write_text(json.dumps(each))
+        evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling", "--json", tmp_path / "fit.json")
+        fit = json.loads((tmp_path / "fit.json").read_text())["scaling"]
+        widths.append([high - low for low, high in (row["interval"] for row in fit["shares"])])
+    assert min(widths[1]) > 3 * max(widths[0])
+
+
 def test_a_prediction_needs_no_run_of_its_size(tmp_path, monkeypatch, capsys):
     file = ladder(tmp_path / "ladder.json", widths=[16, 24, 32, 48])
     evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling=800_000", "--json",
