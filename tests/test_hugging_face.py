@@ -339,7 +339,7 @@ def test_push(tmp_path, small_run):
     server.calls = []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path),
-           "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+           "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
 
     def export_to(name, *flags, **more):
         return call("model.py", "export", run / "best.pt", tmp_path / name, *flags, **env, **more)
