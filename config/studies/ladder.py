@@ -124,18 +124,23 @@ def largest():
 
 
 def quick():
+    """The best trial's own rate at every size: this ladder shows the machinery, not a result."""
     for size in QUICK:
-        yield from runs_of(size, (1, 2), ("published", "modern"), "out/ladder_quick", "stdlib")
+        yield from runs_of(size, (1, 2), ("published", "modern"),
+                           lambda recipe, size: best_trial(recipe), "out/ladder_quick", "stdlib")
 
 
-def runs_of(size, seeds, recipes, folder="out/ladder/runs", dataset="pypi"):
+def runs_of(size, seeds, recipes, values=None, folder="out/ladder/runs", dataset="pypi"):
     """Each recipe on all its tokens; the modern one, with the first two seeds, on fewer too."""
     full = [(recipe, 1, seed) for seed in seeds for recipe in recipes]
     fewer = [("modern", part, seed) for seed in seeds[:2] for part in (2, 4, 8)]
     for recipe, part, seed in full + fewer:
-        values = {**best_trial(recipe), "learning_rate": rate_law(recipe)(parameters(size))}
-        yield arguments(recipe, size, values, f"{folder}/{size}/{recipe}_1_{part}/{seed}", seed,
-                        1 / part, dataset)
+        yield arguments(recipe, size, (values or tuned)(recipe, size),
+                        f"{folder}/{size}/{recipe}_1_{part}/{seed}", seed, 1 / part, dataset)
+
+
+def tuned(recipe, size):
+    return {**best_trial(recipe), "learning_rate": rate_law(recipe)(parameters(size))}
 
 
 def read_trials(stage, recipe, size):

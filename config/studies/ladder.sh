@@ -10,7 +10,7 @@ set -euo pipefail
 export OMP_NUM_THREADS=1
 
 train() {
-  python -m config.studies.ladder "$1" | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
+  python -m config.studies.ladder "$1" | xargs -r -P "${JOBS:-2}" -L 1 python train.py --resume
 }
 
 tune() {  # until the trials lack nothing
