@@ -54,7 +54,8 @@ def main():
 def measure_all(args):
     """-> this process's rank, all runs that --ckpt names, folders of unfinished runs"""
     checkpoints, results_files, unfinished = study.find_runs(args.ckpt)
-    runs = [run for file in results_files for run in study.read_results(file)]
+    needed = "val_loss" if args.validation else "test_loss"
+    runs = [run for file in results_files for run in study.read_results(file, needed)]
     rank = 0
     if checkpoints:
         device, rank, world_size = init_distributed(args.device)
@@ -68,7 +69,7 @@ def measure_all(args):
                             f"there are {', '.join(sorted(names))}")
         for path in checkpoints:
             runs.append(evaluate(path, args, device, rank, world_size))
-            if rank == 0 and len(checkpoints) > 1:
+            if rank == 0 and len(checkpoints) > 1 and not args.validation:
                 print(f"{path}: {runs[-1]['test_loss']:.6f}", file=sys.stderr)
     if not runs:
         raise UserError(f"no run has ended yet: {', '.join(unfinished)}")
@@ -84,6 +85,9 @@ def evaluate(path, args, device, rank, world_size):
     checkpoint = read_checkpoint(path, mmap=True)
     config = checkpoint["config"]
     data_dir, dataset = args.data_dir or config["data_dir"], args.dataset or config["dataset"]
+    if args.validation:  # nothing is measured
+        return {"name": config["name"], "path": str(path), "dataset": dataset,
+                "config": changed_options(config), **training_facts(path, checkpoint)}
     meta = read_meta(data_dir, dataset)
     if meta["tokenizer"] != checkpoint["tokenizer"]:
         raise UserError(f"{path} was trained on {checkpoint['tokenizer']} tokens, "
@@ -96,7 +100,7 @@ def evaluate(path, args, device, rank, world_size):
     for result in saved["results"]:
         if (split and result["test_sha256"] == split["sha256"] and result["amp"] == amp
                 and "group_losses" in result):  # results of before lack these
-            return {**result, "path": str(path), **training_cost(path, checkpoint)}
+            return {**result, "path": str(path), **training_facts(path, checkpoint)}
 
     test_data = TokenDataset(data_dir, dataset, "test", config["block_size"])
     model = GPT.from_checkpoint(path).to(device)
@@ -123,7 +127,7 @@ def evaluate(path, args, device, rank, world_size):
         save_result(path, {**saved, "results": [*saved["results"], result]})
         if config.get("wandb") and dataset == config["dataset"]:
             log_to_wandb(path, config, loss)
-    return {**result, **training_cost(path, checkpoint)}
+    return {**result, **training_facts(path, checkpoint)}
 
 
 def log_to_wandb(path, config, loss):
@@ -146,10 +150,25 @@ def changed_options(config):
             or key not in study.SAME_EXPERIMENT and value != OPTIONS[key].default}
 
 
-def training_cost(path, checkpoint):
-    """What the run took, in all or, if it has not ended, up to this checkpoint."""
+def judged_by_validation(run):
+    """The run with its validation loss in the place of the test loss. Raises UserError."""
+    if run["val_loss"] is None:
+        raise UserError(f"{run['path']} has no validation loss that is a number")
+    without = {key: value for key, value in run.items() if not key.startswith("group_")}
+    return {**without, "test_loss": run["val_loss"]}
+
+
+def training_facts(path, checkpoint):
+    """What the run took, in all or, if it has not ended, up to this checkpoint; and the last
+    validation loss up to this checkpoint."""
     if checkpoint["config"]["dataset"] is None:
         return {}
+    val_loss = checkpoint["val_loss"]
+    known = val_loss is not None and math.isfinite(val_loss)
+    return {"val_loss": val_loss if known else None, **time_and_cost(path, checkpoint)}
+
+
+def time_and_cost(path, checkpoint):
     summary = Path(path).with_name("summary.json")
     if summary.exists():
         try:
@@ -166,8 +185,10 @@ def training_cost(path, checkpoint):
 
 def report(args, runs, unfinished):
     """Prints, draws and writes what was asked for."""
-    experiments = study.group_by_experiment(runs)
     content = {"runs": runs}
+    if args.validation:
+        runs = [judged_by_validation(run) for run in runs]
+    experiments = study.group_by_experiment(runs)
     if args.fit_batch_size:
         name, sizes, losses = study.points_to_fit(experiments, args.baseline)
         content["fit"] = fit = fit_batch_size(sizes, losses)
@@ -189,7 +210,9 @@ def report(args, runs, unfinished):
             if args.plot:
                 plots.plot_noise(noise, args.plot)
         else:
-            content["rows"] = rows = study.compare(experiments, baseline)
+            rows = study.compare(experiments, baseline)
+            if not args.validation:
+                content["rows"] = rows
             if len(runs) == 1 and "perplexity" in runs[0] and not args.markdown:
                 print(format_result(runs[0]))
             else:
@@ -228,7 +251,8 @@ def format_study(args, experiments, rows, baseline):
     if args.beside:
         others = study.group_by_experiment(study.read_results(args.beside))
         other = Path(args.beside).stem, study.compare(others, study.choose_baseline(others, None))
-    table = tables.format_comparison(rows, args.markdown, other)
+    loss = "validation loss" if args.validation else "test loss"
+    table = tables.format_comparison(rows, args.markdown, other, loss)
     same = tables.format_same_configurations(study.same_configurations(experiments), experiments)
     cautions = tables.format_cautions(rows, experiments, baseline)
     return "\n\n".join(filter(None, [table, tables.format_legend(rows, baseline), cautions, same]))
@@ -253,6 +277,9 @@ def parse_arguments():
         help="checkpoints, folders, globs, results files (default: out/best.pt)")
     add("--baseline", metavar="NAME",
         help="the experiment that the others are compared with (default: the one called baseline)")
+    add("--validation", action="store_true",
+        help="compare the validation losses that the runs had: to choose among experiments without "
+             "a look at the test split")
     add("--noise", action="store_true", help="print the baseline's spread by what its seeds vary")
     add("--fit_batch_size", action="store_true",
         help="fit the loss over the global batch size, of the runs named --baseline "
@@ -277,6 +304,10 @@ def parse_arguments():
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error("--batch_size must be at least 1")
+    others = (args.plot, args.beside, args.noise, args.fit_batch_size, args.scaling is not None)
+    if args.validation and any(others):
+        parser.error("--validation is for the table; --plot, --beside, --noise, --fit_batch_size "
+                     "and --scaling take test losses")
     if args.noise + args.fit_batch_size + (args.scaling is not None) > 1:
         parser.error("--noise, --fit_batch_size and --scaling are three views; ask for one")
     return args

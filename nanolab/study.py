@@ -90,13 +90,13 @@ def has_beside(path, name):
     return Path(path).with_name(name).exists()
 
 
-def read_results(path):
-    """The runs in a results file. Raises UserError."""
+def read_results(path, loss="test_loss"):
+    """The runs in a results file, each with this loss. Raises UserError."""
     try:
         content = parse_json(Path(path).read_text())
         runs = content["runs"] if isinstance(content, dict) else content
         for run in runs:
-            if not isinstance(run["name"], str) or not math.isfinite(run["test_loss"]):
+            if not isinstance(run["name"], str) or not math.isfinite(run[loss]):
                 raise TypeError
             check_settings(run, path)
         return runs
@@ -104,7 +104,7 @@ def read_results(path):
         raise UserError(f"there is no file {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no file of results: it needs a list of runs, each with a name "
-                        "and a test_loss") from None
+                        f"and a {loss}") from None
 
 
 def check_settings(run, path):

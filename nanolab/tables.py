@@ -30,7 +30,7 @@ def format_interval(interval, form):
     return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
-def format_comparison(rows, markdown, other=None):
+def format_comparison(rows, markdown, other=None, loss="test loss"):
     """The table of study.compare.
 
     other: (title, rows) of another study, whose differences get a column.
@@ -38,7 +38,7 @@ def format_comparison(rows, markdown, other=None):
     title, other_rows = other or ("", [])
     theirs = {row["experiment"]: f"{row['difference']:+.4f} {row.get('verdict', '')}".strip()
               for row in other_rows if "difference" in row}
-    cells = [["experiment", "n", "test loss", "SD", "difference", "95 % interval",
+    cells = [["experiment", "n", loss, "SD", "difference", "95 % interval",
               "other text", "compared", "p (corrected)", "verdict", "same seed", title, "tokens/s",
               "hours", "US$"]]
     for row in rows:

@@ -607,3 +607,30 @@ def test_the_loss_does_not_depend_on_the_split(small_run, tmp_path, monkeypatch,
     unfinished = facts(evaluate(monkeypatch, capsys, *flags))
     assert unfinished["test_loss"] == 1.25 and "machine" not in unfinished and unfinished[
         "tokens_per_second"] > 0
+
+
+def test_validation_losses_are_compared_without_the_test_split(small_run, tmp_path, monkeypatch,
+                                                                capsys):
+    """--validation: the validation losses that runs had, from checkpoints and from results files.
+    Nothing is measured."""
+    folders = [small_run(f"{name}/1", f"--name={name}", "--eval_every=5", *flags)
+               for name, flags in (("baseline", []), ("slow", ["--learning_rate=1e-5"]))]
+    losses = [json.loads((folder / "summary.json").read_text())["best_val_loss"]
+              for folder in folders]
+    table = evaluate(monkeypatch, capsys, "--ckpt", *folders, "--validation")
+    assert "validation loss" in table and not list(tmp_path.rglob("*.test.json"))
+    for name, loss in zip(("baseline", "slow"), losses):
+        assert re.search(rf"^{name} +1 +{loss:.6f} ", table, re.MULTILINE)
+
+    results = tmp_path / "results.json"
+    command = ["--ckpt", results, "--validation"]
+    evaluate(monkeypatch, capsys, "--ckpt", *folders, "--validation", "--json", results)
+    assert evaluate(monkeypatch, capsys, *command) == table
+    assert "test_loss" not in results.read_text()
+    with pytest.raises(UserError, match="a name and a test_loss"):
+        evaluate(monkeypatch, capsys, "--ckpt", results)
+    evaluate(monkeypatch, capsys, "--ckpt", *folders, "--json", results)
+    assert evaluate(monkeypatch, capsys, *command) == table
+    with pytest.raises(UserError, match="a name and a val_loss"):
+        results_file(results, {"old": {1: 2.0}})
+        evaluate(monkeypatch, capsys, *command)
