@@ -29,7 +29,7 @@ import config as configuration
 from config import OPTIONS, divisors_near
 from model import GPT, GPTConfig
 from nanolab.checkpoint import CheckpointSaver, find_start
-from nanolab.common import UserError, run_script
+from nanolab.common import OutputThatMayFail, UserError, run_script
 from nanolab.cpu import choose_plan, share_batches
 from nanolab.data import TokenDataset, window_ids
 from nanolab.devices import (StopSignal, autocast, autocast_dtype, end_distributed,
@@ -297,6 +297,7 @@ def print_cpu_plan(plan, busy_cores):
 
 
 def main():
+    sys.stdout, sys.stderr = OutputThatMayFail(sys.stdout), OutputThatMayFail(sys.stderr)
     train(configuration.load(sys.argv[1:]))
     end_distributed()
 

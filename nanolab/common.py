@@ -65,6 +65,29 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
         stop(130, if_interrupted, each_rank=True)
 
 
+class OutputThatMayFail:
+    """Stands for sys.stdout or sys.stderr in a long run, which shall not end because a disk is full
+    or a reader has gone: from the first error on, its output goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(text))
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, output):
+        try:
+            output()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def stop(exit_code, message, each_rank):
     message = " ".join(str(message).splitlines())
     if len(message) > 1000:  # the end says what is allowed

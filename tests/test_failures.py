@@ -105,6 +105,17 @@ def test_full_disk_in_training(small_run, tiny_data, capsys):
     assert_same_run(small_run("whole", *flags, "--max_steps=20"), folder)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("output", ["> /dev/full 2> /dev/full", "2>&1 | true"])
+def test_output_that_fails_ends_no_run(tiny_data, tmp_path, output):
+    """A full disk behind the output, or a reader that has gone: the run goes on and is saved."""
+    command = [sys.executable, "train.py", *SMALL, *tiny_data, f"--out_dir={tmp_path}",
+               "--save_weights=True"]
+    done = subprocess.run(f"set -o pipefail; {' '.join(command)} {output}", shell=True, cwd=HERE,
+                          executable="bash", timeout=120)
+    assert done.returncode == 0 and (tmp_path / "summary.json").exists()
+
+
 def test_a_log_without_room(small_run, tiny_data, capsys):
     """Lines that a full disk does not take are kept until there is room; else the end says how many
     are missing, and so does --resume."""

@@ -16,7 +16,7 @@ from nanolab.study import find_runs
 from nanolab.tokenizer import get_tokenizer
 
 STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh")
-                 if path.stem != "ladder")  # not run yet: it has trials, but no results
+                 if path.stem not in ("flags", "ladder"))  # not run yet: no results
 RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
            "modern": ["modern"], "modern_core": ["modern_core"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Each newer flag alone on the ladder's modern recipe at its two smallest sizes, chosen by validation
+# loss; then what helped, together, at the third size (config/studies/flags.py says what they are).
+# Needs ladder.sh first, whose runs are the baseline. Writes out/flags/ and out/flags_*.json.
+set -euo pipefail
+export OMP_NUM_THREADS=1
+
+train() {
+  python -m config.studies.flags "$1" | xargs -r -P "${JOBS:-2}" -L 1 python train.py --resume
+}
+
+compare() {  # RESULTS CHECKPOINTS... FLAGS...
+  python eval.py --baseline modern --json "out/flags_$1.json" --ckpt "${@:2}"
+}
+
+train alone
+for size in 2x32 2x48; do
+  compare $size "out/flags/$size/*/*/best.pt" "out/ladder/runs/$size/modern_1_1/*/best.pt" \
+    --validation
+done
+train stack
+compare stack 'out/flags/2x64/stack/*/best.pt' 'out/ladder/runs/2x64/*_1_1/*/best.pt'
