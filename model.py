@@ -235,6 +235,7 @@ class GPT(nn.Module):
         from the likeliest that together have this probability (Holtzman et al., "The curious case
         of neural text degeneration", 2020).
         generator: a torch.Generator on the model's device, or a list of one for each sequence.
+        Raises UserError if the logits are not finite.
         """
         context = tokens[:, -self.config.block_size:]
         start = 0  # the position of the first token that is not cached
@@ -245,6 +246,8 @@ class GPT(nn.Module):
             x = self.hidden_states(context[:, start:], cache, start)
             start = context.shape[1]
             logits = self.logits(x[:, -1])  # (B, V)
+            if not logits.isfinite().all():
+                raise UserError("the model's logits are not finite: its weights are too large")
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:

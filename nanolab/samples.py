@@ -30,11 +30,14 @@ def make_sampler(model, config, tokenizer_name, device, dtype):
         generator = torch.Generator(device).manual_seed(config.seed)
         tokens = torch.tensor([prompt], device=device)
         text = b"".join(token_bytes(tokenizer, token) for token in prompt)
-        with autocast(dtype, device):
-            for token in model.stream(tokens, SAMPLE_TOKENS, generator=generator):
-                if token.item() == tokenizer.eot_token:
-                    break
-                text += token_bytes(tokenizer, token.item())
+        try:
+            with autocast(dtype, device):
+                for token in model.stream(tokens, SAMPLE_TOKENS, generator=generator):
+                    if token.item() == tokenizer.eot_token:
+                        break
+                    text += token_bytes(tokenizer, token.item())
+        except UserError as error:  # logits that are not finite end no run
+            text += f" (no sample: {error})".encode()
         model.train(was_training)
         return text.decode(errors="replace")
 

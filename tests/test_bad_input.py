@@ -166,6 +166,8 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
      SAMPLE, "weights that are not finite (wte.weight)"),
     ({BEST: change_checkpoint(model=lambda m: {key: w * float("nan") for key, w in m.items()})},
      EVAL, "weights that are not finite"),
+    ({BEST: change_checkpoint(model=lambda m: {key: w * 1e30 for key, w in m.items()})}, SAMPLE,
+     "its weights are too large"),
     ({LAST: change_checkpoint(optimizer=5)}, RESUME, "last.pt does not fit this run"),
     ({"hf/config.json": write('{"a": ' * 1_000_000)}, [*SAMPLE, "--ckpt=hf"],
      "hf/config.json is damaged"),

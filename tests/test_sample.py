@@ -54,6 +54,11 @@ def test_samples_leave_no_trace(small_run, tiny_data, tmp_path, monkeypatch, cap
         samples(tmp_path / "two")) == list(texts)
 
 
+def test_a_model_that_diverged_still_trains(small_run, tiny_data):
+    run = small_run("run", *tiny_data, "--learning_rate=1e25", "--sample_every=1", "--max_steps=3")
+    assert "no sample" in samples(run)[3]
+
+
 def test_samples_need_a_tokenizer(small_run, tiny_data, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "read_meta", lambda *args: {**real(*args), "tokenizer": "unknown"})
     with pytest.raises(UserError, match="tokenizer is unknown.*without --sample_every"):
