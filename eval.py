@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -63,8 +64,10 @@ def measure_all(args):
         datasets = {config["dataset"] for config in configs}
         if None in datasets:  # Hugging Face's weights are tested on the data of the others
             args.dataset = args.dataset or min(datasets - {None}, default="fineweb")
+        check_one_of_each_run(checkpoints, configs)
         names = {run["name"] for run in configs + runs}
-        if args.baseline and args.baseline.split(", ")[0] not in names:  # hours before it is needed
+        if args.baseline and not any(f"{args.baseline}, ".startswith(f"{name}, ")
+                                     for name in names):  # hours before it is needed
             raise UserError(f"no run is named '{args.baseline}' (from --baseline); "
                             f"there are {', '.join(sorted(names))}")
         for path in checkpoints:
@@ -73,11 +76,24 @@ def measure_all(args):
                 print(f"{path}: {runs[-1]['test_loss']:.6f}", file=sys.stderr)
     if not runs:
         raise UserError(f"no run has ended yet: {', '.join(unfinished)}")
-    if len({run.get("test_sha256", run.get("dataset")) for run in runs}) > 1:
+    if args.validation and len({study.settings(run)["dataset"] for run in runs}) > 1:
+        raise UserError("these runs were validated on different data, so their losses cannot be "
+                        "compared")
+    if not args.validation and len({run.get("test_sha256", run.get("dataset"))
+                                    for run in runs}) > 1:
         raise UserError("these runs were tested on different data, so their losses cannot be "
                         "compared; choose one data set with --dataset, or show another study's "
                         "results with --beside")
     return rank, runs, unfinished
+
+
+def check_one_of_each_run(checkpoints, configs):
+    """Raises UserError if two checkpoints are of one run: they are no two samples of its noise."""
+    seen = {}
+    for path, config in zip(checkpoints, configs):
+        other = seen.setdefault(os.path.dirname(path), path)
+        if other != path and config["dataset"] is not None:
+            raise UserError(f"{other} and {path} are of one run; name one of them")
 
 
 def evaluate(path, args, device, rank, world_size):
@@ -86,7 +102,7 @@ def evaluate(path, args, device, rank, world_size):
     config = checkpoint["config"]
     data_dir, dataset = args.data_dir or config["data_dir"], args.dataset or config["dataset"]
     if args.validation:  # nothing is measured
-        return {"name": config["name"], "path": str(path), "dataset": dataset,
+        return {"name": config["name"], "path": str(path), "dataset": config["dataset"],
                 "config": changed_options(config), **training_facts(path, checkpoint)}
     meta = read_meta(data_dir, dataset)
     if meta["tokenizer"] != checkpoint["tokenizer"]:
@@ -152,7 +168,7 @@ def changed_options(config):
 
 def judged_by_validation(run):
     """The run with its validation loss in the place of the test loss. Raises UserError."""
-    if run["val_loss"] is None:
+    if run.get("val_loss") is None:
         raise UserError(f"{run['path']} has no validation loss that is a number")
     without = {key: value for key, value in run.items() if not key.startswith("group_")}
     return {**without, "test_loss": run["val_loss"]}
@@ -213,7 +229,8 @@ def report(args, runs, unfinished):
             rows = study.compare(experiments, baseline)
             if not args.validation:
                 content["rows"] = rows
-            if len(runs) == 1 and "perplexity" in runs[0] and not args.markdown:
+            measured = len(runs) == 1 and {"perplexity", "path"} <= runs[0].keys()
+            if measured and not (args.markdown or args.validation):
                 print(format_result(runs[0]))
             else:
                 print(format_study(args, experiments, rows, baseline))
@@ -250,7 +267,10 @@ def format_study(args, experiments, rows, baseline):
     other = None
     if args.beside:
         others = study.group_by_experiment(study.read_results(args.beside))
-        other = Path(args.beside).stem, study.compare(others, study.choose_baseline(others, None))
+        other_baseline = study.choose_baseline(others, None)
+        if not other_baseline:
+            raise UserError(f"--beside={args.beside} has no experiment called baseline")
+        other = Path(args.beside).stem, study.compare(others, other_baseline)
     loss = "validation loss" if args.validation else "test loss"
     table = tables.format_comparison(rows, args.markdown, other, loss)
     same = tables.format_same_configurations(study.same_configurations(experiments), experiments)
@@ -304,10 +324,12 @@ def parse_arguments():
     args = parser.parse_args()
     if args.batch_size < 1:
         parser.error("--batch_size must be at least 1")
-    others = (args.plot, args.beside, args.noise, args.fit_batch_size, args.scaling is not None)
-    if args.validation and any(others):
-        parser.error("--validation is for the table; --plot, --beside, --noise, --fit_batch_size "
-                     "and --scaling take test losses")
+    is_fit = args.fit_batch_size or args.scaling is not None
+    if args.validation and (args.plot or args.beside or args.noise or is_fit or args.dataset):
+        parser.error("--validation is for the table of runs; --plot, --beside, --noise, "
+                     "--fit_batch_size, --scaling and --dataset are for test losses")
+    if args.beside and (args.noise or is_fit) or args.curves and is_fit:
+        parser.error("--beside is for the table of runs, --curves for it and --noise")
     if args.noise + args.fit_batch_size + (args.scaling is not None) > 1:
         parser.error("--noise, --fit_batch_size and --scaling are three views; ask for one")
     return args

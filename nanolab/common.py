@@ -140,10 +140,10 @@ def argument_parser(description):
 
 
 def describe(error):
-    """An OSError, or the RuntimeError that torch.save makes of one, in a few words."""
+    """An error in a few words: an OSError, or what torch.save, matplotlib or W&B make of one."""
     if getattr(error, "strerror", None):
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return str(error).splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def format_duration(seconds):

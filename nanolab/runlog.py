@@ -226,7 +226,7 @@ class RunLog:
         state, out_dir = self.state, self.out_dir
         if state.step < self.max_steps:
             saved = " and saved; the same command with --resume continues from here"
-            print(f"stopped after step {state.step - 1:,}{saved * self.config.save_weights}")
+            print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
             self.draw(f"stopped after {state.step:,} of {self.max_steps:,} steps")
             if self.tracker:
                 self.tracker.finish()
@@ -320,7 +320,7 @@ def start_wandb(config, id_file, resumed):
         tracker = init(project=config.wandb, name=config.name, config=vars(config), id=run_id,
                        resume="allow", allow_val_change=True)
     except Exception as error:  # network or account problems, in many classes
-        reason = str(error).strip().splitlines()[0]
+        reason = describe(error)
         raise UserError(f"Weights & Biases did not start ({reason}); run `wandb login` first, set "
                         "WANDB_MODE=offline, or leave out --wandb") from None
     write_atomically(id_file, tracker.id)

@@ -22,7 +22,7 @@ def analyse(runs, baseline, target=None):
     target: a number of parameters whose loss to predict. None: the largest size, which the laws
     then leave out, so that its losses test them. -> a dict. Raises UserError.
     """
-    cells = collect_cells(runs)
+    cells = collect_cells(runs)  # {(name, parameters, tokens): runs}
     names = sorted({name for name, _, _ in cells})
     if baseline not in names:
         raise UserError(f"--scaling compares with a recipe named --baseline; there are "
@@ -47,8 +47,12 @@ def analyse(runs, baseline, target=None):
             recipes.append(fit_recipe(name, full, fitted, largest, cells, same_text))
         if name != baseline:
             shares += token_shares(name, baseline, budgets, cells, samples)
+    slopes = trends(shares)
+    for row in shares:
+        del row["samples"]
     return {"baseline": baseline, "fitted": fitted, "target": largest, "recipes": recipes,
-            "shares": shares, "trends": trends(shares)}
+            "without_law": sorted({*names} - {recipe["name"] for recipe in recipes}),
+            "shares": shares, "trends": slopes}
 
 
 def collect_cells(runs):
@@ -64,6 +68,11 @@ def collect_cells(runs):
     for run in runs:
         key = run["name"], largest[shape(run)], run["trained_tokens"]
         cells.setdefault(key, []).append(run)
+    for (name, size, tokens), members in cells.items():
+        if len({study.relevant_options(run) for run in members}) > 1:
+            raise UserError(f"the runs of {name} with {size:,} parameters and {tokens:,} tokens "
+                            "differ in their options, so they are not one recipe; --ckpt must name "
+                            "those of one recipe only, or they need names of their own")
     return cells
 
 
@@ -79,8 +88,9 @@ def mean(runs):
 def sample_means(cells, other_text):
     """N_SAMPLES draws of each cell's mean loss: {cell: array}.
 
-    The noise of the seeds is normal, with the standard deviation that the recipe's cells have in
-    common. other_text: test documents are drawn anew too, the same for all cells.
+    The noise of the seeds is Student's, with the standard deviation that the recipe's cells have in
+    common and its degrees of freedom. other_text: test documents are drawn anew too, the same for
+    all cells. Raises UserError if no cell of a recipe has two seeds.
     """
     rng = np.random.default_rng(0)
     means = {cell: np.full(N_SAMPLES, mean(runs)) for cell, runs in cells.items()}
@@ -89,13 +99,17 @@ def sample_means(cells, other_text):
         drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
         weights = drawn * sizes / (drawn @ sizes)[:, None]  # (N_SAMPLES, groups)
         means = {cell: weights @ study.group_losses(runs)[0] for cell, runs in cells.items()}
-    for cell, runs in cells.items():
-        peers = [list(study.by_seed(each).values()) for (name, *_), each in cells.items()
-                 if name == cell[0]]
-        df = sum(len(losses) - 1 for losses in peers)
-        variance = sum(np.var(losses) * len(losses) for losses in peers) / max(df, 1)
-        error = math.sqrt(variance / len(study.by_seed(runs)))
-        means[cell] = means[cell] + error * rng.standard_normal(N_SAMPLES)
+    for name in sorted({name for name, *_ in cells}):
+        mine = {cell: list(study.by_seed(runs).values()) for cell, runs in cells.items()
+                if cell[0] == name}
+        df = sum(len(losses) - 1 for losses in mine.values())
+        if not df:
+            raise UserError(f"nothing shows the noise of {name}: at one size or more it needs two "
+                            "runs with different seeds")
+        squares = sum(np.var(losses) * len(losses) for losses in mine.values())
+        sd = np.sqrt(squares / rng.chisquare(df, N_SAMPLES))  # as far as df tell it
+        for cell, losses in mine.items():
+            means[cell] = means[cell] + sd / len(losses) ** 0.5 * rng.standard_normal(N_SAMPLES)
     return means
 
 
@@ -103,8 +117,12 @@ def fit_recipe(name, full, fitted, target, cells, samples):
     """The power law of one recipe over the fitted sizes, and what it predicts for the target."""
     losses = [mean(cells[full[size]]) for size in fitted]
     law = fit_power_law(fitted, losses)
-    laws = [fit_power_law(fitted, each, law)
-            for each in np.array([samples[full[size]] for size in fitted]).T]
+    laws = []
+    for draw in np.array([samples[full[size]] for size in fitted]).T:
+        try:
+            laws.append(fit_power_law(fitted, draw, law))
+        except UserError:  # losses that no law fits: see interval()
+            laws.append(dict.fromkeys(law, math.nan))
     predictions = np.array([loss_at(each, target) for each in laws])
     result = {"name": name, "law": law, "predicted": loss_at(law, target),
               "law_intervals": {key: interval([each[key] for each in laws])
@@ -128,7 +146,7 @@ def fit_power_law(sizes, losses, start=None):
         (floor, gain, exponent), _ = scipy.optimize.curve_fit(
             lambda x, floor, gain, exponent: floor + gain * x ** -exponent, x, losses,
             np.clip([start[key] for key in ("floor", "gain", "exponent")], *bounds), bounds=bounds)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # no convergence; a loss or a size that is not positive
         raise UserError(f"no power law fits the losses {losses} of {sizes} parameters") from None
     return {"floor": float(floor), "gain": float(gain), "exponent": float(exponent),
             "smallest": sizes[0]}
@@ -153,8 +171,9 @@ def token_shares(name, baseline, budgets, cells, samples):
             continue
         sampled = np.array([crossing(x, losses, target) for losses, target in
                             zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
+        limits = interval(sampled)
         rows.append({"name": name, "parameters": size, "share": stats.exp(found),
-                     "interval": np.exp(interval(sampled)).tolist(),
+                     "log_share": float(found), "interval": limits and [*map(stats.exp, limits)],
                      "beyond": bool(not x[0] <= found <= x[-1]), "samples": sampled})
     return rows
 
@@ -170,17 +189,18 @@ def crossing(x, losses, target):
 def trends(shares):
     """Of each recipe with shares at three sizes or more: the exponent b of share ~ N^b."""
     found = {}
-    for name in {row["name"] for row in shares}:
+    for name in sorted({row["name"] for row in shares}):
         rows = [row for row in shares if row["name"] == name]
         if len(rows) > 2:
             x = np.log([row["parameters"] for row in rows])
             exponent, _ = np.polyfit(x, np.log([row["share"] for row in rows]), 1)
             samples, _ = np.polyfit(x, [row["samples"] for row in rows], 1)
             found[name] = {"exponent": float(exponent), "interval": interval(samples)}
-    for row in shares:
-        del row["samples"]
     return found
 
 
 def interval(samples):
+    """The middle 95 %; None, without an end, if more than the outer 5 % are not numbers."""
+    if np.isnan(samples).mean() > 0.05:
+        return None
     return np.nanquantile(samples, (0.025, 0.975)).tolist()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import OPTIONS, RESUME_MAY_CHANGE, SEEDS
+from config import OPTIONS, RESUME_MAY_CHANGE, SEEDS, parse
 from nanolab import stats
 from nanolab.common import UserError, parse_json
 from nanolab.logfile import read_log
@@ -95,6 +95,8 @@ def read_results(path, loss="test_loss"):
     try:
         content = parse_json(Path(path).read_text())
         runs = content["runs"] if isinstance(content, dict) else content
+        if runs == []:
+            raise UserError(f"{path} has no runs")
         for run in runs:
             if not isinstance(run["name"], str) or not math.isfinite(run[loss]):
                 raise TypeError
@@ -102,24 +104,30 @@ def read_results(path, loss="test_loss"):
         return runs
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{path} is no file of results: it needs a list of runs, each with a name "
                         f"and a {loss}") from None
 
 
 def check_settings(run, path):
-    """Raises TypeError if a figure or an option of a run in a results file has a wrong type (words
-    may stand for a seed), UserError if this nanolab lacks an option."""
+    """Raises TypeError if a figure of a run in a results file has a wrong type, UserError if an
+    option has (words may stand for a seed), or if this nanolab lacks an option."""
     if unknown := sorted(run.get("config", {}).keys() - OPTIONS.keys()):
         raise UserError(f"{path} has the option {unknown[0]}, which this nanolab does not have; "
                         "use the nanolab that made it")
     losses, sizes = (run.get(key) or [] for key in ("group_losses", "group_windows"))
     numbers = [run.get(key) or 0 for key in ("seconds", "tokens_per_second", "parameters",
                                              "trained_tokens")] + [*losses, *sizes]
-    options = [value for value in settings(run).values() if value is not None]
+    words = [run.get(key, "") for key in ("path", "dataset", "test_sha256")]
     if not (len(losses) == len(sizes) and all(isinstance(n, (int, float)) for n in numbers)
-            and all(isinstance(value, (str, int, float)) for value in options)):
+            and all(isinstance(word, str) for word in words)
+            and isinstance(run.get("cost", 0), (str, int, float))):
         raise TypeError
+    for key, value in settings(run).items():
+        if key in (*SEEDS, "seed"):
+            hash(value)
+        elif value is not None:
+            parse(key, value, path)
 
 
 def read_logs(experiments):
@@ -201,7 +209,7 @@ def choose_baseline(experiments, wanted):
                         f"there are {', '.join(sorted(experiments))}")
     if wanted and len(matching) > 1:
         raise UserError(f"--baseline='{wanted}' could be any of: {'; '.join(sorted(matching))}")
-    if "baseline" in experiments:
+    if not wanted and "baseline" in experiments:
         return "baseline"
     return matching[0] if len(matching) == 1 else None
 
@@ -324,8 +332,8 @@ def noise(runs):
     """The spread of one experiment's losses by its source. -> a dict. Raises UserError."""
     losses, groups = by_seed(runs), sources_of_noise(runs)
     if not groups:
-        raise UserError("--noise needs at least two runs of the baseline that differ in their "
-                        "seeds; name it with --baseline")
+        raise UserError("--noise needs at least two runs of the baseline, each with one seed for "
+                        "all, or with a seed in common; name the baseline with --baseline")
     rows = [{"source": source, **stats.spread(group), "sd_interval": stats.sd_interval(group)}
             for source, group in groups.items()]
     rows.append({"source": "all runs", **stats.spread(list(losses.values()))})
@@ -345,7 +353,7 @@ def sources_of_noise(runs):
         init_seed, *loop_seeds = seeds
         same_weights.setdefault(init_seed, []).append(seeds)
         same_loop.setdefault(tuple(loop_seeds), []).append(seeds)
-    chosen = {ONE_SEED: sorted(one_seed),
+    chosen = {ONE_SEED: [seeds for seeds in losses if seeds in one_seed],
               LOOP: max(same_weights.values(), key=len, default=[]),
               INITIAL_WEIGHTS: max(same_loop.values(), key=len, default=[])}
     return {source: [losses[seeds] for seeds in members]

@@ -30,6 +30,11 @@ def format_interval(interval, form):
     return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
+def format_sampled(interval, form):
+    """An interval of scaling.interval."""
+    return format_interval(interval, form) or "without an end"
+
+
 def format_comparison(rows, markdown, other=None, loss="test loss"):
     """The table of study.compare.
 
@@ -62,8 +67,8 @@ def format_legend(rows, baseline):
     """What the columns of the table mean, and which effects it could have shown."""
     kinds = {row["compared"].split(",")[0] for row in rows if "compared" in row}
     if not kinds:
-        return ("n: runs with different seeds; SD: sample standard deviation. "
-                "No experiment is called baseline; --baseline names one.")
+        advice = "" if baseline else " Nothing is compared: --baseline names one experiment."
+        return f"n: runs with different seeds; SD: sample standard deviation.{advice}"
     tested = [row for row in rows if "low" in row]
     sentences = [f"Difference: to {baseline}, negative is better."]
     sentences += [sentence for kind, sentence in COMPARED.items() if kind in kinds]
@@ -115,8 +120,9 @@ def format_cautions(rows, experiments, baseline):
     """Lines that say for which experiments the seeds are too few, and that budgets differ."""
     lines = []
     for label, n, needed in study.too_few_seeds(rows):
-        lines.append(f"{label}: {n} seeds are too few to show this difference; about "
-                     f"{needed or 'more than 100'} would, if the spread is as it seems.")
+        lines.append(f"{label}: {n} seeds are too few to show this difference; "
+                     f"{f'about {needed}' if needed else 'more than 100'} would, if the spread is "
+                     "as it seems.")
     if budgets := study.other_budgets(experiments, baseline):
         lines.append("Unequal budgets, so a difference is not of the change alone: "
                      + "; ".join(f"{label} {n:,} tokens" for label, n in budgets.items()) + ".")
@@ -130,9 +136,10 @@ def format_same_configurations(groups, experiments):
         losses = sorted({(study.seeds_of(run), run["test_loss"])
                          for label in labels for run in experiments[label]}, key=lambda x: x[1])
         losses = [loss for _, loss in losses]
-        lines.append(f"One configuration, whatever ran it: {', '.join(labels)}. {len(losses)} "
-                     f"different runs, {losses[0]:.6f} to {losses[-1]:.6f}, "
-                     f"SD {stats.sample_sd(losses):.4f}.")
+        found = (f"{len(losses)} different runs, {losses[0]:.6f} to {losses[-1]:.6f}, "
+                 f"SD {stats.sample_sd(losses):.4f}" if len(losses) > 1 else
+                 f"All runs have one loss, {losses[0]:.6f}")
+        lines.append(f"One configuration, whatever ran it: {', '.join(labels)}. {found}.")
     return "\n".join(lines)
 
 
@@ -190,17 +197,19 @@ def format_scaling(result, markdown):
         law, intervals, measured = recipe["law"], recipe["law_intervals"], recipe.get("measured")
         laws.append([recipe["name"], f"{law['floor']:.3f} + {law['gain']:.3f} "
                      f"(N / {law['smallest']:,})^-{law['exponent']:.3f}",
-                     format_interval(intervals["floor"], ".3f"),
-                     format_interval(intervals["exponent"], ".3f"), f"{recipe['predicted']:.4f}",
-                     format_interval(recipe["predicted_interval"], ".4f"),
+                     format_sampled(intervals["floor"], ".3f"),
+                     format_sampled(intervals["exponent"], ".3f"), f"{recipe['predicted']:.4f}",
+                     format_sampled(recipe["predicted_interval"], ".4f"),
                      format_number(measured, ".4f"),
                      measured and f"{measured / recipe['predicted'] - 1:+.2%}" or ""])
     shares = [["experiment", "parameters", f"share of {baseline}'s tokens", "95 % interval",
                "times fewer", "beyond"]]
     shares += [[row["name"], f"{row['parameters']:,}", f"{row['share']:.3f}",
-                format_interval(row["interval"], ".3f"), f"{1 / row['share']:.2f}",
+                format_sampled(row["interval"], ".3f"), f"{stats.exp(-row['log_share']):.2f}",
                 "beyond" * row["beyond"]] for row in result["shares"]]
-    parts = [format_table(losses, markdown),
+    parts = [format_table(losses, markdown), *[
+        f"No law for {name}: at some size it has no runs of {baseline}'s tokens."
+        for name in result["without_law"]],
              f"Loss = floor + gain (N / smallest N)^-exponent over {len(result['fitted'])} sizes, "
              f"{result['fitted'][0]:,} to {result['fitted'][-1]:,} parameters; predicted: at "
              f"{target:,}. The intervals cover the seeds, not a law of another form.",
@@ -211,6 +220,6 @@ def format_scaling(result, markdown):
                   "cover seeds and, where results have them, the choice of the test documents.",
                   format_table(shares, markdown)]
         parts += [f"{name}: share ~ N^{trend['exponent']:.3f} (95 % interval "
-                  f"{format_interval(trend['interval'], '.3f')})."
+                  f"{format_sampled(trend['interval'], '.3f')})."
                   for name, trend in sorted(result["trends"].items())]
     return "\n\n".join(parts)

@@ -95,6 +95,28 @@ def test_a_prediction_needs_no_run_of_its_size(tmp_path, monkeypatch, capsys):
         assert low < recipe["predicted"] < high
 
 
+def test_the_noise_is_students(tmp_path, monkeypatch, capsys):
+    """With two seeds at one size only, the interval of the noise is Student's with one degree of
+    freedom, 6.5 times as wide as the normal one."""
+    monkeypatch.setattr(scaling, "N_SAMPLES", 20_000)
+    runs = [{"name": "a", "test_loss": loss, "config": {"seed": seed}}
+            for seed, loss in enumerate([1.0, 1.2])]
+    cells = {("a", 100, 100): runs, ("a", 200, 200): runs[:1]}
+    low, high = scaling.interval(scaling.sample_means(cells, other_text=False)["a", 200, 200])
+    expected = 12.706 * 0.2 / 2 ** 0.5
+    assert high - 1.0 == pytest.approx(expected, rel=0.1) == 1.0 - low
+    assert scaling.interval([1.0, 2.0] * 10 + [np.nan] * 2) is None
+
+    monkeypatch.setattr(scaling, "N_SAMPLES", 100)
+    file = ladder(tmp_path / "ladder.json")
+    runs = json.loads(file.read_text())
+    twice = [{**run, "test_loss": run["test_loss"] - 2 * (i == 1)} for i, run in enumerate(runs)
+             if i < 2 or run["config"]["seed"] == 1 or run["name"] == "better"]
+    file.write_text(json.dumps(twice))  # draws so wild that no law fits them
+    printed = evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+    assert "without an end" in printed
+
+
 def test_too_small_a_ladder_is_refused(tmp_path, monkeypatch, capsys):
     file = ladder(tmp_path / "ladder.json", widths=[16, 24, 32, 48])
     with pytest.raises(UserError, match="at least 4 sizes"):
@@ -113,6 +135,16 @@ def test_results_that_cannot_be_used(tmp_path, monkeypatch, capsys):
             evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
     file.write_text(json.dumps([{**runs[0], "parameters": None}, *runs[1:]]))
     with pytest.raises(UserError, match="baseline lacks them"):
+        evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+    for seed_2, told in ((1, "nothing shows the noise of baseline"), (2, "differ in their options")):
+        one_seed = [{**run, "config": {**run["config"], "seed": 1}} for run in runs]
+        other_rate = {**runs[1]["config"], "seed": seed_2, "learning_rate": 1e-3 * seed_2}
+        file.write_text(json.dumps([*one_seed[3:], {**runs[1], "config": other_rate},
+                                    {**runs[0], "config": {**other_rate, "learning_rate": 1e-3}}]))
+        with pytest.raises(UserError, match=told):
+            evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+    file.write_text(json.dumps([{**run, "test_loss": 0} for run in runs]))
+    with pytest.raises(UserError, match="no power law fits"):
         evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
     file.write_text(json.dumps([{**run, "test_loss": 2.0} for run in runs]))
     assert "share" not in evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")

@@ -609,6 +609,32 @@ def test_the_loss_does_not_depend_on_the_split(small_run, tmp_path, monkeypatch,
         "tokens_per_second"] > 0
 
 
+def test_the_baseline_that_was_asked_for(tmp_path, monkeypatch, capsys):
+    """Also by the beginning of its label, beside one called baseline."""
+    runs = [{"name": "a", "test_loss": 3.0, "dropout": 0.1, "schedule": "cosine"},
+            {"name": "a", "test_loss": 2.0, "dropout": 0.0}, {"name": "baseline", "test_loss": 1.0}]
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps(runs))
+    printed = evaluate(monkeypatch, capsys, "--ckpt", file, "--baseline=a, dropout=0.0")
+    assert "Difference: to a, dropout=0.0" in printed
+
+
+def test_names_of_one_configuration_with_equal_losses(tmp_path, monkeypatch, capsys):
+    runs = [{"name": name, "test_loss": 3.0, "config": {"seed": 1}} for name in ("baseline", "b")]
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps(runs))
+    assert "baseline, b. All runs have one loss, 3.000000." in evaluate(
+        monkeypatch, capsys, "--ckpt", file)
+
+
+def test_seeds_may_be_words(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "runs.json"
+    results_file(file, {"baseline": {1: 3.0, 2: 3.1, "not fixed": 3.2}})
+    table = evaluate(monkeypatch, capsys, "--ckpt", file, "--noise")
+    assert "both, by one seed" in table and "baseline" not in evaluate(
+        monkeypatch, capsys, "--ckpt", file).splitlines()[-1]
+
+
 def test_validation_losses_are_compared_without_the_test_split(small_run, tmp_path, monkeypatch,
                                                                 capsys):
     """--validation: the validation losses that runs had, from checkpoints and from results files.

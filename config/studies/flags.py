@@ -1,6 +1,6 @@
 """Each newer flag alone on the ladder's modern recipe, and then together what helped.
 
-    python -m config.studies.flags alone     every flag, five seeds, at the ladder's sizes 2x32, 2x48
+    python -m config.studies.flags alone     every flag, five seeds, at the sizes 2x32 and 2x48
     python -m config.studies.flags stack     the stack at 2x64, five seeds
 
 Each prints arguments for train.py, a line a run; flags.sh runs them. Every run has 20 tokens a
@@ -41,16 +41,19 @@ def alone():
     for size in SIZES:
         for seed in SEEDS:
             for name, flags in FLAGS.items():
-                yield run(name, flags, size, tuned("modern", size), seed)
+                yield run(name, flags, size, seed)
 
 
 def stack():
+    if not STACK:
+        sys.exit("STACK in config/studies/flags.py is empty: put in what helped")
     for seed in SEEDS:
-        yield run("stack", " ".join(FLAGS[name] for name in STACK), THIRD_SIZE, tuned("modern", THIRD_SIZE), seed)
+        yield run("stack", " ".join(FLAGS[name] for name in STACK), THIRD_SIZE, seed)
 
 
-def run(name, flags, size, values, seed):
-    line = arguments("modern", size, values, f"out/flags/{size}/{name}/{seed}", seed)
+def run(name, flags, size, seed):
+    folder = f"out/flags/{size}/{name}/{seed}"
+    line = arguments("modern", size, tuned("modern", size), folder, seed)
     return f"{line} {flags} --name={name}"
 
 

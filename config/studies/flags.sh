@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Each newer flag alone on the ladder's modern recipe at its two smallest sizes, chosen by validation
-# loss; then what helped, together, at the third size (config/studies/flags.py says what they are).
+# Each newer flag alone on the ladder's modern recipe at its two smallest sizes, chosen by
+# validation loss; then what helped, together, at the third size (config/studies/flags.py).
 # Needs ladder.sh first, whose runs are the baseline. Writes out/flags/ and out/flags_*.json.
 set -euo pipefail
 export OMP_NUM_THREADS=1
@@ -13,6 +13,7 @@ compare() {  # RESULTS CHECKPOINTS... FLAGS...
   python eval.py --baseline modern --json "out/flags_$1.json" --ckpt "${@:2}"
 }
 
+ls out/ladder/runs/2x{32,48,64}/modern_1_1/5/summary.json > /dev/null  # else end here
 train alone
 for size in 2x32 2x48; do
   compare $size "out/flags/$size/*/*/best.pt" "out/ladder/runs/$size/modern_1_1/*/best.pt" \

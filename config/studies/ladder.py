@@ -151,7 +151,8 @@ def read_trials(stage, recipe, size):
              (each["stage"], each["recipe"], each["size"]) == (stage, recipe, size)]
     if stage == "tuning" and not found:
         sys.exit(f"{file} has no trials of {recipe}: run `tuning`, then `collect`")
-    return found
+    return [{**each, "val_loss": math.inf if each["val_loss"] is None else each["val_loss"]}
+            for each in found]
 
 
 def best_trial(recipe):
@@ -207,6 +208,8 @@ def collect():
                        **{key: config[key] for key in DRAWN},
                        "share": round(config["max_tokens"] / 20 / parameters(size), 3),
                        "val_loss": summary["final_val_loss"], "seconds": summary["seconds"]})
+    if not trials:
+        sys.exit("no trial has ended: run those of `tuning` first")
     COLLECTED.write_text("[\n" + ",\n".join(map(json.dumps, trials)) + "\n]\n")
 
 

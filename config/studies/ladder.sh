@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Three recipes at five sizes, 20 tokens a parameter (config/studies/ladder.py says what they are).
-# Needs `python prepare.py pypi`, once. Writes out/ladder/, out/ladder_prediction.json, out/ladder.json
-# and out/ladder.png. Run it again after an interruption: finished runs are not repeated.
+# Needs `python prepare.py pypi`, once. Writes out/ladder/, out/ladder_*.json, out/ladder.json and
+# out/ladder.png. Run it again after an interruption: finished runs are not repeated.
 #
-#     bash config/studies/ladder.sh           the runs, with the values that our trials found
+#     bash config/studies/ladder.sh           the runs, with the values that the trials found: those
+#                                             in out/ladder/tuning.json, or else ours
 #     bash config/studies/ladder.sh --tune    the trials first, then the runs with what they find
-#     bash config/studies/ladder.sh --quick   five smaller sizes on Python's library, untuned: 7 minutes
-#                                             on 2 cores of an Intel Xeon; shows the machinery only
+#     bash config/studies/ladder.sh --quick   five smaller sizes on Python's library, untuned: 7
+#                                             minutes on 2 cores of an Intel Xeon; shows the
+#                                             machinery only
 set -euo pipefail
 export OMP_NUM_THREADS=1
 
@@ -45,3 +47,6 @@ scaling 527072 --ckpt 'out/ladder/runs/2x*/*/*/best.pt' 'out/ladder/runs/3x80/*/
   --json out/ladder_prediction.json
 train largest
 scaling --ckpt 'out/ladder/runs/*/*/*/best.pt' --json out/ladder.json --plot out/ladder.png
+# the recipes at one size
+python eval.py --ckpt 'out/ladder/runs/2x64/*_1_1/*/best.pt' --baseline rope_qk_norm \
+  --json out/ladder_2x64.json
