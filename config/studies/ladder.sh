@@ -43,8 +43,9 @@ if [ "${1:-}" = --tune ]; then
 fi
 train runs
 # the prediction for the largest size, 527,072 parameters, before any of its runs
-scaling 527072 --ckpt 'out/ladder/runs/2x*/*/*/best.pt' 'out/ladder/runs/3x80/*/*/best.pt' \
-  --json out/ladder_prediction.json
+scaling 527072 --json out/ladder_prediction.json --ckpt \
+  'out/ladder/runs/2x*/published_1_1/*/best.pt' 'out/ladder/runs/3x80/published_1_1/*/best.pt' \
+  'out/ladder/runs/2x*/modern_1_1/*/best.pt' 'out/ladder/runs/3x80/modern_1_1/*/best.pt'
 train largest
 scaling --ckpt 'out/ladder/runs/*/*/*/best.pt' --json out/ladder.json --plot out/ladder.png
 # the recipes at one size
