@@ -156,7 +156,7 @@ def plot_fit(name, fit, sizes, losses, path):
 def plot_scaling(result, path):
     """Draws scaling.analyse: loss over parameters with the laws; the shares over parameters."""
     figure, (left, right) = new_figure(1, 2, figsize=(11, 4.5))
-    target = result["target"]
+    target, without_end = result["target"], (np.nan, np.nan)
     x = np.geomspace(result["fitted"][0], target * 1.1, 100)
     names = [recipe["name"] for recipe in result["recipes"]]
     names += [row["name"] for row in result["shares"]]
@@ -168,8 +168,8 @@ def plot_scaling(result, path):
         left.plot([row["parameters"] for row in points], [row["loss"] for row in points],
                   markers[recipe["name"]], color="black", markerfacecolor="white",
                   label=recipe["name"])
-        left.plot([target, target], recipe["predicted_interval"], color="black", linewidth=5,
-                  alpha=0.3)
+        left.plot([target, target], recipe["predicted_interval"] or without_end, color="black",
+                  linewidth=5, alpha=0.3)
     left.axvline(target, color="0.8", linewidth=0.8, zorder=0)
     left.set_title("Curves: fitted to the sizes left of the grey line. Bars: predicted there.",
                    loc="left", fontsize=10)
@@ -178,7 +178,8 @@ def plot_scaling(result, path):
         rows = [row for row in result["shares"] if row["name"] == name]
         sizes, found = [row["parameters"] for row in rows], [row["share"] for row in rows]
         for row in rows:
-            right.plot([row["parameters"]] * 2, row["interval"], color="black", linewidth=1)
+            right.plot([row["parameters"]] * 2, row["interval"] or without_end, color="black",
+                       linewidth=1)
         right.plot(sizes, found, f"{markers[name]}-", color="black", markerfacecolor="white",
                    linewidth=0.8, label=name)
     right.set_ylim(0)

@@ -113,7 +113,8 @@ def test_the_noise_is_students(tmp_path, monkeypatch, capsys):
     twice = [{**run, "test_loss": run["test_loss"] - 2 * (i == 1)} for i, run in enumerate(runs)
              if i < 2 or run["config"]["seed"] == 1 or run["name"] == "better"]
     file.write_text(json.dumps(twice))  # draws so wild that no law fits them
-    printed = evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling")
+    printed = evaluate(monkeypatch, capsys, "--ckpt", file, "--scaling", "--plot",
+                       tmp_path / "fit.png")
     assert "without an end" in printed
 
 

@@ -133,7 +133,7 @@ def quick():
 def runs_of(size, seeds, recipes, values=None, folder="out/ladder/runs", dataset="pypi"):
     """Each recipe on all its tokens; the modern one, with half of the seeds, on fewer too."""
     full = [(recipe, 1, seed) for seed in seeds for recipe in recipes]
-    fewer = [("modern", part, seed) for seed in seeds[:len(seeds) // 2]
+    fewer = [("modern", part, seed) for seed in seeds[:max(len(seeds) // 2, 1)]
              for part in (2, 4, 8)]
     for recipe, part, seed in full + fewer:
         yield arguments(recipe, size, (values or tuned)(recipe, size),
