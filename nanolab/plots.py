@@ -182,7 +182,11 @@ def plot_scaling(result, path):
                        linewidth=1)
         right.plot(sizes, found, f"{markers[name]}-", color="black", markerfacecolor="white",
                    linewidth=0.8, label=name)
-    right.set_ylim(0)
+    right.set_yscale("log")
+    right.axhline(1, color="0.8", linewidth=0.8, zorder=0)
+    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+             if right.get_ylim()[0] <= tick <= right.get_ylim()[1]]
+    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     right.set_title(f"Share of {result['baseline']}'s tokens for its loss", loc="left", fontsize=10)
     for ax in (left, right):
         ax.set_xscale("log")

@@ -21,7 +21,7 @@ RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_b
            "modern": ["modern"], "modern_core": ["modern_core"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
                             "modern_wide_half"]}
-TRIALS = ["ladder_tuning"]  # which `python -m config.studies.ladder collect` writes
+TRIALS = ["ladder_tuning", "ladder_prediction"]  # of a study whose tested runs go on
 
 # Instead of Python: writes its command line down. A module is run.
 FAKE_PYTHON = f"""#!/bin/sh
