@@ -11,17 +11,19 @@ import pytest
 
 import config
 import eval as evaluation
+from config.studies import ladder
 from conftest import HERE
 from nanolab.study import find_runs
 from nanolab.tokenizer import get_tokenizer
 
 STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh")
-                 if path.stem not in ("flags", "ladder"))  # not run yet: no results
+                 if path.stem != "flags")  # not run yet: it has no results
 RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
            "modern": ["modern"], "modern_core": ["modern_core"],
+           "ladder": ["ladder", "ladder_2x64", "ladder_prediction"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
                             "modern_wide_half"]}
-TRIALS = ["ladder_tuning", "ladder_prediction"]  # of a study whose tested runs go on
+TRIALS = ["ladder_tuning"]  # compared by validation loss, never tested
 
 # Instead of Python: writes its command line down. A module is run.
 FAKE_PYTHON = f"""#!/bin/sh
@@ -95,3 +97,17 @@ def test_study_makes_its_results(study, tmp_path, monkeypatch):
     for name, found in gathered.items():
         recorded = json.loads((HERE / f"config/results/{name}.json").read_text())["runs"]
         assert sorted(found) == sorted(map(recorded_experiment, recorded)), name
+
+
+def test_the_ladders_rates_are_those_of_its_trials(monkeypatch):
+    """The table of docs/ladder.md: each recipe's values, the best rates, the law's at the largest
+    size."""
+    monkeypatch.setattr(ladder, "COLLECTED", HERE / "config/results/ladder_tuning.json")
+    text = (HERE / "docs/ladder.md").read_text()
+    for recipe in ladder.RECIPES:
+        best = ladder.best_trial(recipe)
+        rates = [ladder.best_rate(recipe, size) for size in ladder.LADDER]
+        rates.append(ladder.rate_law(recipe)(ladder.parameters(ladder.LARGEST)))
+        cells = [f"`{recipe}`", f"{best['weight_decay']:.3g}", f"{best['beta2']:g}",
+                 f"{best['warmup_fraction']:g}", *(f"{rate:.4f}" for rate in rates)]
+        assert f"| {' | '.join(cells)} |" in text
