@@ -246,8 +246,7 @@ class GPT(nn.Module):
             x = self.hidden_states(context[:, start:], cache, start)
             start = context.shape[1]
             logits = self.logits(x[:, -1])  # (B, V)
-            if not logits.isfinite().all():
-                raise UserError("the model's logits are not finite: its weights are too large")
+            check_finite(logits)
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
@@ -284,6 +283,11 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             if not weight.isfinite().all():
                 raise UserError(f"{checkpoint['path']} has weights that are not finite ({name})")
+
+
+def check_finite(logits):
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are too large")
 
 
 def sample_token(logits, top_k, top_p, generator):

@@ -68,8 +68,8 @@ def test_each_intervention_changes_its_own_keys():
             "learning_rate": 1.4e-3, "schedule": "cosine", "warmup_fraction": 0.05
         }, "weight_decay_gpt2": {"weight_decay": 0.01},
         "weight_decay_cerebras": {"weight_decay": 0.33724}, "weight_tying": {"tie_weights": True},
-        "weight_tying_gpt2_init": {"tie_weights": True,
-                                   "init": "gpt2"}, "no_amp": {"amp": "off", "tf32": False
+        "weight_tying_gpt2_init": {"tie_weights": True, "init": "gpt2"},
+        "gpt2_init": {"init": "gpt2"}, "no_amp": {"amp": "off", "tf32": False
                                                                }, "muon": {"optimizer": "muon"},
         "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05},
         "rmsnorm": {"norm": "rmsnorm"}, "rope": {"position": "rope"}, "qk_norm": {"qk_norm": True},
