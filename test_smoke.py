@@ -78,7 +78,7 @@ def test_evaluate(run):
     other = read_json(run / "two.json")["runs"][0]
     assert other["test_loss"] == pytest.approx(result["test_loss"], abs=1e-6)
 
-    table = call("eval.py", "--ckpt", run / "best.pt", run / "last.pt", "--baseline=quickstart",
+    table = call("eval.py", "--ckpt", run / "best.pt", run / "two.json", "--baseline=quickstart",
                  "--markdown", "--device=cpu").stdout
     assert table.startswith("| experiment") and f" {other['test_loss']:.6f} |" in table
 

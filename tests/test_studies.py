@@ -17,13 +17,13 @@ from nanolab.study import find_runs
 from nanolab.tokenizer import get_tokenizer
 
 STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh")
-                 if path.stem != "flags")  # not run yet: it has no results
+                 if path.stem not in ("flags", "lab_wide"))  # not run yet: no results
 RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
            "modern": ["modern"], "modern_core": ["modern_core"],
            "ladder": ["ladder", "ladder_2x64", "ladder_prediction"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
                             "modern_wide_half"]}
-TRIALS = ["ladder_tuning"]  # compared by validation loss, never tested
+TRIALS = ["ladder_tuning", "lab_wide_trials"]  # compared by validation loss, never tested
 
 # Instead of Python: writes its command line down. A module is run.
 FAKE_PYTHON = f"""#!/bin/sh
