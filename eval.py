@@ -175,8 +175,7 @@ def judged_by_validation(run):
 
 
 def training_facts(path, checkpoint):
-    """What the run took, in all or, if it has not ended, up to this checkpoint; and the last
-    validation loss up to this checkpoint."""
+    """The last validation loss up to this checkpoint; what the run took."""
     if checkpoint["config"]["dataset"] is None:
         return {}
     val_loss = checkpoint["val_loss"]
@@ -185,6 +184,7 @@ def training_facts(path, checkpoint):
 
 
 def time_and_cost(path, checkpoint):
+    """Of the whole run, by its summary.json, or if it has not ended up to this checkpoint."""
     summary = Path(path).with_name("summary.json")
     if summary.exists():
         try:

@@ -173,7 +173,7 @@ def token_shares(name, baseline, budgets, cells, samples):
                             zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
         limits = interval(sampled)
         rows.append({"name": name, "parameters": size, "share": stats.exp(found),
-                     "log_share": float(found), "interval": limits and [*map(stats.exp, limits)],
+                     "interval": limits and [*map(stats.exp, limits)],
                      "beyond": bool(not x[0] <= found <= x[-1]), "samples": sampled})
     return rows
 

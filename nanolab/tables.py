@@ -205,7 +205,8 @@ def format_scaling(result, markdown):
     shares = [["experiment", "parameters", f"share of {baseline}'s tokens", "95 % interval",
                "times fewer", "beyond"]]
     shares += [[row["name"], f"{row['parameters']:,}", f"{row['share']:.3f}",
-                format_sampled(row["interval"], ".3f"), f"{stats.exp(-row['log_share']):.2f}",
+                format_sampled(row["interval"], ".3f"),
+                format_number(1 / row["share"] if row["share"] else None, ".2f"),
                 "beyond" * row["beyond"]] for row in result["shares"]]
     parts = [format_table(losses, markdown), *[
         f"No law for {name}: at some size it has no runs of {baseline}'s tokens."

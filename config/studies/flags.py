@@ -10,7 +10,7 @@ parameter and the values that the ladder found for the modern recipe at its size
 
 import sys
 
-from config.studies.ladder import arguments, tuned
+from config.studies.ladder import arguments, run_command, tuned
 
 SIZES, THIRD_SIZE, SEEDS = ("2x32", "2x48"), "2x64", range(1, 6)
 
@@ -57,13 +57,5 @@ def run(name, flags, size, seed):
     return f"{line} {flags} --name={name}"
 
 
-def main():
-    commands = {each.__name__: each for each in (alone, stack)}
-    if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit(f"{__doc__}\nname one of {', '.join(commands)}")
-    for line in commands[sys.argv[1]]():
-        print(line)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(__doc__, alone, stack)

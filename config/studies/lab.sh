@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every published intervention and the published best stack on the lab's small model, five seeds
-# each: 60 runs, about 70 minutes of training on 2 cores of an AMD EPYC. Writes out/lab/NAME/SEED,
+# each: 60 runs; 55 of them took 66 minutes on 2 cores of an AMD EPYC. Writes out/lab/NAME/SEED,
 # out/lab.json and out/lab.png. Run it again after an interruption: finished runs are not repeated.
 set -euo pipefail
 export OMP_NUM_THREADS=1

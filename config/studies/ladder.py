@@ -213,14 +213,14 @@ def collect():
     COLLECTED.write_text("[\n" + ",\n".join(map(json.dumps, trials)) + "\n]\n")
 
 
-def main():
-    commands = {each.__name__: each for each in (tuning, beta2, rates, check, collect, runs,
-                                                 largest, quick)}
+def run_command(description, *functions):
+    """Calls the function that the command line names, and prints the lines that it yields."""
+    commands = {each.__name__: each for each in functions}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit(f"{__doc__}\nname one of {', '.join(commands)}")
+        sys.exit(f"{description}\nname one of {', '.join(commands)}")
     for line in commands[sys.argv[1]]() or ():
         print(line)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(__doc__, tuning, beta2, rates, check, collect, runs, largest, quick)
