@@ -37,7 +37,7 @@ from nanolab.devices import (StopSignal, autocast, autocast_dtype, end_distribut
 from nanolab.dryrun import dry_run
 from nanolab.measure import mean_loss
 from nanolab.memory import check_weights_fit, largest_batch_size
-from nanolab.optim import TailAverage, make_optimizer, set_learning_rate
+from nanolab.optim import TailAverage, make_optimizer, set_learning_rate, step_if_finite
 from nanolab.runlog import RunLog
 from nanolab.samples import make_sampler
 from nanolab.schedule import count_steps, follow_plan, learning_rate_at
@@ -134,26 +134,26 @@ def train(config):
             # unscale, measure, clip; update the weights unless a number is not finite
             scaler.unscale_(optimizer)
             grad_norm = get_total_norm([p.grad for p in parameters])
-            loss, norm, stopping = sync_step(loss_sum / grad_accum_steps, grad_norm, stop.requested)
-            finite = math.isfinite(loss) and math.isfinite(norm)  # the same answer on all ranks
-            clipped = finite and 0 < config.grad_clip < norm
-            if clipped:
-                clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
-            if finite:  # scaler.step would check it again, and wait for the device
-                optimizer.step()
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+            numbers = average_over_ranks(loss_sum / grad_accum_steps, grad_norm, stop.requested)
+            finite = numbers.isfinite().all()
+            if config.grad_clip:
+                clip_grads_with_norm_(parameters, config.grad_clip, grad_norm.where(finite, 0))
+            loss, norm, n_stops = step_if_finite(optimizer, numbers, finite)  # waits for the device
+            skipped = not (math.isfinite(loss) and math.isfinite(norm))
+            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
             if skipped_in_a_row == MAX_SKIPPED:
                 end_for_bad_numbers(model, step, saver)
             scaler.update()
             optimizer.zero_grad(set_to_none=world_size == 1)  # under DDP they are views of buckets
             state.step += 1
-            state.skipped += not finite
+            state.skipped += skipped
             tail.update(state.step)
-            log.step(loss, lr, norm, clipped, skipped=not finite)
+            log.step(loss, lr, norm, clipped=not skipped and 0 < config.grad_clip < norm,
+                     skipped=skipped)
             saver.allocate_buffers()
 
             # sample, validate, save: none of them changes the training or its timing
-            last_step = state.step == max_steps
+            last_step, stopping = state.step == max_steps, n_stops > 0
             with log.clock_stopped():
                 log.sample_if_due(sample)
                 if last_step or is_due(config.eval_every, state.step):
@@ -188,15 +188,14 @@ def seed_dropout(dropout_seed, step, micro_batch):
     torch.manual_seed(int(seed >> 1))  # which takes 63 bits
 
 
-def sync_step(loss, grad_norm, stop_requested):
-    """The step's one wait for the device. -> the loss averaged over the ranks, the gradient norm,
-    whether any rank was asked to stop. All ranks get the same (DDP has averaged the gradients)."""
+def average_over_ranks(loss, grad_norm, stop_requested):
+    """-> (3,) on the device, the same on all ranks: the mean loss, the gradient norm (DDP has
+    averaged the gradients), how many ranks were asked to stop."""
     sums = torch.stack((loss, loss.new_full((), float(stop_requested))))
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums[0] /= dist.get_world_size()
-    loss, n_stops, norm = torch.cat((sums, grad_norm[None])).tolist()
-    return loss, norm, n_stops > 0
+    return torch.stack((sums[0], grad_norm, sums[1]))
 
 
 def end_for_bad_numbers(model, step, saver):

@@ -58,7 +58,7 @@ def measure_in_new_process(flags, largest):
 
 def measure(flags, largest):
     """The figures of one precision. flags: train.py's; largest: the sizes tried for the largest
-    batch are its divisors."""
+    batch are its divisors; 0: none is."""
     config = configuration.load([str(ROOT / "config/bench.py"), *flags])
     device = pick_device(config.device)
     dtype = autocast_dtype(config.amp, device)
@@ -66,7 +66,9 @@ def measure(flags, largest):
     free_what_is_left(device)
     figures |= measure_head(config, device, dtype)
     free_what_is_left(device)
-    figures["largest_batch"] = find_largest_batch(config, device, dtype, largest)
+    figures["largest_batch"] = ""
+    if largest:
+        figures["largest_batch"] = find_largest_batch(config, device, dtype, largest)
     return figures
 
 
@@ -175,10 +177,11 @@ def parse_arguments():
     parser.add_argument("--batch_size", type=int, default=12, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=30, help="default: %(default)s")
     parser.add_argument("--largest", type=int, default=5040, metavar="N",
-                        help="its divisors are tried as the largest batch (default: %(default)s)")
+                        help="its divisors are tried as the largest batch; 0: none (default: "
+                        "%(default)s)")
     args, flags = parser.parse_known_args()
-    if min(args.batch_size, args.largest) < 1 or args.steps < 5:
-        parser.error("--batch_size and --largest must be at least 1, --steps at least 5")
+    if args.batch_size < 1 or args.largest < 0 or args.steps < 5:
+        parser.error("--batch_size must be at least 1, --largest at least 0, --steps at least 5")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here; --device=cpu tries the script without one")
     flags = [f"--device={args.device}", f"--batch_size={args.batch_size}",

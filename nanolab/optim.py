@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanolab.cpu import map_parts
-from nanolab.devices import autocast_dtype
+from nanolab.devices import autocast_dtype, begin_read
 
 
 def make_optimizer(model, config):
@@ -67,6 +67,33 @@ def parameter_kind(name, p):
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)  # older checkpoints and Muon have none
+
+
+DEVICES_WITH_QUEUE = ("cuda",)
+
+
+def step_if_finite(optimizer, numbers, finite):
+    """Updates the weights, unless a number is not finite. -> the numbers, read from the device: a
+    step's one wait for it.
+
+    numbers: (n,); finite: whether all are, (), on the device too. Where a device has a queue, AdamW
+    is queued before the wait, and leaves the update out by itself: `found_inf` is what torch's
+    GradScaler gives it. So a GPU has work until the next forward pass is queued. The rest of
+    Muon's work comes after the wait.
+    """
+    optimizers = getattr(optimizer, "optimizers", [optimizer])
+    read = begin_read(numbers)
+    queued = [each for each in optimizers if type(each) is torch.optim.AdamW
+              and numbers.device.type in DEVICES_WITH_QUEUE]
+    for adamw in queued:
+        adamw.found_inf = 1 - finite.float()
+        adamw.step()
+    values = read()
+    if all(map(math.isfinite, values)):
+        for each in optimizers:
+            if each not in queued:
+                each.step()
+    return values
 
 
 class MuonAdamW:

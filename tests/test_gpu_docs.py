@@ -230,13 +230,12 @@ def test_gpu_script_ends_with_one_line(monkeypatch, capsys, flags, message, exit
 
 def test_watching_for_waits(small_run, monkeypatch):
     """What tests/test_gpu.py watches with: waits are forbidden from the first watched step on, but
-    in sync_step and between the steps."""
+    between the steps."""
     modes = []
     watched = watch_waits(monkeypatch, modes.append, first_step=1)
     small_run("run", "--max_steps=3")
     assert watched == [1, 2]
-    step = ["error", "default", "error", "default"]
-    assert modes == ["default", "default", "default", *step, *step]
+    assert modes == ["default", *["error", "default"] * 2]
 
 
 FAKE_GPU = "import torch\ntorch.cuda.is_available = lambda: True\n"
