@@ -22,6 +22,7 @@ import torch
 
 import config
 import nanolab.checkpoint
+import nanolab.runlog
 import prepare
 import train
 from model import GPT, GPTConfig
@@ -101,8 +102,12 @@ def gpt2_data(tmp_path_factory, vocabulary):
 
 
 @pytest.fixture
-def small_run(data_dir, tmp_path):
-    """train(name, *flags): a small run in this process. -> its folder."""
+def small_run(data_dir, tmp_path, monkeypatch):
+    """train(name, *flags): a small run in this process, which takes most of its time neither to
+    draw nor to measure the device. -> its folder."""
+    monkeypatch.setattr(nanolab.runlog, "plot_run", lambda *args: b"no picture")
+    monkeypatch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
+
     def run(name, *flags):
         argv = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
                 f"--out_dir={tmp_path / name}", *flags]

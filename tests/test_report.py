@@ -68,6 +68,7 @@ def test_drawn_as_it_runs(small_run, monkeypatch):
 
 def test_a_damaged_log_is_not_drawn(small_run, monkeypatch, capsys):
     """The run goes on, and says why there is no chart."""
+    monkeypatch.setattr(nanolab.runlog, "plot_run", plots.plot_run)
     monkeypatch.setattr(nanolab.runlog, "read_entries", lambda path: [{"loss": 1.0}])
     run = small_run("run", "--max_steps=2")
     assert "could not draw" in capsys.readouterr().err and not (run / "loss.png").exists()

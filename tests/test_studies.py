@@ -17,9 +17,10 @@ from nanolab.study import find_runs
 from nanolab.tokenizer import get_tokenizer
 
 STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh")
-                 if path.stem not in ("flags", "lab_wide"))  # not run yet: no results
+                 if path.stem != "flags")  # not run yet: no results
 RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
            "modern": ["modern"], "modern_core": ["modern_core"],
+           "lab_wide": ["lab_wide"],
            "ladder": ["ladder", "ladder_2x64", "ladder_prediction"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
                             "modern_wide_half"]}
