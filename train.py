@@ -136,7 +136,7 @@ def train(config):
             grad_norm = get_total_norm([p.grad for p in parameters])
             numbers = average_over_ranks(loss_sum / grad_accum_steps, grad_norm, stop.requested)
             finite = numbers.isfinite().all()
-            if config.grad_clip:
+            if config.grad_clip:  # with a norm of 0 it changes nothing: NaN would spread
                 clip_grads_with_norm_(parameters, config.grad_clip, grad_norm.where(finite, 0))
             loss, norm, n_stops = step_if_finite(optimizer, numbers, finite)  # waits for the device
             skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -153,7 +153,8 @@ def train(config):
             saver.allocate_buffers()
 
             # sample, validate, save: none of them changes the training or its timing
-            last_step, stopping = state.step == max_steps, n_stops > 0
+            last_step = state.step == max_steps
+            stopping = n_stops > 0
             with log.clock_stopped():
                 log.sample_if_due(sample)
                 if last_step or is_due(config.eval_every, state.step):

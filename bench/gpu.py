@@ -57,8 +57,8 @@ def measure_in_new_process(flags, largest):
 
 
 def measure(flags, largest):
-    """The figures of one precision. flags: train.py's; largest: the sizes tried for the largest
-    batch are its divisors; 0: none is."""
+    """The figures of one precision. flags: train.py's; largest: its divisors are tried as the
+    largest batch; 0: none."""
     config = configuration.load([str(ROOT / "config/bench.py"), *flags])
     device = pick_device(config.device)
     dtype = autocast_dtype(config.amp, device)

@@ -57,25 +57,28 @@ def main():
     print(f"{conditions}\n", flush=True)
     if not (args.data_dir / "stdlib/meta.json").exists():
         run_python("prepare.py", "stdlib", f"--data_dir={args.data_dir}")
-    pairs = {name: [] for name in args.shapes}
+    shapes = {name: shape_of(name, args) for name in args.shapes}
+    pairs = {name: [] for name in shapes}
     for i in range(args.pairs):
-        for name in args.shapes:
-            pair = run_pair(name, i, args)
+        for name, shape in shapes.items():
+            pair = run_pair(shape, i, args)
             pairs[name].append(pair)
             print(f"pair {i + 1}, {name}: nanoGPT {pair['nanogpt']['tokens_per_second']:,.0f} "
                   f"tokens/s, nanolab {pair['nanolab']['tokens_per_second']:,.0f}",
                   file=sys.stderr, flush=True)
-    print(format_table(pairs, args.batch_size))
+    print(format_table(shapes, pairs))
     if args.json:
-        content = {"conditions": conditions, "shapes": SHAPES, "pairs": pairs}
+        content = {"conditions": conditions, "shapes": shapes, "pairs": pairs}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def run_pair(name, i, args):
+def shape_of(name, args):
+    given = {"max_steps": args.steps, "batch_size": args.batch_size}
+    return SHAPES[name] | {key: value for key, value in given.items() if value}
+
+
+def run_pair(shape, i, args):
     """One run of each side; which is first alternates from pair to pair. -> {side: figures}"""
-    shape = dict(SHAPES[name])
-    shape["max_steps"] = args.steps or shape["max_steps"]
-    shape["batch_size"] = args.batch_size or shape["batch_size"]
     sides = {"nanogpt": lambda: run_nanogpt(shape, args.compile != "none", args),
              "nanolab": lambda: run_nanolab(shape, args.compile == "both", args)}
     order = list(sides)[::-1] if i % 2 else list(sides)
@@ -158,14 +161,14 @@ def time_nanogpt(path, shape, compiled, tokens, device):
                       "peak_memory_mb": round(peak_memory(torch.device(device)) / 2**20)}))
 
 
-def format_table(pairs, batch_size=None):
+def format_table(shapes, pairs):
     lines = ["| job | nanoGPT, tokens/s | nanolab, tokens/s | ratio, lowest to highest pair "
              "| peak memory, MB: nanoGPT | nanolab | ratio | share of matrix-product speed |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, runs in pairs.items():
-        shape = SHAPES[name]
+        shape = shapes[name]
         job = (f"{shape['n_layer']} x {shape['n_embd']}, vocabulary {shape['vocab_size']:,}, "
-               f"context {shape['block_size']:,}, batch {batch_size or shape['batch_size']}")
+               f"context {shape['block_size']:,}, batch {shape['batch_size']}")
         rates = medians(runs, "tokens_per_second")
         memory = medians(runs, "peak_memory_mb")
         share = statistics.median(run["nanolab"]["share_of_matmul_speed"] for run in runs)
@@ -217,8 +220,9 @@ def parse_arguments():
     parser.add_argument("--json", metavar="FILE", help="write the figures of every run")
     args = parser.parse_args()
     args.nanogpt, args.data_dir = args.nanogpt.resolve(), args.data_dir.resolve()
-    if min(args.pairs, args.threads) < 1 or args.steps is not None and args.steps < 5:
-        parser.error("--pairs and --threads must be at least 1, --steps at least 5")
+    at_least_1 = [args.pairs, args.threads, 1 if args.batch_size is None else args.batch_size]
+    if min(at_least_1) < 1 or args.steps is not None and args.steps < 5:
+        parser.error("--pairs, --threads and --batch_size must be at least 1, --steps at least 5")
     if not (args.nanogpt / "model.py").is_file():
         raise UserError(f"there is no model.py in {args.nanogpt}; "
                         "git clone https://github.com/karpathy/nanoGPT")

@@ -133,8 +133,8 @@ def from_rank_0(compute):
 
 
 def begin_read(numbers):
-    """Begins to copy a tensor from its device. -> a function that waits for this copy, but not for
-    what a GPU's queue got after it, and returns a list."""
+    """Begins to copy a tensor from its device. -> a function that waits for the copy, not for work
+    queued after it, and returns a list."""
     if numbers.device.type != "cuda":
         return numbers.tolist
     copy = numbers.to("cpu", non_blocking=True)

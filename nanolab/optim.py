@@ -69,29 +69,29 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr * group.get("lr_scale", 1.0)  # older checkpoints and Muon have none
 
 
-DEVICES_WITH_QUEUE = ("cuda",)
+QUEUES_ADAMW = ("cuda",)  # device types on which AdamW is queued before a step's wait
 
 
 def step_if_finite(optimizer, numbers, finite):
     """Updates the weights, unless a number is not finite. -> the numbers, read from the device: a
     step's one wait for it.
 
-    numbers: (n,); finite: whether all are, (), on the device too. Where a device has a queue, AdamW
-    is queued before the wait, and leaves the update out by itself: `found_inf` is what torch's
-    GradScaler gives it. So a GPU has work until the next forward pass is queued. The rest of
-    Muon's work comes after the wait.
+    numbers: (n,); finite: whether all are, (), on the same device. On CUDA, AdamW is queued before
+    the wait, so that the GPU has work until the next forward pass is queued. It leaves the update
+    out by itself where `found_inf` is 1, as under torch's GradScaler. Muon and CautiousAdamW step
+    after the wait.
     """
     optimizers = getattr(optimizer, "optimizers", [optimizer])
     read = begin_read(numbers)
-    queued = [each for each in optimizers if type(each) is torch.optim.AdamW
-              and numbers.device.type in DEVICES_WITH_QUEUE]
-    for adamw in queued:
+    early = [each for each in optimizers
+             if type(each) is torch.optim.AdamW and numbers.device.type in QUEUES_ADAMW]
+    for adamw in early:
         adamw.found_inf = 1 - finite.float()
         adamw.step()
     values = read()
     if all(map(math.isfinite, values)):
         for each in optimizers:
-            if each not in queued:
+            if each not in early:
                 each.step()
     return values
 

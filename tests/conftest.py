@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import os
 import pathlib
 import resource
@@ -22,6 +23,7 @@ import torch
 
 import config
 import nanolab.checkpoint
+import nanolab.optim
 import nanolab.runlog
 import prepare
 import train
@@ -102,18 +104,19 @@ def gpt2_data(tmp_path_factory, vocabulary):
 
 
 @pytest.fixture
-def small_run(data_dir, tmp_path, monkeypatch):
-    """train(name, *flags): a small run in this process, which takes most of its time neither to
-    draw nor to measure the device. -> its folder."""
-    monkeypatch.setattr(nanolab.runlog, "plot_run", lambda *args: b"no picture")
-    monkeypatch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
-
+def small_run(data_dir, tmp_path):
+    """train(name, *flags): a small run in this process. -> its folder. It draws no chart and does
+    not time matrix products, which would take longer than the run."""
     def run(name, *flags):
         argv = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
                 f"--out_dir={tmp_path / name}", *flags]
         train.train(config.load(argv))
         return tmp_path / name
-    return run
+
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
+        patch.setattr(nanolab.runlog, "plot_run", lambda *args: b"no picture")
+        patch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
+        yield run
 
 
 def call(*command, processes=0, timeout=120, stdin=None, **env):
@@ -249,6 +252,30 @@ def small_model_batch(flags):
         torch.nn.init.normal_(matrix, std=0.2, generator=draw)
     tokens = torch.randint(301, (8, 65), generator=draw)
     return gpt, (tokens[:, :-1], tokens[:, 1:])
+
+
+def runs_with_a_bad_update(small_run, monkeypatch, device_types, *flags):
+    """Two runs of 4 steps, whose second update has a gradient that is not a number. -> the folder
+    of one where AdamW steps after the wait, and of one where it is queued before, on device_types.
+    """
+    get_total_norm, steps = train.get_total_norm, []
+
+    def bad_once(grads):
+        steps.append(len(steps) % 4)
+        if steps[-1] == 1:
+            grads[0].fill_(math.nan)
+        return get_total_norm(grads)
+
+    monkeypatch.setattr(train, "get_total_norm", bad_once)
+    folders = []
+    for types in ((), device_types):
+        monkeypatch.setattr(nanolab.optim, "QUEUES_ADAMW", types)
+        folders.append(small_run(f"queued{len(types)}", "--max_steps=4", "--eval_every=4",
+                                 "--grad_clip=0.5", *flags))
+        log = read_log(folders[-1] / "log.jsonl")[0]
+        assert [entry["skipped"] for entry in log] == [False, True, False, False]
+        assert log[0]["clipped"] and not log[1]["clipped"]
+    return folders
 
 
 def watch_waits(monkeypatch, set_mode, first_step):

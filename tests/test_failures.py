@@ -17,11 +17,10 @@ import pytest
 import torch
 
 import nanolab.checkpoint
-import nanolab.optim
 import nanolab.runlog
 import train
 from conftest import (HERE, SMALL, assert_same_run, call, equal_weights, losses,
-                      no_file_larger_than, write_script)
+                      no_file_larger_than, runs_with_a_bad_update, write_script)
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -63,22 +62,9 @@ def test_bad_numbers_on_one_rank(tmp_path, data_dir, amp):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_bad_numbers_where_adamw_is_queued(small_run, monkeypatch, optimizer):
-    """As on a GPU, where AdamW itself leaves the update out: the run is the same bit for bit. The
-    second update is the one with bad numbers."""
-    average = train.average_over_ranks
-    steps = []
-
-    def bad_once(*args):
-        steps.append(len(steps) % 4)
-        return average(*args) * (math.nan if steps[-1] == 1 else 1.0)
-
-    flags = ["--max_steps=4", "--eval_every=4", "--grad_clip=0.5", f"--optimizer={optimizer}"]
-    monkeypatch.setattr(train, "average_over_ranks", bad_once)
-    waiting = small_run("waiting", *flags)
-    monkeypatch.setattr(nanolab.optim, "DEVICES_WITH_QUEUE", ("cpu",))
-    queued = small_run("queued", *flags)
-    assert [e["skipped"] for e in read_log(queued / "log.jsonl")[0]] == [False, True, False, False]
-    assert read_log(queued / "log.jsonl")[0][0]["clipped"]
+    """As on a GPU, where AdamW itself leaves the update out: the run is the same bit for bit."""
+    waiting, queued = runs_with_a_bad_update(small_run, monkeypatch, ("cpu",),
+                                             f"--optimizer={optimizer}")
     assert_same_run(waiting, queued)
 
 

@@ -13,8 +13,8 @@ import torch
 import bench.gpu
 import nanolab.memory
 import train
-from conftest import (HERE, SMALL, assert_same_run, call, losses, small_model_batch, watch_waits,
-                      write_script)
+from conftest import (HERE, SMALL, assert_same_run, call, losses, runs_with_a_bad_update,
+                      small_model_batch, watch_waits, write_script)
 from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.devices import autocast
@@ -35,7 +35,8 @@ PRECISIONS = [(None, 1, 1e-4), (torch.bfloat16, 1, 0.05), (torch.float16, 2**12,
 ONE_FLAG = [{}, {"qkv_bias": True}, {"tie_weights": True}, {"init": "pytorch"},
             {"norm": "rmsnorm"}, {"position": "rope"}, {"qk_norm": True}, {"activation": "relu2"},
             {"activation": "swiglu"}, {"logit_softcap": 3.0}, {"zero_init": True},
-            {"value_residual": True}]
+            {"value_residual": True}, {"value_embeddings": True}, {"x0_lambdas": True},
+            {"embed_norm": True}]
 STACKS = [{}, {"tie_weights": True, "qkv_bias": True, "logit_softcap": 3.0},
           {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "activation": "swiglu",
            "value_residual": True}]
@@ -48,6 +49,15 @@ def own_process():
     torch._dynamo.reset()
     torch.set_float32_matmul_precision("highest")
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """torch uses deterministic kernels only."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def loss_and_gradients(gpt, loss_of, batch, dtype=None, scale=1):
@@ -99,8 +109,8 @@ def test_compiled_is_eager(flags, dtype, scale, tolerance):
 @pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("bfloat16", "muon"),
                                             ("float16", "adamw"), ("float16", "muon")])
 def test_a_step_waits_once(small_run, monkeypatch, amp, optimizer):
-    """With micro-steps, dropout and clipping, nothing waits for the GPU but for the copy of the
-    step's numbers, once all is compiled."""
+    """With micro-steps, dropout and clipping: once all is compiled, a step waits only for the copy
+    of its numbers."""
     steps = watch_waits(monkeypatch, torch.cuda.set_sync_debug_mode, first_step=3)
     small_run("run", *ON_CUDA, f"--amp={amp}", f"--optimizer={optimizer}", "--batch_size=2",
               "--dropout=0.1", "--grad_clip=0.1", "--max_steps=8")
@@ -122,22 +132,26 @@ def test_attention_is_flash(flags, dtype):
 
 @pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("float16", "adamw"),
                                             ("bfloat16", "muon")])
-def test_resume_is_exact(small_run, tiny_data, monkeypatch, amp, optimizer):
+def test_resume_is_exact(small_run, tiny_data, monkeypatch, deterministic, amp, optimizer):
     """Bit for bit, where torch uses deterministic kernels only: by default some add up in any
     order."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     flags = [*tiny_data, *ON_CUDA, "--eval_every=4", "--max_steps=12", f"--amp={amp}",
              f"--optimizer={optimizer}"]
-    torch.use_deterministic_algorithms(True)
-    try:
-        whole = small_run("whole", *flags)
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "learning_rate_at", stop_at(6))
-            small_run("parts", *flags)
-        assert read_checkpoint(small_run("parts", *flags, "--resume") / "last.pt")["step"] == 12
-        assert_same_run(whole, whole.parent / "parts")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    whole = small_run("whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate_at", stop_at(6))
+        small_run("parts", *flags)
+    assert read_checkpoint(small_run("parts", *flags, "--resume") / "last.pt")["step"] == 12
+    assert_same_run(whole, whole.parent / "parts")
+
+
+@pytest.mark.parametrize("amp", ["off", "float16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_bad_update_is_left_out(small_run, monkeypatch, deterministic, optimizer, amp):
+    """AdamW, queued before the wait, leaves it out by itself: bit for bit as when it waits."""
+    waiting, queued = runs_with_a_bad_update(small_run, monkeypatch, ("cuda",), *ON_CUDA,
+                                             f"--amp={amp}", f"--optimizer={optimizer}")
+    assert_same_run(waiting, queued)
 
 
 def test_batch_size_auto(small_run, monkeypatch):

@@ -229,8 +229,8 @@ def test_gpu_script_ends_with_one_line(monkeypatch, capsys, flags, message, exit
 
 
 def test_watching_for_waits(small_run, monkeypatch):
-    """What tests/test_gpu.py watches with: waits are forbidden from the first watched step on, but
-    between the steps."""
+    """What tests/test_gpu.py watches with: waits are forbidden in the watched steps, and allowed
+    between them."""
     modes = []
     watched = watch_waits(monkeypatch, modes.append, first_step=1)
     small_run("run", "--max_steps=3")
