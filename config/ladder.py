@@ -13,6 +13,8 @@ order = "shuffled"
 block_size = 128
 batch_size = 16
 global_batch_size = 16
+amp = "off"      # a GPU then computes what a CPU does
+tf32 = False
 
 eval_every = 0
 eval_tokens = 524_288

@@ -39,7 +39,7 @@ SIZES = {"2x32": (2, 2, 32), "2x48": (2, 3, 48), "2x64": (2, 2, 64), "3x80": (3,
 LADDER, LARGEST = ("2x32", "2x48", "2x64", "3x80"), "3x112"
 QUICK = ("2x16", "2x24", "2x32", "2x48", "2x64")
 TUNED = "2x64"
-SEEDS = {"2x32": 5, "2x48": 5, "2x64": 5, "3x80": 2, "3x112": 1}
+SEEDS = {"2x32": 5, "2x48": 5, "2x64": 5, "3x80": 2, "3x112": 3}
 N_TRIALS = 24
 COLLECTED, RECORDED = Path("out/ladder/tuning.json"), Path("config/results/ladder_tuning.json")
 DRAWN = ("learning_rate", "weight_decay", "beta2", "warmup_fraction")
@@ -120,7 +120,7 @@ def runs():
 
 
 def largest():
-    return runs_of(LARGEST, range(1, SEEDS[LARGEST] + 1), ("published", "modern"))
+    return runs_of(LARGEST, range(1, SEEDS[LARGEST] + 1), RECIPES)
 
 
 def quick():
@@ -131,9 +131,10 @@ def quick():
 
 
 def runs_of(size, seeds, recipes, values=None, folder="out/ladder/runs", dataset="pypi"):
-    """Each recipe on all its tokens; the modern one, with half of the seeds, on fewer too."""
+    """Each recipe on all its tokens; the modern one, with two seeds if there are three or more, on
+    fewer too."""
     full = [(recipe, 1, seed) for seed in seeds for recipe in recipes]
-    fewer = [("modern", part, seed) for seed in seeds[:max(len(seeds) // 2, 1)]
+    fewer = [("modern", part, seed) for seed in seeds[:2 if len(seeds) > 2 else 1]
              for part in (2, 4, 8)]
     for recipe, part, seed in full + fewer:
         yield arguments(recipe, size, (values or tuned)(recipe, size),
