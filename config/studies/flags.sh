@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Each newer flag alone on the ladder's modern recipe at its two smallest sizes, chosen by
 # validation loss; then what helped, together, at the third size (config/studies/flags.py).
-# Needs ladder.sh first, whose runs are the baseline. Writes out/flags/ and out/flags_*.json.
+# The baseline is the ladder's own runs, which are made if they are missing. Writes out/ladder/,
+# out/flags/ and out/flags_*.json.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 
@@ -13,7 +14,7 @@ compare() {  # RESULTS CHECKPOINTS... FLAGS...
   python eval.py --baseline modern --json "out/flags_$1.json" --ckpt "${@:2}"
 }
 
-ls out/ladder/runs/2x{32,48,64}/modern_1_1/5/summary.json > /dev/null  # else end here
+train baseline
 train alone
 for size in 2x32 2x48; do
   compare $size "out/flags/$size/*/*/best.pt" "out/ladder/runs/$size/modern_1_1/*/best.pt" \
