@@ -11,16 +11,16 @@ import pytest
 
 import config
 import eval as evaluation
-from config.studies import ladder
+from config.studies import flags, ladder
 from conftest import HERE
 from nanolab.study import find_runs
 from nanolab.tokenizer import get_tokenizer
 
-STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh")
-                 if path.stem != "flags")  # not run yet: no results
+STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh"))
 RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
            "modern": ["modern"], "modern_core": ["modern_core"],
            "lab_wide": ["lab_wide"],
+           "flags": ["flags_2x32", "flags_2x48", "flags_stack"],
            "ladder": ["ladder", "ladder_2x64", "ladder_prediction"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
                             "modern_wide_half"]}
@@ -98,6 +98,12 @@ def test_study_makes_its_results(study, tmp_path, monkeypatch):
     for name, found in gathered.items():
         recorded = json.loads((HERE / f"config/results/{name}.json").read_text())["runs"]
         assert sorted(found) == sorted(map(recorded_experiment, recorded)), name
+
+
+def test_the_stack_is_what_helped(monkeypatch):
+    """By the rule, from the recorded validation losses."""
+    monkeypatch.chdir(HERE)
+    assert tuple(flags.choose()) == flags.STACK
 
 
 def test_the_ladders_rates_are_those_of_its_trials(monkeypatch):

@@ -1,8 +1,8 @@
 """Each newer flag alone on the ladder's modern recipe, and then together what helped.
 
     python -m config.studies.flags baseline  the ladder's own runs that the others are compared with
-    python -m config.studies.flags alone     every flag, five seeds, at the sizes 2x32 and 2x48
-    python -m config.studies.flags choose    what helped, by out/flags_2x32.json and flags_2x48.json
+    python -m config.studies.flags alone     every flag, at 2x32 with five seeds, at 2x48 with three
+    python -m config.studies.flags choose    what helped, by out/flags_*.json, or else by ours
     python -m config.studies.flags stack     what helped ours, together, at 2x64, five seeds
 
 All but `choose` print arguments for train.py, a line a run; flags.sh runs them. Every run has 20
@@ -22,7 +22,8 @@ from pathlib import Path
 
 from config.studies.ladder import RECIPES, arguments, run_command, runs_of, tuned
 
-SIZES, THIRD_SIZE, SEEDS = ("2x32", "2x48"), "2x64", range(1, 6)
+SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
+SEEDS = {"2x32": (1, 2, 3, 4, 5), "2x48": (1, 2, 3), "2x64": (1, 2, 3, 4, 5)}
 
 # The files in config/interventions/ have the values of models of another size. A rate that is a
 # multiple of the matrices' is tried at a third and at three times.
@@ -44,27 +45,29 @@ FLAGS = {
         "zero_init")},
     "gpt2_init": "--init=gpt2",
 }
-STACK = ()  # what helped
+STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average",
+         "value_embeddings", "value_residual")  # what `choose` prints
 
 
 def baseline():
     for size in (*SIZES, THIRD_SIZE):
-        for line in runs_of(size, SEEDS, RECIPES if size == THIRD_SIZE else ["modern"]):
+        for line in runs_of(size, SEEDS[size], RECIPES if size == THIRD_SIZE else ["modern"]):
             if "_1_1/" in line:  # all its tokens
                 yield line
 
 
 def alone():
     for size in SIZES:
-        for seed in SEEDS:
+        for seed in SEEDS[size]:
             for name, flags in FLAGS.items():
                 yield run(name, flags, size, seed)
 
 
-def choose(folder=Path("out")):
+def choose():
     losses = {}
     for size in SIZES:
-        for each in json.loads((folder / f"flags_{size}.json").read_text())["runs"]:
+        own, recorded = (Path(folder, f"flags_{size}.json") for folder in ("out", "config/results"))
+        for each in json.loads((own if own.exists() else recorded).read_text())["runs"]:
             losses[size, each["name"], each["config"]["seed"]] = each["val_loss"]
     for name in FLAGS:
         differences = {size: [losses[key] - losses[size, "modern", key[2]] for key in losses
@@ -77,7 +80,7 @@ def choose(folder=Path("out")):
 
 
 def stack():
-    for seed in SEEDS:
+    for seed in SEEDS[THIRD_SIZE]:
         yield run("stack", " ".join(FLAGS[name] for name in STACK), THIRD_SIZE, seed)
 
 

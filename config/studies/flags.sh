@@ -16,9 +16,9 @@ compare() {  # RESULTS CHECKPOINTS... FLAGS...
 
 train baseline
 train alone
-for size in 2x32 2x48; do
-  compare $size "out/flags/$size/*/*/best.pt" "out/ladder/runs/$size/modern_1_1/*/best.pt" \
-    --validation
-done
+compare 2x32 'out/flags/2x32/*/*/best.pt' 'out/ladder/runs/2x32/modern_1_1/*/best.pt' --validation
+compare 2x48 'out/flags/2x48/*/*/best.pt' 'out/ladder/runs/2x48/modern_1_1/[1-3]/best.pt' \
+  --validation
+python -m config.studies.flags choose
 train stack
 compare stack 'out/flags/2x64/stack/*/best.pt' 'out/ladder/runs/2x64/*_1_1/*/best.pt'
