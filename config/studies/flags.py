@@ -46,7 +46,7 @@ FLAGS = {
     "gpt2_init": "--init=gpt2",
 }
 STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average",
-         "value_embeddings", "value_residual")  # what `choose` prints
+         "value_embeddings", "value_residual")  # what `choose` chose
 
 
 def baseline():
@@ -64,19 +64,33 @@ def alone():
 
 
 def choose():
-    losses = {}
+    """A Markdown table: the mean difference at each size and of all seeds, with its standard error;
+    and whether the flag is chosen."""
+    yield f"| flag | {' | '.join(SIZES)} | both | chosen |\n| --- | ---: | ---: | ---: | --- |"
+    rows = [(name, *compare(name)) for name in FLAGS]
+    for name, means, both, error in sorted(rows, key=lambda row: row[2]):
+        cells = (*(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}")
+        yield f"| `{name}` | {' | '.join(cells)} | {'yes' if name in chosen() else ''} |"
+
+
+def chosen():
+    comparisons = {name: compare(name) for name in FLAGS}
+    return tuple(name for name, (means, both, error) in comparisons.items()
+                 if max(means) < 0 and both < -2 * error)
+
+
+def compare(name):
+    """-> the mean difference in validation loss to the baseline, seed by seed, at each size; the
+    mean of all of them; its standard error."""
+    differences = []
     for size in SIZES:
         own, recorded = (Path(folder, f"flags_{size}.json") for folder in ("out", "config/results"))
-        for each in json.loads((own if own.exists() else recorded).read_text())["runs"]:
-            losses[size, each["name"], each["config"]["seed"]] = each["val_loss"]
-    for name in FLAGS:
-        differences = {size: [losses[key] - losses[size, "modern", key[2]] for key in losses
-                              if key[:2] == (size, name)] for size in SIZES}
-        both = sum(differences.values(), [])
-        error = statistics.stdev(both) / math.sqrt(len(both))
-        lower_at_both = all(statistics.mean(each) < 0 for each in differences.values())
-        if lower_at_both and statistics.mean(both) < -2 * error:
-            yield name
+        runs = json.loads((own if own.exists() else recorded).read_text())["runs"]
+        losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in runs}
+        differences.append([losses[name, seed] - losses["modern", seed] for seed in SEEDS[size]])
+    both = sum(differences, [])
+    error = statistics.stdev(both) / math.sqrt(len(both))
+    return [statistics.mean(each) for each in differences], statistics.mean(both), error
 
 
 def stack():
