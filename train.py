@@ -136,7 +136,7 @@ def train(config):
             grad_norm = get_total_norm([p.grad for p in parameters])
             numbers = average_over_ranks(loss_sum / grad_accum_steps, grad_norm, stop.requested)
             finite = numbers.isfinite().all()
-            if config.grad_clip:  # with a norm of 0 it changes nothing: NaN would spread
+            if config.grad_clip:  # a norm of 0 clips nothing, NaN would spread
                 clip_grads_with_norm_(parameters, config.grad_clip, grad_norm.where(finite, 0))
             loss, norm, n_stops = step_if_finite(optimizer, numbers, finite)  # waits for the device
             skipped = not (math.isfinite(loss) and math.isfinite(norm))

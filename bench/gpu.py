@@ -66,9 +66,8 @@ def measure(flags, largest):
     free_what_is_left(device)
     figures |= measure_head(config, device, dtype)
     free_what_is_left(device)
-    figures["largest_batch"] = ""
-    if largest:
-        figures["largest_batch"] = find_largest_batch(config, device, dtype, largest)
+    figures["largest_batch"] = (find_largest_batch(config, device, dtype, largest) if largest
+                                else "")
     return figures
 
 

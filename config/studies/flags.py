@@ -67,16 +67,14 @@ def choose():
     """A Markdown table: the mean difference at each size and of all seeds, with its standard error;
     and whether the flag is chosen."""
     yield f"| flag | {' | '.join(SIZES)} | both | chosen |\n| --- | ---: | ---: | ---: | --- |"
-    rows = [(name, *compare(name)) for name in FLAGS]
-    for name, means, both, error in sorted(rows, key=lambda row: row[2]):
+    rows = {name: compare(name) for name in FLAGS}
+    for name, (means, both, error) in sorted(rows.items(), key=lambda row: row[1][1]):
         cells = (*(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}")
-        yield f"| `{name}` | {' | '.join(cells)} | {'yes' if name in chosen() else ''} |"
+        yield f"| `{name}` | {' | '.join(cells)} | {'yes' if helped(*rows[name]) else ''} |"
 
 
-def chosen():
-    comparisons = {name: compare(name) for name in FLAGS}
-    return tuple(name for name, (means, both, error) in comparisons.items()
-                 if max(means) < 0 and both < -2 * error)
+def helped(means, both, error):
+    return max(means) < 0 and both < -2 * error
 
 
 def compare(name):
