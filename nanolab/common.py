@@ -13,6 +13,8 @@ import warnings
 import zipfile
 from pathlib import Path
 
+if sys.platform == "win32":  # has neither fcntl nor SIGHUP
+    sys.exit("nanolab runs on Linux and macOS; on Windows, use it inside WSL")
 
 OUT_OF_MEMORY = "out of memory: a smaller batch, number of samples or model needs less"
 

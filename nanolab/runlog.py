@@ -260,6 +260,9 @@ def lock(path):
             file.seek(0)
             raise UserError(f"another run is writing to {path.parent} ({file.read().strip()}); "
                             "choose another --out_dir, or stop that run first") from None
+        except OSError as error:  # some network disks have no locks
+            print(f"note:   {path.parent} cannot be locked ({describe(error)}): make sure that no "
+                  "other run writes to it", flush=True)
         if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
             break  # or else its former owner has just deleted it
     file.truncate(0)

@@ -1,6 +1,7 @@
 """Stopped, killed, restarted: a resumed run is the run that would have been; another run is
 refused."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -437,6 +438,16 @@ def test_two_runs_in_one_folder(tmp_path, data_dir):
     third = call(*command, f"--max_steps={step + 2}")
     assert third.returncode == 0, third.stderr
     assert not (tmp_path / "out" / "run.lock").exists()
+
+
+def test_a_disk_without_locks(small_run, tiny_data, monkeypatch, capsys):
+    """Some network disks have none: a note, and the run goes on."""
+    def no_lock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", no_lock)
+    folder = small_run("run", *tiny_data, "--max_steps=2")
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
+    assert (folder / "summary.json").exists() and not (folder / "run.lock").exists()
 
 
 def test_a_damaged_log_is_reported(small_run, tiny_data, capsys):

@@ -2,11 +2,13 @@
 logged."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from conftest import SMALL, call
+from conftest import HERE, SMALL, call
 from nanolab.logfile import read_log
 
 
@@ -52,6 +54,13 @@ def test_3090_config_without_data_or_gpu(tmp_path):
     if not torch.backends.mps.is_available():
         assert "falling back to the CPU" in call("train.py", "config/local_3090.py",
                                                  f"--data_dir={tmp_path}").stdout
+
+
+def test_windows_gets_one_line():
+    code = "import sys; sys.platform = 'win32'; import nanolab.common"
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "nanolab runs on Linux and macOS; on Windows, use it inside WSL\n"
 
 
 def test_torchrun_ends_with_our_line(tmp_path):

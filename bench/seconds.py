@@ -1,0 +1,89 @@
+"""How much of the published recipe's time the modern one needs for the same loss, by size.
+
+    python bench/seconds.py --repeats=3
+
+A modern step costs more, but fewer are needed. At each size of the ladder (docs/ladder.md), short
+runs of both recipes take turns, with nothing beside them. Their speeds turn the share of tokens in
+config/results/ladder.json into a share of seconds. Needs `python prepare.py pypi`.
+
+Prints a Markdown table: tokens/s, median (lowest to highest), and the two shares. The interval is
+that of the share of tokens, at the median speeds. Close other programs first.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+from nanogpt import ROOT, STEPS_NOT_TIMED, commit, run_python
+
+from config.studies.ladder import LADDER, LARGEST, arguments, parameters, tuned
+from nanolab.common import argument_parser, run_script
+from nanolab.devices import machine
+from nanolab.logfile import read_log
+
+RECIPES = ("published", "modern")
+
+
+def main():
+    args = parse_arguments()
+    sizes = [*LADDER, LARGEST]
+    rates = {size: {recipe: [] for recipe in RECIPES} for size in sizes}
+    for i in range(args.repeats):
+        for size in sizes:
+            for recipe in RECIPES[::-1] if i % 2 else RECIPES:
+                rates[size][recipe].append(time_recipe(recipe, size, args))
+            print(f"round {i + 1}, {size}: " + ", ".join(
+                f"{recipe} {each[-1]:,.0f} tokens/s" for recipe, each in rates[size].items()),
+                file=sys.stderr, flush=True)
+    print("| size | published, tokens/s | modern, tokens/s | share of tokens | share of seconds "
+          "| 95 % interval |\n| --- | --- | --- | ---: | ---: | ---: |")
+    shares = {row["parameters"]: row for row in
+              json.loads(args.results.read_text())["scaling"]["shares"] if row["name"] == "modern"}
+    for size, each in rates.items():
+        row = shares[parameters(size)]
+        published, modern = (statistics.median(each[recipe]) for recipe in RECIPES)
+        low, share, high = (published / modern * value for value in
+                            (row["interval"][0], row["share"], row["interval"][1]))
+        speeds = " | ".join(f"{statistics.median(each[recipe]):,.0f} ({min(each[recipe]):,.0f} to "
+                            f"{max(each[recipe]):,.0f})" for recipe in RECIPES)
+        print(f"| {size} | {speeds} | {row['share']:.3f} | {share:.3f} | {low:.3f} to {high:.3f} |")
+    if args.json:
+        content = {"machine": machine(torch.device("cpu")), "date": str(date.today()),
+                   "commit": commit(), "command": " ".join(sys.argv), "tokens_per_second": rates}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def time_recipe(recipe, size, args):
+    """Tokens per second of a short run, its start not counted."""
+    values = tuned(recipe, size)
+    with tempfile.TemporaryDirectory() as out_dir:
+        line = arguments(recipe, size, values, out_dir)
+        run_python("train.py", *line.split(), f"--max_tokens={args.steps * 16 * 128}",
+                   "--eval_tokens=1", "--save_weights=False", "--log_every=1", "--device=cpu",
+                   f"--data_dir={args.data_dir}")
+        steps = read_log(Path(out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
+    return statistics.harmonic_mean([step["tokens_per_second"] for step in steps])
+
+
+def parse_arguments():
+    parser = argument_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=100, help="of a run (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "config/results/ladder.json",
+                        help="of eval.py --scaling --json (default: the repository's)")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
+                        help="where the data set pypi is (default: data)")
+    parser.add_argument("--json", metavar="FILE", help="write every run's speed")
+    args = parser.parse_args()
+    args.data_dir = args.data_dir.resolve()
+    if args.repeats < 1 or args.steps <= STEPS_NOT_TIMED:
+        parser.error(f"--repeats must be at least 1, --steps more than {STEPS_NOT_TIMED}")
+    return args
+
+
+if __name__ == "__main__":
+    run_script(main)
