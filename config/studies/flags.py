@@ -3,11 +3,13 @@
     python -m config.studies.flags baseline  the ladder's own runs that the others are compared with
     python -m config.studies.flags alone     every flag, at 2x32 with five seeds, at 2x48 with three
     python -m config.studies.flags choose    what helped, by out/flags_*.json, or else by ours
-    python -m config.studies.flags stack     what helped ours, together, at 2x64, five seeds
+    python -m config.studies.flags rates     what helped ours, together, at 2x64: three rates
+    python -m config.studies.flags stack     the same at the modern recipe's rate, five seeds
 
 All but `choose` print arguments for train.py, a line a run; flags.sh runs them. Every run has 20
 tokens a parameter and the values that the ladder found for the modern recipe at its size
-(config/studies/ladder.py).
+(config/studies/ladder.py); those of `rates` have a seed of their own and half, once and twice its
+learning rate.
 
 The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
 loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
@@ -91,16 +93,27 @@ def compare(name):
     return [statistics.mean(each) for each in differences], statistics.mean(both), error
 
 
+def rates():
+    for multiple in (0.5, 1, 2):
+        yield stack_run(f"stack_rate_{multiple}", 100, multiple)
+
+
 def stack():
     for seed in SEEDS[THIRD_SIZE]:
-        yield run("stack", " ".join(FLAGS[name] for name in STACK), THIRD_SIZE, seed)
+        yield stack_run("stack", seed)
 
 
-def run(name, flags, size, seed):
-    folder = f"out/flags/{size}/{name}/{seed}"
-    line = arguments("modern", size, tuned("modern", size), folder, seed)
+def stack_run(name, seed, multiple=1):
+    return run(name, " ".join(FLAGS[flag] for flag in STACK), THIRD_SIZE, seed, multiple)
+
+
+def run(name, flags, size, seed, multiple=1):
+    """multiple: of the modern recipe's learning rate."""
+    values = tuned("modern", size)
+    values["learning_rate"] *= multiple
+    line = arguments("modern", size, values, f"out/flags/{size}/{name}/{seed}", seed)
     return f"{line} {flags} --name={name}"
 
 
 if __name__ == "__main__":
-    run_command(__doc__, baseline, alone, choose, stack)
+    run_command(__doc__, baseline, alone, choose, rates, stack)

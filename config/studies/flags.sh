@@ -20,5 +20,7 @@ compare 2x32 'out/flags/2x32/*/*/best.pt' 'out/ladder/runs/2x32/modern_1_1/*/bes
 compare 2x48 'out/flags/2x48/*/*/best.pt' 'out/ladder/runs/2x48/modern_1_1/[1-3]/best.pt' \
   --validation
 python -m config.studies.flags choose
+train rates
+compare stack_rates 'out/flags/2x64/stack_rate_*/*/best.pt' --validation
 train stack
 compare stack 'out/flags/2x64/stack/*/best.pt' 'out/ladder/runs/2x64/*_1_1/*/best.pt'
