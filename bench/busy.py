@@ -9,7 +9,6 @@ tokens/s, median (lowest to highest), and the share of the quiet speed.
 Linux only. Close other programs first.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -17,12 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from nanogpt import ROOT, STEPS_NOT_TIMED, commit
+from shared import ROOT, STEPS_NOT_TIMED, log_mean, run_python, spread, write_json
 
 from nanolab.common import argument_parser, run_script
-from nanolab.devices import machine
-from nanolab.logfile import read_log
 
 
 def main():
@@ -38,13 +34,9 @@ def main():
     quiet = statistics.median(rates["no neighbour"])
     print("| neighbours | tokens/s | share of the quiet speed |\n| --- | --- | --- |")
     for name, each in rates.items():
-        median = statistics.median(each)
-        print(f"| {name} | {median:,.0f} ({min(each):,.0f} to {max(each):,.0f}) "
-              f"| {median / quiet:.2f} |")
+        print(f"| {name} | {spread(each)} | {statistics.median(each) / quiet:.2f} |")
     if args.json:
-        content = {"machine": machine(torch.device("cpu")), "commit": commit(),
-                   "command": " ".join(sys.argv), "tokens_per_second": rates}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, tokens_per_second=rates)
 
 
 def time_beside(busy_cores, args):
@@ -55,16 +47,14 @@ def time_beside(busy_cores, args):
         os.sched_setaffinity(process.pid, {core})
     try:
         with tempfile.TemporaryDirectory() as out_dir:
-            subprocess.run([sys.executable, "train.py", "config/quickstart.py", "--eval_every=0",
-                            f"--max_steps={args.steps}", "--eval_tokens=1", "--device=cpu",
-                            f"--data_dir={args.data_dir}", f"--out_dir={out_dir}"],
-                           cwd=args.checkout, check=True, capture_output=True)
-            steps = read_log(Path(out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
+            run_python("train.py", "config/quickstart.py", "--eval_every=0",
+                       f"--max_steps={args.steps}", "--eval_tokens=1", "--device=cpu",
+                       f"--data_dir={args.data_dir}", f"--out_dir={out_dir}", cwd=args.checkout)
+            return log_mean(out_dir, "tokens_per_second")
     finally:
         for process in neighbours:
             process.kill()
             process.wait()
-    return statistics.harmonic_mean([step["tokens_per_second"] for step in steps])
 
 
 def parse_arguments():

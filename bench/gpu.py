@@ -27,12 +27,11 @@ import torch.nn.functional as F
 
 import config as configuration
 import train
-from bench.nanogpt import STEPS_NOT_TIMED, commit, run_python
+from bench.shared import STEPS_NOT_TIMED, commit, log_mean, run_python
 from model import GPT, GPTConfig
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.devices import autocast, autocast_dtype, machine, pick_device, synchronize
 from nanolab.kernels import head_loss, head_loss_outside_graph, softcap
-from nanolab.logfile import read_log
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer
 
@@ -74,13 +73,11 @@ def measure(flags, largest):
 def measure_training(config):
     with tempfile.TemporaryDirectory() as config.out_dir:
         train.train(config)
-        steps = read_log(Path(config.out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
+        rate, mfu = (log_mean(config.out_dir, key) for key in ("tokens_per_second", "mfu"))
         summary = json.loads(Path(config.out_dir, "summary.json").read_text())
-    rate = statistics.harmonic_mean([step["tokens_per_second"] for step in steps])
     flops_per_token = GPT(GPTConfig.from_options(vars(config))).flops_per_token()
     return {"tokens_per_second": rate, "flops_per_second": rate * flops_per_token,
-            "mfu": statistics.harmonic_mean([step["mfu"] for step in steps]),
-            "peak_memory": summary["peak_memory_mb"] * 2**20}
+            "mfu": mfu, "peak_memory": summary["peak_memory_mb"] * 2**20}
 
 
 def measure_head(config, device, dtype):

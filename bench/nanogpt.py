@@ -18,7 +18,6 @@ Close other programs first: they slow down the two sides unequally.
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,17 +25,12 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
+from shared import ROOT, STEPS_NOT_TIMED, commit, log_mean, run_python
 
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.devices import machine, synchronize
-from nanolab.logfile import read_log
 from nanolab.memory import peak_memory
-
-STEPS_NOT_TIMED = 3  # they allocate and compile
 
 SHAPES = {
     "4x128": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257, block_size=64, batch_size=12,
@@ -94,11 +88,10 @@ def run_nanolab(shape, compiled, args):
                    "--init=gpt2", "--grad_clip=1.0", f"--device={args.device}",
                    f"--compile={compiled}",
                    f"--data_dir={args.data_dir}", f"--out_dir={out_dir}")
-        steps = read_log(Path(out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
         summary = json.loads(Path(out_dir, "summary.json").read_text())
-    rate = statistics.harmonic_mean([step["tokens_per_second"] for step in steps])
-    return {"tokens_per_second": rate, "peak_memory_mb": summary["peak_memory_mb"],
-            "share_of_matmul_speed": statistics.harmonic_mean([step["mfu"] for step in steps])}
+        return {"tokens_per_second": log_mean(out_dir, "tokens_per_second"),
+                "peak_memory_mb": summary["peak_memory_mb"],
+                "share_of_matmul_speed": log_mean(out_dir, "mfu")}
 
 
 def run_nanogpt(shape, compiled, args):
@@ -106,16 +99,6 @@ def run_nanogpt(shape, compiled, args):
     job = json.dumps({"path": str(args.nanogpt), "shape": shape, "compiled": compiled,
                       "tokens": str(args.data_dir / "stdlib/train.bin"), "device": args.device})
     return json.loads(run_python(__file__, "--one_nanogpt_run", job).splitlines()[-1])
-
-
-def run_python(*command):
-    """Runs one of the scripts. -> what it prints. Raises UserError if it fails."""
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        last_line = (result.stderr.strip().splitlines() or ["no message; out of memory?"])[-1]
-        raise UserError(f"python {' '.join(command[:2])} ... failed "
-                        f"(exit code {result.returncode}): {last_line}")
-    return result.stdout
 
 
 def time_nanogpt(path, shape, compiled, tokens, device):
@@ -193,12 +176,6 @@ def describe_conditions(args):
     return (f"{machine(torch.device(args.device))}, threads: {args.threads}; {date.today()}, "
             f"commit {commit()}, torch {version('torch')}; pairs: {args.pairs}, {compiled}. "
             f"Command: `python {' '.join(sys.argv)}`")
-
-
-def commit():
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                            capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
 
 
 def parse_arguments():

@@ -11,15 +11,12 @@ Prints a Markdown table. "products": those of weights, with their speed in GFLOP
 that of a square product here. Close other programs first.
 """
 
-import json
 import os
-import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
-from nanogpt import SHAPES, STEPS_NOT_TIMED, commit
+from nanogpt import SHAPES
+from shared import STEPS_NOT_TIMED, write_json
 from torch._C._profiler import _ExperimentalConfig
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import ProfilerActivity, profile
@@ -28,7 +25,7 @@ import config
 from model import GPT, GPTConfig
 from nanolab.common import argument_parser, run_script
 from nanolab.cpu import measure, share_batches, use
-from nanolab.devices import keep_freed_memory, machine
+from nanolab.devices import keep_freed_memory
 from nanolab.measure import matmul_peak
 from nanolab.optim import make_optimizer
 
@@ -55,9 +52,7 @@ def main():
               f"| {row['product_gflops']:.0f}, {row['product_gflops'] / row['peak_gflops']:.0%} "
               f"| {shares} |")
     if args.json:
-        content = {"machine": machine(torch.device("cpu")), "date": str(date.today()),
-                   "commit": commit(), "command": " ".join(sys.argv), "profiles": rows}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, profiles=rows)
 
 
 def profile_shape(name, args):

@@ -14,16 +14,12 @@ import json
 import statistics
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
-import torch
-from nanogpt import ROOT, STEPS_NOT_TIMED, commit, run_python
+from shared import ROOT, STEPS_NOT_TIMED, log_mean, run_python, spread, write_json
 
 from config.studies.ladder import LADDER, LARGEST, arguments, parameters, tuned
 from nanolab.common import argument_parser, run_script
-from nanolab.devices import machine
-from nanolab.logfile import read_log
 
 RECIPES = ("published", "modern")
 
@@ -48,13 +44,9 @@ def main():
         published, modern = (statistics.median(each[recipe]) for recipe in RECIPES)
         low, share, high = (published / modern * value for value in
                             (row["interval"][0], row["share"], row["interval"][1]))
-        speeds = " | ".join(f"{statistics.median(each[recipe]):,.0f} ({min(each[recipe]):,.0f} to "
-                            f"{max(each[recipe]):,.0f})" for recipe in RECIPES)
-        print(f"| {size} | {speeds} | {row['share']:.3f} | {share:.3f} | {low:.3f} to {high:.3f} |")
+        print(f"| {size} | {spread(each['published'])} | {spread(each['modern'])} | {row['share']:.3f} | {share:.3f} | {low:.3f} to {high:.3f} |")
     if args.json:
-        content = {"machine": machine(torch.device("cpu")), "date": str(date.today()),
-                   "commit": commit(), "command": " ".join(sys.argv), "tokens_per_second": rates}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, tokens_per_second=rates)
 
 
 def time_recipe(recipe, size, args):
@@ -65,8 +57,7 @@ def time_recipe(recipe, size, args):
         run_python("train.py", *line.split(), f"--max_tokens={args.steps * 16 * 128}",
                    "--eval_tokens=1", "--save_weights=False", "--log_every=1", "--device=cpu",
                    f"--data_dir={args.data_dir}")
-        steps = read_log(Path(out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
-    return statistics.harmonic_mean([step["tokens_per_second"] for step in steps])
+        return log_mean(out_dir, "tokens_per_second")
 
 
 def parse_arguments():

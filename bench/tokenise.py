@@ -7,7 +7,6 @@ prepare.py's side is the whole command: it starts, reads, encodes, writes three 
 checksums. The two take turns. Prints a line for each round and the median ratio.
 """
 
-import json
 import multiprocessing
 import statistics
 import subprocess
@@ -16,11 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from nanogpt import ROOT, commit
+from shared import ROOT, write_json
 
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.devices import machine
 from nanolab.tokenizer import get_tokenizer
 
 
@@ -46,10 +43,7 @@ def main():
           f"{statistics.median(ratios):.2f} of tiktoken's speed "
           f"({min(ratios):.2f} to {max(ratios):.2f})")
     if args.json:
-        content = {"machine": machine(torch.device("cpu")), "commit": commit(),
-                   "command": " ".join(sys.argv),
-                   "megabytes": size, "seconds_of_tiktoken_and_prepare": rounds}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, megabytes=size, seconds_of_tiktoken_and_prepare=rounds)
 
 
 def read_documents(folder):

@@ -19,7 +19,6 @@ both sizes, is more than two standard errors below 0.
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 from config.studies.ladder import RECIPES, arguments, run_command, runs_of, tuned
