@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from config import OPTIONS
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script
@@ -31,7 +32,11 @@ def main():
         raise UserError(f"{args.ckpt} reads {checkpoint['tokenizer']} tokens; "
                         f"leave out --tokenizer={args.tokenizer}")
     tokenizer = get_tokenizer(args.tokenizer or checkpoint["tokenizer"])
-    prompt = args.prompt if args.prompt_file is None else read_prompt(args.prompt_file)
+    prompt = args.prompt
+    if args.prompt_file is not None:
+        prompt = read_prompt(args.prompt_file)
+    if prompt is None:  # weights in Hugging Face's layout come without one
+        prompt = checkpoint["config"].get("sample_prompt", OPTIONS["sample_prompt"].default)
     device = pick_device(args.device)
     model = GPT.from_checkpoint(checkpoint).to(device)
 
@@ -99,7 +104,7 @@ def parse_arguments():
     add("--ckpt", default="out/best.pt",
         help="a checkpoint, a run's folder (its best.pt), a folder in Hugging Face's layout, or "
              "gpt2, gpt2-medium, gpt2-large, gpt2-xl (default: %(default)s)")
-    add("--prompt", default="Every effort moves you", help="default: %(default)s")
+    add("--prompt", help="default: the run's sample_prompt")
     add("--prompt_file", metavar="FILE",
         help="the prompt from a file, or - for standard input (default: --prompt)")
     add("--tokenizer", choices=("gpt2", "bytes"),
@@ -117,7 +122,7 @@ def parse_arguments():
         help="default: %(default)s: cuda, else mps, else cpu")
     args = parser.parse_args()
     for is_wrong, message in (
-            (not args.prompt, f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
+            (args.prompt == "", f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
             (not 1 <= args.num_samples <= 1000, "--num_samples must be from 1 to 1,000"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.temperature and not 0.01 <= args.temperature <= 100,

@@ -212,7 +212,8 @@ class Config(GPTConfig):
     sample_every: int = option(
         0, "steps between texts that the model writes, for the log; 0: none", within="[0, inf)")
     sample_prompt: str = option(
-        "<|endoftext|>", "what those texts begin with; <|endoftext|>: nothing")
+        "Every effort moves you", "what those texts, and sample.py's, begin with; <|endoftext|>: "
+        "nothing")
     wandb: str = option(
         "", "Weights & Biases project to log to as well (pip install wandb; WANDB_MODE=offline "
         "keeps it on this machine); '': none")

@@ -31,6 +31,7 @@ weight_decay = 0.01
 beta2 = 0.95
 grad_clip = 1.0
 
+sample_prompt = "class "
 eval_every = 270
 eval_tokens = 65_536
 save_every = 270

@@ -23,6 +23,15 @@ def test_a_sample_depends_on_its_own_seed(small_run, monkeypatch, capsys):
     assert len(set(side_by_side)) == 3
 
 
+def test_the_runs_own_prompt_is_the_default(small_run, monkeypatch, capsys):
+    run = small_run("run", "--max_steps=1", "--sample_prompt=import o")
+    flags = ["--ckpt", run, "--max_new_tokens=5", "--device=cpu"]
+    for given, begins in ([], "import o"), (["--prompt=def"], "def"):
+        capsys.readouterr()
+        run_main(monkeypatch, "sample", *flags, *given)
+        assert capsys.readouterr().out.startswith(begins)
+
+
 def samples(run):
     entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
     return {entry["step"]: entry["sample"] for entry in entries if "sample" in entry}
