@@ -3,7 +3,7 @@
     python -m config.studies.ladder tuning    24 random trials of each recipe at size 2x64
     python -m config.studies.ladder beta2     a larger beta2, while the largest tried is the best
     python -m config.studies.ladder rates     the learning rate again, at the four smaller sizes
-    python -m config.studies.ladder check     half, once and twice the rate at the largest size
+    python -m config.studies.ladder check     the law's rate and its multiples at the largest size
     python -m config.studies.ladder collect   writes all trials so far to out/ladder/tuning.json
     python -m config.studies.ladder runs      the runs that are tested, without the largest size
     python -m config.studies.ladder largest   those of the largest size
@@ -108,10 +108,12 @@ def rate_trial(recipe, size, rate, share=1):
 
 def check():
     """Half, once and twice the law's rate at the largest size, with a quarter of its tokens. By
-    these the best for the modern recipe is at the edge, so it has the same trials with all."""
-    for recipe, share in (("published", 0.25), ("modern", 0.25), ("modern", 1)):
-        for step in (0.5, 1, 2):
-            rate = step * rate_law(recipe)(parameters(LARGEST))
+    these the best for the modern recipe is at the edge, so it has trials with all of them too."""
+    wide, wider = (0.5, 1, 2), (0.25, 0.5, 1, 2)
+    for recipe, share, multiples in (("published", 0.25, wide), ("modern", 0.25, wide),
+                                     ("modern", 1, wider)):
+        for multiple in multiples:
+            rate = multiple * rate_law(recipe)(parameters(LARGEST))
             yield rate_trial(recipe, LARGEST, rate, share)
 
 
