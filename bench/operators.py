@@ -11,7 +11,6 @@ Prints a Markdown table. "products": those of weights, with their speed in GFLOP
 that of a square product here. Close other programs first.
 """
 
-import os
 import time
 
 import torch
@@ -30,7 +29,8 @@ from nanolab.measure import matmul_peak
 from nanolab.optim import make_optimizer
 
 KINDS = {  # how the names of a kind's operators begin; "other" has the rest
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::"),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm",
+                 "aten::mkldnn_convolution", "aten::convolution"),
     "attention": ("aten::_scaled_dot",),
     "GELU": ("aten::gelu",),
     "norms": ("aten::native_layer_norm", "aten::_fused_rms_norm"),
@@ -106,7 +106,6 @@ def parse_arguments():
                         help="default: all")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
                         help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--seconds", type=float, default=5, help="per shape (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     return parser.parse_args()

@@ -1,6 +1,6 @@
 """How much of the published recipe's time the modern one needs for the same loss, by size.
 
-    python bench/seconds.py --repeats=3
+    python bench/seconds.py --repeats=3                 # --sizes, --steps, --json
 
 A modern step costs more, but fewer are needed. At each size of the ladder (docs/ladder.md), short
 runs of both recipes take turns, with nothing beside them. Their speeds turn the share of tokens in
@@ -21,15 +21,14 @@ from shared import ROOT, STEPS_NOT_TIMED, log_mean, run_python, spread, write_js
 from config.studies.ladder import LADDER, LARGEST, arguments, parameters, tuned
 from nanolab.common import argument_parser, run_script
 
-RECIPES = ("published", "modern")
+RECIPES, SIZES = ("published", "modern"), [*LADDER, LARGEST]
 
 
 def main():
     args = parse_arguments()
-    sizes = [*LADDER, LARGEST]
-    rates = {size: {recipe: [] for recipe in RECIPES} for size in sizes}
+    rates = {size: {recipe: [] for recipe in RECIPES} for size in args.sizes}
     for i in range(args.repeats):
-        for size in sizes:
+        for size in args.sizes:
             for recipe in RECIPES[::-1] if i % 2 else RECIPES:
                 rates[size][recipe].append(time_recipe(recipe, size, args))
             print(f"round {i + 1}, {size}: " + ", ".join(
@@ -64,6 +63,7 @@ def parse_arguments():
     parser = argument_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=100, help="of a run (default: %(default)s)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="default: all")
     parser.add_argument("--results", type=Path, default=ROOT / "config/results/ladder.json",
                         help="of eval.py --scaling --json (default: the repository's)")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data",

@@ -1,7 +1,10 @@
-"""bench/nanogpt.py compares two programs in turn; here a stand-in takes nanoGPT's place."""
+"""The measuring scripts measure. For nanoGPT there is a stand-in, for pypi Python's library."""
 
 import json
 import re
+import shutil
+
+import pytest
 
 from conftest import call
 
@@ -65,3 +68,27 @@ def test_nanogpt_that_is_missing_or_fails(tmp_path, data_dir):
                   f"--data_dir={data_dir}")
     assert result.returncode == 1 and result.stderr.count(
         "\n") == 1 and "not nanoGPT" in result.stderr
+
+
+def test_where_a_steps_time_goes(tmp_path):
+    """The shares of all kinds of operators add up to 1, and most of it is products."""
+    result = call("bench/operators.py", "--shapes", "4x128", "--seconds=0.1", "--json",
+                  tmp_path / "operators.json")
+    assert result.returncode == 0, result.stderr
+    profile = json.loads((tmp_path / "operators.json").read_text())["profiles"]["4x128"]
+    shares = profile["shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert all(shares[kind] > 0 for kind in shares) and shares["products"] > 0.3
+    assert f"| {profile['tokens_per_second']:,.0f} |" in result.stdout.splitlines()[-1]
+
+
+def test_seconds_instead_of_tokens(tmp_path, data_dir):
+    """The share of seconds is that of tokens, times the ratio of the two speeds."""
+    shutil.copytree(f"{data_dir}/stdlib", tmp_path / "pypi")
+    result = call("bench/seconds.py", "--sizes", "2x32", "--repeats=1", "--steps=8",
+                  f"--data_dir={tmp_path}", "--json", tmp_path / "seconds.json")
+    assert result.returncode == 0, result.stderr
+    speeds = json.loads((tmp_path / "seconds.json").read_text())["tokens_per_second"]["2x32"]
+    share, of_seconds = map(float, result.stdout.splitlines()[-1].split(" | ")[3:5])
+    assert of_seconds == pytest.approx(share * speeds["published"][0] / speeds["modern"][0],
+                                       rel=0.02)

@@ -10,17 +10,18 @@ train() {
   python -m config.studies.flags "$1" | xargs -r -P "${JOBS:-2}" -L 1 python train.py --resume
 }
 
-compare() {  # RESULTS CHECKPOINTS... FLAGS...
-  python eval.py --baseline modern --json "out/flags_$1.json" --ckpt "${@:2}"
+compare() {  # RESULTS BASELINE CHECKPOINTS... FLAGS...
+  python eval.py --json "out/flags_$1.json" --baseline "$2" --ckpt "${@:3}"
 }
 
 train baseline
 train alone
-compare 2x32 'out/flags/2x32/*/*/best.pt' 'out/ladder/runs/2x32/modern_1_1/*/best.pt' --validation
-compare 2x48 'out/flags/2x48/*/*/best.pt' 'out/ladder/runs/2x48/modern_1_1/[1-3]/best.pt' \
+compare 2x32 modern 'out/flags/2x32/*/*/best.pt' 'out/ladder/runs/2x32/modern_1_1/*/best.pt' \
+  --validation
+compare 2x48 modern 'out/flags/2x48/*/*/best.pt' 'out/ladder/runs/2x48/modern_1_1/[1-3]/best.pt' \
   --validation
 python -m config.studies.flags choose
 train rates
-compare stack_rates 'out/flags/2x64/stack_rate_*/*/best.pt' --validation
+compare stack_rates stack_rate_1 'out/flags/2x64/stack_rate_*/*/best.pt' --validation
 train stack
-compare stack 'out/flags/2x64/stack/*/best.pt' 'out/ladder/runs/2x64/*_1_1/*/best.pt'
+compare stack modern 'out/flags/2x64/stack/*/best.pt' 'out/ladder/runs/2x64/*_1_1/*/best.pt'
