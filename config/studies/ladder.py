@@ -1,7 +1,7 @@
 """The ladder: three recipes at five sizes, each trained on 20 tokens a parameter.
 
     python -m config.studies.ladder tuning    24 random trials of each recipe at size 2x64
-    python -m config.studies.ladder beta2     a larger beta2, while the largest tried is the best
+    python -m config.studies.ladder beta2     another beta2, while the best tried is at an edge
     python -m config.studies.ladder rates     the learning rate again, at the four smaller sizes
     python -m config.studies.ladder check     the law's rate and its multiples at the largest size
     python -m config.studies.ladder collect   writes all trials so far to out/ladder/tuning.json
@@ -77,13 +77,15 @@ def tuning():
 
 
 def beta2():
-    """Half of 1 - beta2, wherever the best trial has the largest beta2 that was tried."""
+    """Half or twice 1 - beta2, wherever the best trial has the largest or smallest tried."""
     for recipe in RECIPES:
         best = best_trial(recipe)
-        if best["beta2"] == max(each["beta2"] for each in read_trials("tuning", recipe, TUNED)):
-            larger = float(f"{(1 + best['beta2']) / 2:.4g}")
-            yield arguments(recipe, TUNED, {**best, "beta2": larger},
-                            f"out/ladder/tuning/{recipe}/{TUNED}/beta2_{larger}")
+        tried = [each["beta2"] for each in read_trials("tuning", recipe, TUNED)]
+        for edge, factor in ((max(tried), 0.5), (min(tried), 2)):
+            if best["beta2"] == edge:
+                beyond = float(f"{1 - factor * (1 - edge):.4g}")
+                yield arguments(recipe, TUNED, {**best, "beta2": beyond},
+                                f"out/ladder/tuning/{recipe}/{TUNED}/beta2_{beyond}")
 
 
 def rates():
