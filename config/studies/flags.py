@@ -1,7 +1,7 @@
 """Each newer flag alone on the ladder's modern recipe, and then together what helped.
 
     python -m config.studies.flags baseline  the ladder's own runs that the others are compared with
-    python -m config.studies.flags alone     every flag, at 2x32 with five seeds, at 2x48 with three
+    python -m config.studies.flags alone     every flag, at 2x32 and 2x48, five seeds
     python -m config.studies.flags choose    what helped, by out/flags_*.json, or else by ours
     python -m config.studies.flags rates     what helped ours, together, at 2x64: three rates
     python -m config.studies.flags stack     the same at the modern recipe's rate, five seeds
@@ -13,7 +13,7 @@ learning rate.
 
 The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
 loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
-both sizes, is more than two standard errors below 0.
+both sizes, is more than two standard errors below 0. STACK was chosen when 2x48 had three seeds.
 """
 
 import json
@@ -24,7 +24,8 @@ from pathlib import Path
 from config.studies.ladder import RECIPES, arguments, run_command, runs_of, tuned
 
 SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
-SEEDS = {"2x32": (1, 2, 3, 4, 5), "2x48": (1, 2, 3), "2x64": (1, 2, 3, 4, 5)}
+SEEDS = {"2x32": (1, 2, 3, 4, 5), "2x48": (1, 2, 3, 4, 5), "2x64": (1, 2, 3, 4, 5)}
+SEEDS_OF_CHOICE = {**SEEDS, "2x48": (1, 2, 3)}
 
 # The files in config/interventions/ have the values of models of another size. A rate that is a
 # multiple of the matrices' is tried at a third and at three times.
@@ -47,7 +48,7 @@ FLAGS = {
     "gpt2_init": "--init=gpt2",
 }
 STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average",
-         "value_embeddings", "value_residual")  # what `choose` chose
+         "value_embeddings", "value_residual")  # by SEEDS_OF_CHOICE
 
 
 def baseline():
@@ -78,7 +79,7 @@ def helped(means, both, error):
     return max(means) < 0 and both < -2 * error
 
 
-def compare(name):
+def compare(name, seeds=SEEDS):
     """-> the mean difference in validation loss to the baseline, seed by seed, at each size; the
     mean of all of them; its standard error."""
     differences = []
@@ -86,7 +87,7 @@ def compare(name):
         own, recorded = (Path(folder, f"flags_{size}.json") for folder in ("out", "config/results"))
         runs = json.loads((own if own.exists() else recorded).read_text())["runs"]
         losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in runs}
-        differences.append([losses[name, seed] - losses["modern", seed] for seed in SEEDS[size]])
+        differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
     both = sum(differences, [])
     error = statistics.stdev(both) / math.sqrt(len(both))
     return [statistics.mean(each) for each in differences], statistics.mean(both), error

@@ -18,7 +18,7 @@ train baseline
 train alone
 compare 2x32 modern 'out/flags/2x32/*/*/best.pt' 'out/ladder/runs/2x32/modern_1_1/*/best.pt' \
   --validation
-compare 2x48 modern 'out/flags/2x48/*/*/best.pt' 'out/ladder/runs/2x48/modern_1_1/[1-3]/best.pt' \
+compare 2x48 modern 'out/flags/2x48/*/*/best.pt' 'out/ladder/runs/2x48/modern_1_1/*/best.pt' \
   --validation
 python -m config.studies.flags choose
 train rates
