@@ -1,7 +1,7 @@
 """Where a training step's time goes on a CPU, by kind of operator.
 
     python bench/operators.py
-    python bench/operators.py --shapes 6x384 --optimizer=muon --json operators.json
+    python bench/operators.py --shapes 6x384 --json operators.json
 
 The shapes are those of bench/nanogpt.py. The model runs as in train.py, with the plan that a run
 would choose. Shares are of the processor time inside operators, as torch's profiler counts it, over
@@ -59,7 +59,7 @@ def profile_shape(name, args):
     """-> the plan, tokens/s, GFLOP/s of the products and of a square one, {kind: its share}"""
     shape = {key: value for key, value in SHAPES[name].items() if key != "max_steps"}
     options = config.Config(**shape, global_batch_size=shape["batch_size"], tie_weights=True,
-                            init="gpt2", dropout=0.0, optimizer=args.optimizer)
+                            init="gpt2", dropout=0.0)
     model = GPT(GPTConfig.from_options(vars(options)), seed=1)
     optimizer = make_optimizer(model, options)
     plan, _ = measure(model, options, None)
@@ -104,8 +104,6 @@ def parse_arguments():
     parser = argument_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES),
                         help="default: all")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw",
-                        help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=5, help="per shape (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     return parser.parse_args()

@@ -43,16 +43,16 @@ def main():
         published, modern = (statistics.median(each[recipe]) for recipe in RECIPES)
         low, share, high = (published / modern * value for value in
                             (row["interval"][0], row["share"], row["interval"][1]))
-        print(f"| {size} | {spread(each['published'])} | {spread(each['modern'])} | {row['share']:.3f} | {share:.3f} | {low:.3f} to {high:.3f} |")
+        print(f"| {size} | {spread(each['published'])} | {spread(each['modern'])} "
+              f"| {row['share']:.3f} | {share:.3f} | {low:.3f} to {high:.3f} |")
     if args.json:
         write_json(args.json, tokens_per_second=rates)
 
 
 def time_recipe(recipe, size, args):
     """Tokens per second of a short run, its start not counted."""
-    values = tuned(recipe, size)
     with tempfile.TemporaryDirectory() as out_dir:
-        line = arguments(recipe, size, values, out_dir)
+        line = arguments(recipe, size, tuned(recipe, size), out_dir)
         run_python("train.py", *line.split(), f"--max_tokens={args.steps * 16 * 128}",
                    "--eval_tokens=1", "--save_weights=False", "--log_every=1", "--device=cpu",
                    f"--data_dir={args.data_dir}")
