@@ -149,5 +149,7 @@ def small_gpt_config(**flags):
 
 
 def without_progress(stderr):
-    """The lines of a run's stderr that are not of its progress bar: warnings, errors."""
-    return [line for line in stderr.splitlines() if not re.fullmatch(r"\s*(\d+%\|.*)?", line)]
+    """The lines of a run's stderr that are not of its progress bar: warnings, errors. Not what
+    torch for CUDA says of a machine that has none."""
+    return [line for line in stderr.splitlines() if not re.fullmatch(r"\s*(\d+%\|.*)?", line)
+            and "No CUDA runtime is found" not in line]

@@ -57,7 +57,7 @@ def test_3090_config_without_data_or_gpu(tmp_path):
 
 
 def test_windows_gets_one_line():
-    code = "import sys; sys.platform = 'win32'; import nanolab.common"
+    code = "import socket, sys, zipfile; sys.platform = 'win32'; import nanolab.common"
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "nanolab runs on Linux and macOS; on Windows, use it inside WSL\n"
