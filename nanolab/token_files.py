@@ -51,6 +51,10 @@ def read_meta(data_dir, dataset, vocab_size=0):
         if meta["dtype"] not in ("uint16", "uint32") or type(meta["tokenizer"]) is not str or not (
                 0 < meta["vocab_size"] <= 2**32 and meta["splits"]["train"]["sha256"]):
             raise ValueError
+        for facts in meta["splits"].values():
+            if [type(facts["tokens"]), type(facts["sha256"]),
+                    type(facts.get("chunks", []))] != [int, str, list]:
+                raise ValueError
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
         return {key: meta[key] for key in keys}
     except FileNotFoundError:

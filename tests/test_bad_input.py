@@ -234,6 +234,8 @@ HF = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8, "
     ({TRAIN_BIN: lambda path: resize(path, 1001)}, TRAIN, "train.bin has 1,001 bytes"),
     ({META: change_meta(dtype="uint32")}, TRAIN, "its meta.json says"),
     ({META: change_meta(dtype="words")}, TRAIN, "meta.json is damaged"),
+    ({META: lambda path: path.write_text(path.read_text().replace('"tokens"', '"tokens "'))}, TRAIN,
+     "meta.json is damaged"),
     ({META: change_meta(vocab_size=50)}, TRAIN, "beyond its vocabulary of 50"),
     ({META: write('{"hello": 1}')}, TRAIN, "meta.json is damaged or not nanolab's"),
     ({META: write('{"tok')}, TRAIN, "meta.json is damaged"),
