@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from shared import ROOT, STEPS_NOT_TIMED, log_mean, run_python, spread, write_json
+from shared import ROOT, log_mean, parse_timing_arguments, run_python, spread, write_json
 
 from config.studies.ladder import LADDER, LARGEST, arguments, parameters, tuned
 from nanolab.common import argument_parser, run_script
@@ -61,19 +61,10 @@ def time_recipe(recipe, size, args):
 
 def parse_arguments():
     parser = argument_parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=100, help="of a run (default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="default: all")
     parser.add_argument("--results", type=Path, default=ROOT / "config/results/ladder.json",
                         help="of eval.py --scaling --json (default: the repository's)")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
-                        help="where the data set pypi is (default: data)")
-    parser.add_argument("--json", metavar="FILE", help="write every run's speed")
-    args = parser.parse_args()
-    args.data_dir = args.data_dir.resolve()
-    if args.repeats < 1 or args.steps <= STEPS_NOT_TIMED:
-        parser.error(f"--repeats must be at least 1, --steps more than {STEPS_NOT_TIMED}")
-    return args
+    return parse_timing_arguments(parser, 100, "pypi")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,20 @@ def spread(figures):
     return f"{statistics.median(figures):,.0f} ({min(figures):,.0f} to {max(figures):,.0f})"
 
 
+def parse_timing_arguments(parser, steps, dataset):
+    """Adds what the scripts that time short runs have in common. -> the arguments."""
+    parser.add_argument("--repeats", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=steps, help="of a run (default: %(default)s)")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
+                        help=f"where the data set {dataset} is (default: data)")
+    parser.add_argument("--json", metavar="FILE", help="write every run's speed")
+    args = parser.parse_args()
+    args.data_dir = args.data_dir.resolve()
+    if args.repeats < 1 or args.steps <= STEPS_NOT_TIMED:
+        parser.error(f"--repeats must be at least 1, --steps more than {STEPS_NOT_TIMED}")
+    return args
+
+
 def write_json(path, **figures):
     """The raw figures, and what a reader needs to judge or to repeat them."""
     conditions = {"machine": machine(torch.device("cpu")), "date": str(date.today()),

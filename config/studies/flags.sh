@@ -16,10 +16,10 @@ compare() {  # RESULTS BASELINE CHECKPOINTS... FLAGS...
 
 train baseline
 train alone
-compare 2x32 modern 'out/flags/2x32/*/*/best.pt' 'out/ladder/runs/2x32/modern_1_1/*/best.pt' \
-  --validation
-compare 2x48 modern 'out/flags/2x48/*/*/best.pt' 'out/ladder/runs/2x48/modern_1_1/*/best.pt' \
-  --validation
+for size in 2x32 2x48; do
+  compare $size modern "out/flags/$size/*/*/best.pt" "out/ladder/runs/$size/modern_1_1/*/best.pt" \
+    --validation
+done
 python -m config.studies.flags choose
 train rates
 compare stack_rates stack_rate_1 'out/flags/2x64/stack_rate_*/*/best.pt' --validation
