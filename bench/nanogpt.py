@@ -8,8 +8,9 @@
 nanoGPT's side is its model.py with its own optimiser, gradient clipping and batches; nanolab's is
 `python train.py config/bench.py`. Both: no dropout, tied embeddings, AdamW, clipping at 1, and
 bytes of Python's library as tokens; float32 on a CPU, bfloat16 and TF32 on a GPU. nanoGPT has no
-biases, as in its own training script; nanolab always has those of GPT-2. On a GPU nanoGPT's
-vocabulary of 50,257 becomes 50,304, as in its script. The first three steps are not timed.
+biases, as in its own training script, unless --biases gives it those of GPT-2, which nanolab always
+has. On a GPU nanoGPT's vocabulary of 50,257 becomes 50,304, as in its script. The first three steps
+are not timed.
 
 Prints a Markdown table: medians over the pairs, and the ratios with their lowest and highest pair.
 Close other programs first: they slow down the two sides unequally.
@@ -97,11 +98,11 @@ def run_nanolab(shape, compiled, args):
 def run_nanogpt(shape, compiled, args):
     """-> tokens per second, peak memory in MB."""
     job = json.dumps({"path": str(args.nanogpt), "shape": shape, "compiled": compiled,
-                      "tokens": str(args.data_dir / "stdlib/train.bin"), "device": args.device})
+                      "biases": args.biases, "tokens": str(args.data_dir / "stdlib/train.bin"), "device": args.device})
     return json.loads(run_python(__file__, "--one_nanogpt_run", job).splitlines()[-1])
 
 
-def time_nanogpt(path, shape, compiled, tokens, device):
+def time_nanogpt(path, shape, compiled, biases, tokens, device):
     """nanoGPT's training loop without its logging, in this process. Prints the figures as JSON."""
     sys.path.insert(0, path)
     import numpy as np
@@ -113,7 +114,7 @@ def time_nanogpt(path, shape, compiled, tokens, device):
     if on_gpu and shape["vocab_size"] == 50257:
         shape["vocab_size"] = 50304
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-    model = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
+    model = GPT(GPTConfig(**shape, dropout=0.0, bias=biases)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
     run = torch.compile(model) if compiled else model
     data = np.memmap(tokens, dtype=np.uint16, mode="r")
@@ -187,6 +188,7 @@ def parse_arguments():
                         help="default: all")
     parser.add_argument("--compile", choices=("none", "nanogpt", "both"), default="none",
                         help="which side torch.compile compiles (default: %(default)s)")
+    parser.add_argument("--biases", action="store_true", help="nanoGPT has GPT-2's biases too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
