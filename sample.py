@@ -18,6 +18,7 @@ from config import OPTIONS
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script
+from nanolab.cpu import use_enough_threads
 from nanolab.devices import pick_device
 from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, token_bytes
 
@@ -42,6 +43,9 @@ def main():
 
     tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
     prompts = torch.tensor([tokens] * args.num_samples, device=device)  # (num_samples, T)
+    if device.type == "cpu":
+        with torch.no_grad():
+            use_enough_threads(lambda: model(prompts[:, -1:]))  # as much work as the next tokens
     seeds = range(args.seed, args.seed + args.num_samples)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     steps = model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,

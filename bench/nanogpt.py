@@ -98,7 +98,8 @@ def run_nanolab(shape, compiled, args):
 def run_nanogpt(shape, compiled, args):
     """-> tokens per second, peak memory in MB."""
     job = json.dumps({"path": str(args.nanogpt), "shape": shape, "compiled": compiled,
-                      "biases": args.biases, "tokens": str(args.data_dir / "stdlib/train.bin"), "device": args.device})
+                      "biases": args.biases, "tokens": str(args.data_dir / "stdlib/train.bin"),
+                      "device": args.device})
     return json.loads(run_python(__file__, "--one_nanogpt_run", job).splitlines()[-1])
 
 

@@ -104,6 +104,14 @@ def measure(model, config, dtype):
     return plan, busy
 
 
+def use_enough_threads(step):
+    """One thread, unless all of them are clearly faster at step(). Puts it into effect. Where other
+    programs keep cores busy, threads that share every operator wait for them."""
+    one, all_threads = CPUPlan(), CPUPlan(n_threads=DEFAULT_THREADS)
+    times = time_plans([one, all_threads], lambda plan: step())
+    use(all_threads if times[one] > KERNEL_GAIN * times[all_threads] else one)
+
+
 def make_trial(model, batch_size, n_threads, may_share, dtype):
     """A function that runs forward and backward passes of a small form of the model: of its width,
     with fewer layers, sequences, positions and token ids if it is large."""

@@ -119,6 +119,14 @@ def test_threads_are_printed_and_can_be_set(data_dir, tmp_path):
     assert read_checkpoint(tmp_path / "out/last.pt")["cpu_plan"]["n_threads"] == 1
 
 
+@pytest.mark.parametrize("one, all_threads, chosen", [(10, 5, 2), (10, 9.5, 1), (5, 10, 1)])
+def test_a_text_takes_no_more_threads_than_help(monkeypatch, one, all_threads, chosen):
+    monkeypatch.setattr(cpu, "DEFAULT_THREADS", 2)
+    milliseconds = {1: one, 2: all_threads}
+    cpu.use_enough_threads(lambda: time.sleep(milliseconds[torch.get_num_threads()] / 1000))
+    assert torch.get_num_threads() == chosen
+
+
 def test_a_busy_machine_is_noted(small_run, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "measure", lambda *args: (ONE, 1.6))
     small_run("busy")
