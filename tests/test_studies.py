@@ -20,7 +20,8 @@ STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh"))
 RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
            "modern": ["modern"], "modern_core": ["modern_core"],
            "lab_wide": ["lab_wide"],
-           "flags": ["flags_2x32", "flags_2x48", "flags_stack", "flags_stack_rates"],
+           "flags": ["flags_2x32", "flags_2x48", "flags_stack", "flags_stack_rates",
+                     "flags_stack_tuning"],
            "ladder": ["ladder", "ladder_2x64", "ladder_prediction"],
            "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
                             "modern_wide_half"]}

@@ -5,11 +5,15 @@
     python -m config.studies.flags choose    what helped, by out/flags_*.json, or else by ours
     python -m config.studies.flags rates     what helped ours, together, at 2x64: three rates
     python -m config.studies.flags stack     the same at the modern recipe's rate, five seeds
+    python -m config.studies.flags tuning    the stack with values of its own: 24 random trials
+    python -m config.studies.flags refine    the best of them with half and twice its rate
+    python -m config.studies.flags best      the best of all these, five seeds
 
 All but `choose` print arguments for train.py, a line a run; flags.sh runs them. Every run has 20
-tokens a parameter and the values that the ladder found for the modern recipe at its size
-(config/studies/ladder.py); those of `rates` have a seed of their own and half, once and twice its
-learning rate.
+tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern recipe
+at its size (config/studies/ladder.py), and those of `rates` half, once and twice its learning rate.
+`tuning` draws what the ladder drew for its recipes, from the same ranges. `refine` and `best` read
+the trials in out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
 
 The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
 loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
@@ -21,7 +25,9 @@ import math
 import statistics
 from pathlib import Path
 
-from config.studies.ladder import RECIPES, arguments, run_command, runs_of, tuned
+from config import OPTIONS
+from config.studies.ladder import (DRAWN, N_TRIALS, RECIPES, arguments, random_values, run_command,
+                                   runs_of, tuned)
 
 SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
 SEEDS = {"2x32": (1, 2, 3, 4, 5), "2x48": (1, 2, 3, 4, 5), "2x64": (1, 2, 3, 4, 5)}
@@ -62,7 +68,7 @@ def alone():
     for size in SIZES:
         for seed in SEEDS[size]:
             for name, flags in FLAGS.items():
-                yield run(name, flags, size, seed)
+                yield run(name, flags, size, seed, tuned("modern", size))
 
 
 def choose():
@@ -84,36 +90,65 @@ def compare(name, seeds=SEEDS):
     mean of all of them; its standard error."""
     differences = []
     for size in SIZES:
-        own, recorded = (Path(folder, f"flags_{size}.json") for folder in ("out", "config/results"))
-        runs = json.loads((own if own.exists() else recorded).read_text())["runs"]
-        losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in runs}
+        losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in read_runs(size)}
         differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
     both = sum(differences, [])
     error = statistics.stdev(both) / math.sqrt(len(both))
     return [statistics.mean(each) for each in differences], statistics.mean(both), error
 
 
+def read_runs(results):
+    """The runs of flags_RESULTS.json, one's own if there are any."""
+    own, recorded = (Path(folder, f"flags_{results}.json") for folder in ("out", "config/results"))
+    return json.loads((own if own.exists() else recorded).read_text())["runs"]
+
+
 def rates():
     for multiple in (0.5, 1, 2):
-        yield stack_run(f"stack_rate_{multiple}", 100, multiple)
+        values = scaled(multiple, tuned("modern", THIRD_SIZE))
+        yield stack_run(f"stack_rate_{multiple}", 100, values)
 
 
 def stack():
     for seed in SEEDS[THIRD_SIZE]:
-        yield stack_run("stack", seed)
+        yield stack_run("stack", seed, tuned("modern", THIRD_SIZE))
 
 
-def stack_run(name, seed, multiple=1):
-    return run(name, " ".join(FLAGS[flag] for flag in STACK), THIRD_SIZE, seed, multiple)
+def tuning():
+    for i in range(N_TRIALS):
+        yield stack_run(f"stack_trial_{i}", 100, random_values([i, len(RECIPES)], "modern"))
 
 
-def run(name, flags, size, seed, multiple=1):
-    """multiple: of the modern recipe's learning rate."""
-    values = tuned("modern", size)
-    values["learning_rate"] *= multiple
+def refine():
+    for multiple in (0.5, 2):
+        values = scaled(multiple, best_values("stack_trial"))
+        yield stack_run(f"stack_refined_{multiple}", 100, values)
+
+
+def best():
+    for seed in SEEDS[THIRD_SIZE]:
+        yield stack_run("stack_tuned", seed, best_values("stack"))
+
+
+def best_values(prefix):
+    """Those of the stack's trial with the lowest validation loss: {option: value}."""
+    trials = [run for run in read_runs("stack_tuning") if run["name"].startswith(prefix)]
+    config = min(trials, key=lambda run: run["val_loss"])["config"]
+    return {key: config.get(key, OPTIONS[key].default) for key in DRAWN}
+
+
+def scaled(multiple, values):
+    return {**values, "learning_rate": multiple * values["learning_rate"]}
+
+
+def stack_run(name, seed, values):
+    return run(name, " ".join(FLAGS[flag] for flag in STACK), THIRD_SIZE, seed, values)
+
+
+def run(name, flags, size, seed, values):
     line = arguments("modern", size, values, f"out/flags/{size}/{name}/{seed}", seed)
     return f"{line} {flags} --name={name}"
 
 
 if __name__ == "__main__":
-    run_command(__doc__, baseline, alone, choose, rates, stack)
+    run_command(__doc__, baseline, alone, choose, rates, stack, tuning, refine, best)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Each newer flag alone on the ladder's modern recipe at its two smallest sizes, chosen by
-# validation loss; then what helped, together, at the third size (config/studies/flags.py).
+# validation loss; then what helped, together, at the third size, with the recipe's values and with
+# its own (config/studies/flags.py).
 # The baseline is the ladder's own runs, which are made if they are missing. Writes out/ladder/,
 # out/flags/ and out/flags_*.json.
 set -euo pipefail
@@ -23,5 +24,12 @@ done
 python -m config.studies.flags choose
 train rates
 compare stack_rates stack_rate_1 'out/flags/2x64/stack_rate_*/*/best.pt' --validation
+train tuning
+compare stack_tuning stack_trial_0 'out/flags/2x64/stack_trial_*/*/best.pt' --validation
+train refine
+compare stack_tuning stack_trial_0 'out/flags/2x64/stack_trial_*/*/best.pt' \
+  'out/flags/2x64/stack_refined_*/*/best.pt' --validation
 train stack
-compare stack modern 'out/flags/2x64/stack/*/best.pt' 'out/ladder/runs/2x64/*_1_1/*/best.pt'
+train best
+compare stack modern 'out/flags/2x64/stack/*/best.pt' 'out/flags/2x64/stack_tuned/*/best.pt' \
+  'out/ladder/runs/2x64/*_1_1/*/best.pt'

@@ -65,15 +65,20 @@ def log_uniform(rng, low, high):
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
+def random_values(seed, recipe):
+    """What a random trial draws: {option: value}."""
+    rng = np.random.default_rng(seed)
+    return {"learning_rate": log_uniform(rng, *RATES[recipe]),
+            "weight_decay": log_uniform(rng, 1e-3, 1.0),
+            "beta2": rng.choice([0.95, 0.98, 0.99, 0.999]),
+            "warmup_fraction": rng.choice([0.0, 0.02, 0.05, 0.1])}
+
+
 def tuning():
     for i in range(N_TRIALS):
         for j, recipe in enumerate(RECIPES):
-            rng = np.random.default_rng([i, j])
-            values = {"learning_rate": log_uniform(rng, *RATES[recipe]),
-                      "weight_decay": log_uniform(rng, 1e-3, 1.0),
-                      "beta2": rng.choice([0.95, 0.98, 0.99, 0.999]),
-                      "warmup_fraction": rng.choice([0.0, 0.02, 0.05, 0.1])}
-            yield arguments(recipe, TUNED, values, f"out/ladder/tuning/{recipe}/{TUNED}/{i}")
+            yield arguments(recipe, TUNED, random_values([i, j], recipe),
+                            f"out/ladder/tuning/{recipe}/{TUNED}/{i}")
 
 
 def beta2():
