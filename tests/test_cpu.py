@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import config
-from conftest import SMALL, call, equal_weights, losses
+from conftest import SMALL, call, equal_weights, losses, run_main
 from model import GPT, GPTConfig
 from nanolab import cpu, kernels
 from nanolab.checkpoint import read_checkpoint
@@ -120,10 +120,14 @@ def test_threads_are_printed_and_can_be_set(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("one, all_threads, chosen", [(10, 5, 2), (10, 9.5, 1), (5, 10, 1)])
-def test_a_text_takes_no_more_threads_than_help(monkeypatch, one, all_threads, chosen):
-    monkeypatch.setattr(cpu, "DEFAULT_THREADS", 2)
+def test_a_text_takes_no_more_threads_than_help(small_run, monkeypatch, one, all_threads, chosen):
+    """sample.py, by what a token takes with one thread and with all."""
+    run = small_run("run", "--max_steps=1")
     milliseconds = {1: one, 2: all_threads}
-    cpu.use_enough_threads(lambda: time.sleep(milliseconds[torch.get_num_threads()] / 1000))
+    monkeypatch.setattr(cpu, "DEFAULT_THREADS", 2)
+    monkeypatch.setattr(GPT, "forward", lambda *_: time.sleep(
+        milliseconds[torch.get_num_threads()] / 1000))
+    run_main(monkeypatch, "sample", "--ckpt", run, "--max_new_tokens=1", "--device=cpu")
     assert torch.get_num_threads() == chosen
 
 
