@@ -36,7 +36,8 @@ def test_pairs_with_nanogpt(tmp_path, data_dir):
     nanogpt.mkdir()
     (nanogpt / "model.py").write_text(NANOGPT)
     result = call("bench/nanogpt.py", nanogpt, "--pairs=2", "--shapes", "4x128", "--steps=5",
-                  "--threads=1", f"--data_dir={data_dir}", "--json", tmp_path / "pairs.json",
+                  "--threads=1", "--biases", f"--data_dir={data_dir}", "--json",
+                  tmp_path / "pairs.json",
                   WHAT_WAS_ASKED=str(tmp_path / "asked"))
     assert result.returncode == 0, result.stderr
     pairs = json.loads((tmp_path / "pairs.json").read_text())["pairs"]["4x128"]
@@ -55,7 +56,7 @@ def test_pairs_with_nanogpt(tmp_path, data_dir):
         result.stdout)
     asked = (tmp_path / "asked").read_text()
     for option in ("('n_layer', 4)", "('n_embd', 128)", "('block_size', 64)", "('vocab_size', 257)",
-                   "('dropout', 0.0)"):
+                   "('dropout', 0.0)", "('bias', True)"):
         assert asked.count(option) == 2
 
 
