@@ -1,6 +1,6 @@
 # One RTX 3090, one night: 1.7 billion tokens of FineWeb, planned to end below OpenAI's GPT-2 small
-# (3.4997 on the same test windows). NOT RUN YET but for its first 30 steps, on another card and text
-# (docs/gpu.md): what follows is other people's result and arithmetic.
+# (3.4997 on the same test windows). NOT RUN YET, but for its first 30 steps on another card and
+# other text (docs/gpu.md): what follows is other people's result and arithmetic.
 #
 #     python prepare.py fineweb
 #     python train.py config/overnight_3090.py --dry_run       # memory and hours on your card

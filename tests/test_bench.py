@@ -37,8 +37,7 @@ def test_pairs_with_nanogpt(tmp_path, data_dir):
     (nanogpt / "model.py").write_text(NANOGPT)
     result = call("bench/nanogpt.py", nanogpt, "--pairs=2", "--shapes", "4x128", "--steps=5",
                   "--threads=1", "--biases", f"--data_dir={data_dir}", "--json",
-                  tmp_path / "pairs.json",
-                  WHAT_WAS_ASKED=str(tmp_path / "asked"))
+                  tmp_path / "pairs.json", WHAT_WAS_ASKED=str(tmp_path / "asked"))
     assert result.returncode == 0, result.stderr
     pairs = json.loads((tmp_path / "pairs.json").read_text())["pairs"]["4x128"]
     assert len(pairs) == 2

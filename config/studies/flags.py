@@ -30,8 +30,8 @@ from config.studies.ladder import (DRAWN, N_TRIALS, RECIPES, arguments, random_v
                                    runs_of, tuned)
 
 SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
-SEEDS = {"2x32": (1, 2, 3, 4, 5), "2x48": (1, 2, 3, 4, 5), "2x64": (1, 2, 3, 4, 5)}
-SEEDS_OF_CHOICE = {**SEEDS, "2x48": (1, 2, 3)}
+SEEDS = (1, 2, 3, 4, 5)
+SEEDS_OF_CHOICE = {"2x32": SEEDS, "2x48": SEEDS[:3]}
 
 # The files in config/interventions/ have the values of models of another size. A rate that is a
 # multiple of the matrices' is tried at a third and at three times.
@@ -59,14 +59,14 @@ STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average"
 
 def baseline():
     for size in (*SIZES, THIRD_SIZE):
-        for line in runs_of(size, SEEDS[size], RECIPES if size == THIRD_SIZE else ["modern"]):
+        for line in runs_of(size, SEEDS, RECIPES if size == THIRD_SIZE else ["modern"]):
             if "_1_1/" in line:  # all its tokens
                 yield line
 
 
 def alone():
     for size in SIZES:
-        for seed in SEEDS[size]:
+        for seed in SEEDS:
             for name, flags in FLAGS.items():
                 yield run(name, flags, size, seed, tuned("modern", size))
 
@@ -85,7 +85,7 @@ def helped(means, both, error):
     return max(means) < 0 and both < -2 * error
 
 
-def compare(name, seeds=SEEDS):
+def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
     """-> the mean difference in validation loss to the baseline, seed by seed, at each size; the
     mean of all of them; its standard error."""
     differences = []
@@ -110,7 +110,7 @@ def rates():
 
 
 def stack():
-    for seed in SEEDS[THIRD_SIZE]:
+    for seed in SEEDS:
         yield stack_run("stack", seed, tuned("modern", THIRD_SIZE))
 
 
@@ -126,7 +126,7 @@ def refine():
 
 
 def best():
-    for seed in SEEDS[THIRD_SIZE]:
+    for seed in SEEDS:
         yield stack_run("stack_tuned", seed, best_values("stack"))
 
 
