@@ -63,7 +63,16 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.scale, self.qk_gain = config.qk_norm, None, None
+        D = config.n_embd // config.n_head
+        if isinstance(config.qk_scale, str):  # gain = start x (1 + s): weight decay pulls to start
+            per_channel = config.qk_scale.startswith("channel")
+            self.qk_gain = nn.Parameter(torch.empty(2, D) if per_channel
+                                        else torch.empty(config.n_head, 1, 1))
+            start = config.qk_scale.lstrip("abcdefghijklmnopqrstuvwxyz")
+            self.scale = float(start) / D if start else None
+        elif config.qk_scale:
+            self.scale = config.qk_scale / D
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.proj = Linear(config.n_embd, config.n_embd)
         self.rope = Rope(config) if config.position == "rope" else None
@@ -84,6 +93,10 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if self.qk_norm:  # rotation keeps the norm, so the order does not matter
             q, k = rms_norm(q), rms_norm(k)
+            if self.qk_gain is not None and self.qk_gain.ndim == 2:
+                q, k = q * (1 + self.qk_gain[0]), k * (1 + self.qk_gain[1])
+            elif self.qk_gain is not None:
+                q = q * (1 + self.qk_gain)
         if self.rope is not None:
             q, k = self.rope(q, start), self.rope(k, start)
         if self.value_share is not None:  # mix in the first block's values; no effect in that block
@@ -96,7 +109,7 @@ class Attention(nn.Module):
             cache[:, :, :, start:start + T] = torch.stack((k, v))
             k, v = cache[:, :, :, :start + T]
         # a single new token, with start above 0, sees every cached key
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0,
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, scale=self.scale,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.proj(y), values
@@ -329,6 +342,8 @@ def initialise(model, generator):
                 nn.init.zeros_(p)
             case ["attn", "value_share" | "embedding_share"]:
                 p.fill_(0.5)
+            case ["attn", "qk_gain"]:
+                nn.init.zeros_(p)
             case ["x_lambdas"]:
                 nn.init.ones_(p)
             case ["x0_lambdas"]:

@@ -62,6 +62,10 @@ class GPTConfig:
         "learned", "a learned embedding for each position, or rope: q and k are rotated by it",
         choices=("learned", "rope"))
     qk_norm: bool = option(False, "q and k of each head are divided by their root mean square")
+    qk_scale: float | str = option(
+        0.0, "with qk_norm: the bound of attention logits (scale = bound / D; 0: 1/sqrt(D)); or gains "
+        "that are learned, per head or per channel, from 1 / sqrt(D) or from a bound of 12 on",
+        choices=("head", "head12", "channel", "channel12"), within="[0, inf)")
     activation: str = option(
         "gelu", "of the MLP: gelu, relu2 (ReLU squared), or swiglu (gated, 8/3 instead of 4 n_embd "
         "wide)", choices=("gelu", "relu2", "swiglu"))

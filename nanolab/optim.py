@@ -57,7 +57,7 @@ def make_optimizer(model, config):
 def parameter_kind(name, p):
     """'embedding' (of tokens, positions, values; a tied head too), 'head', 'scalar' (fewer than two
     dimensions) or 'matrix'."""
-    if p.ndim < 2:
+    if p.ndim < 2 or name.endswith("qk_gain"):
         return "scalar"
     module = name.split(".")[-2]
     embeddings = ("wte", "wpe", "value_embedding")
