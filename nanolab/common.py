@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import signal
 import socket
 import sys
@@ -11,9 +13,10 @@ import threading
 import time
 import warnings
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
-if sys.platform == "win32":  # has neither fcntl nor SIGHUP
+if sys.platform == "win32":  # has no SIGHUP
     sys.exit("nanolab runs on Linux and macOS; on Windows, use it inside WSL")
 
 OUT_OF_MEMORY = "out of memory: a smaller batch, number of samples or model needs less"
@@ -40,19 +43,20 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
     if_interrupted: the line after Ctrl-C; if_failed: what to add when the operating system fails (a
     full disk, no permission).
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that has only ASCII shows the rest as \xe9
-            stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends that of nanolab.ctrl_c
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has only ASCII shows the rest as \xe9
+        stream.reconfigure(errors="backslashreplace")
     try:
-        if not all(map(is_text_utf8, sys.argv)):
-            raise UserError("the command line has bytes that are not UTF-8 text", exit_code=2)
+        for word in sys.argv:
+            word.encode()
         main()
     except UserError as error:
         stop(error.exit_code, error, error.each_rank)
+    except UnicodeEncodeError:  # bytes that are not text became surrogates
+        stop(2, "the command line has bytes that are not UTF-8 text", each_rank=False)
     except MemoryError:
         stop(1, OUT_OF_MEMORY, each_rank=True)
+    except FloatingPointError as error:
+        stop(1, error, each_rank=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough; avoid an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -65,29 +69,6 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
         stop(1, "another process of this run has ended", each_rank=True)
     except KeyboardInterrupt:
         stop(130, if_interrupted, each_rank=True)
-
-
-class OutputThatMayFail:
-    """Stands for sys.stdout or sys.stderr in a long run, which shall not end because a disk is full
-    or a reader has gone: from the first error on, its output goes nowhere."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        self.attempt(lambda: self.stream.write(text))
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, output):
-        try:
-            output()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def stop(exit_code, message, each_rank):
@@ -116,21 +97,47 @@ def is_out_of_memory(error):
         "out of memory", "can't allocate memory", "Storage size calculation overflowed"))
 
 
-def is_text_utf8(text):
-    """Whether UTF-8 can write it: bytes of the command line that are not text become surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+class OutputThatMayFail:
+    """Stands for sys.stdout or sys.stderr in a long run: after the first write error, as on a full
+    disk or a terminal that is gone, output is discarded and training continues."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            function(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
-def parse_json(text):
-    """json.loads. ValueError for all that is wrong; nesting too deep is a RecursionError there."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+class StopSignal:
+    """Turns Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) into a request to stop after the
+    current step, on which the ranks then agree.
+
+    A second Ctrl-C ends the process at once. A repeated SIGTERM is ignored; use SIGKILL. Under
+    nohup, SIGHUP stays ignored.
+    """
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def argument_parser(description):
@@ -148,6 +155,15 @@ def describe(error):
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def utc_now():
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions():
+    return {"python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
+
+
 def format_duration(seconds):
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
@@ -155,8 +171,16 @@ def format_duration(seconds):
     return f"{seconds:.1f} seconds"
 
 
+def parse_json(text):
+    """json.loads. ValueError for all that is wrong; nesting too deep is a RecursionError there."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_atomically(path, content):
-    """Writes a file, of text (in UTF-8) or bytes, whole or not at all."""
+    """Writes a file of text (in UTF-8) or bytes, completely or not at all."""
     unfinished = Path(f"{path}.unfinished")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)
@@ -166,7 +190,7 @@ def load_tensors(path, mmap=False):
     """What torch.save wrote to a file, tensors on the CPU. Only tensors and plain values are
     loaded; no code runs.
 
-    mmap: leave the tensors on disk until they are used, without a check of them. Raises UserError.
+    mmap: leave the tensors on disk until they are used, without checking them. Raises UserError.
     """
     import torch  # here, because the tokenising processes start faster without it
     try:
@@ -198,11 +222,9 @@ def reachable(host, seconds=1.2):
     answered = threading.Event()
 
     def connect():
-        try:
+        with contextlib.suppress(OSError):
             socket.create_connection((host, 443), timeout=seconds).close()
             answered.set()
-        except OSError:
-            pass
 
     threading.Thread(target=connect, daemon=True).start()
     return answered.wait(seconds)
