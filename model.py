@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from config import GPTConfig
+from config import GPTConfig  # also for `from model import GPT, GPTConfig`
 from nanolab.head import head_loss, softcap
 
 

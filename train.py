@@ -42,19 +42,16 @@ from nanolab.runlog import RunLog, TrainingClock
 MAX_SKIPPED = 20  # updates in a row that may be skipped
 
 
-def train(config, on_step=None):
-    """One run. on_step: called as on_step(step, model) before each step; tests watch by it."""
-    # where: this process's device and precision, and its place among the others
-    world = init_distributed(config.device, config.amp)
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")  # high: TF32
+def train(config, on_step=lambda step, model: None):
+    """One run. on_step is called before each step; tests watch by it."""
+    world = init_distributed(config.device, config.amp, config.tf32)  # device, dtype, rank, size
 
     # data, and what the run starts from: its last checkpoint, the weights of init_from, or neither
     make_stdlib_if_missing(config, world)
     meta = read_meta(config.data_dir, config.dataset, config.vocab_size)
     start = find_start(config, meta)
     config = start.config  # complete from here on: nobody changes it
-    train_data, val_data = (TokenDataset(config.data_dir, config.dataset, split, config.block_size,
-                                         config.vocab_size) for split in ("train", "val"))
+    train_data, val_data = open_split(config, "train"), open_split(config, "val")
 
     # model and optimiser
     max_steps = count_steps(config)
@@ -64,40 +61,31 @@ def train(config, on_step=None):
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
     state = start.restore(model, average, optimizer, scaler, world)  # steps done, seconds, ...
     if state.step >= max_steps:
-        print_finished(config, state, max_steps)
-        return
+        return print_finished(config, state, max_steps)
 
     # how a step is computed: compiled, in micro-steps, by processes or threads that share batches
     fast_model = make_fast(model, config, world)
     fast_average = make_fast(average.module, config, world) if average else None
-    batch_size = config.batch_size
-    if batch_size == "auto":
-        batch_size = largest_batch_size(model, fast_model, optimizer, train_data,
-                                        config.global_batch_size, world)
-    grad_accum_steps = count_grad_accum_steps(config.global_batch_size, batch_size, world.size)
+    batch_size, grad_accum_steps = split_batch(config, fast_model, optimizer, train_data, world)
     ddp_model = wrap_ddp(fast_model, world)
     print_setup(config, meta, model, train_data, max_steps, batch_size, grad_accum_steps, world)
     if config.dry_run:
-        dry_run(config, max_steps - state.step, model, ddp_model, optimizer, train_data, batch_size,
-                grad_accum_steps, world)
-        return
+        return dry_run(config, max_steps - state.step, ddp_model, optimizer, train_data, batch_size,
+                       grad_accum_steps, world)
 
-    # what it leaves: a log with samples, and checkpoints
+    # what it leaves: a log with samples and charts, and checkpoints
     clock = TrainingClock(state.seconds)
     log = RunLog(config, meta, state, max_steps, model, clock, world)
-    saver = CheckpointSaver(config.out_dir, partial(pack, config, meta, state, model, average,
-                                                    optimizer, scaler),
-                            start.best_val_loss, world.rank == 0 and config.save_weights)
+    saver = CheckpointSaver(
+        config.out_dir, partial(pack, config, meta, state, model, average, optimizer, scaler),
+        start.best_val_loss, enabled=world.rank == 0 and config.save_weights)
     stop = StopSignal()
-    skipped_in_a_row = 0
     batches = micro_batches(train_data, config, batch_size, state.step, world)
 
-    model.train()
     with log, saver:  # on exit: waits for the last save, then closes the log and frees its folder
         inputs, targets = next(batches)
         for step in range(state.step, max_steps):
-            if on_step:
-                on_step(step, model)
+            on_step(step, model)
             lr = learning_rate_at(step, max_steps, config)
             set_learning_rate(optimizer, lr)
 
@@ -114,50 +102,43 @@ def train(config, on_step=None):
                 scaler.scale(loss / grad_accum_steps).backward()  # scaled up only in float16
                 loss_sum += loss.detach()  # no .item(): it would wait for the device
 
-            # unscale and measure: the mean loss, the gradient norm, whether a rank is to stop
+            # unscale, measure, clip, update; all ranks skip an update if a number is not finite
             scaler.unscale_(optimizer)
             grad_norm = get_total_norm([p.grad for p in model.parameters()])
             loss, norm, n_asked = average_over_ranks(loss_sum / grad_accum_steps, grad_norm,
                                                      stop.requested)  # the step's one wait
-            # clip and update, unless a number is not finite: then all ranks skip the update
             skipped = not (math.isfinite(loss) and math.isfinite(norm))
             if not skipped:
                 if config.grad_clip:
                     clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
                 optimizer.step()  # not by the scaler, which would wait for the device once more
-            skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
-            if skipped_in_a_row == MAX_SKIPPED:
-                raise_too_many_bad_updates(model, step, saver)
             scaler.update()  # a lower scale after a skipped update
-            optimizer.zero_grad(set_to_none=world.size == 1)  # under DDP they are views of buckets
             if average and is_averaged(step, max_steps, config):
                 average.update_parameters(model)
-
             state.count_step(config.global_batch_size * config.block_size, skipped, clock)
-            log.step(loss, lr, norm, clipped=not skipped and 0 < config.grad_clip < norm,
-                     skipped=skipped)
+            log.step(loss, lr, norm, skipped)
+            if state.skipped_in_a_row == MAX_SKIPPED:
+                raise_too_many_bad_updates(model, step, saver)
+            optimizer.zero_grad(set_to_none=world.size == 1)  # under DDP they are views of buckets
 
-            # sample, validate, draw, save: none of them changes the training or its timing
-            last_step = state.step == max_steps
-            stopping = n_asked > 0
+            # sample, validate, report, save: none of them changes the training or its timing
+            last_step, stopping = state.step == max_steps, n_asked > 0
             with clock.stopped():
                 if is_due(config.sample_every, state.step):
                     log.sample()
                 if last_step or is_due(config.eval_every, state.step):
-                    averaging = average and average.n_averaged > 0
-                    state.val_loss = mean_loss(fast_average if averaging else fast_model, val_data,
-                                               config.eval_tokens, batch_size, world)
+                    best_now = fast_average if average and average.n_averaged > 0 else fast_model
+                    state.val_loss = mean_loss(best_now, val_data, config.eval_tokens, batch_size,
+                                               world)
                     state.seconds = clock.total()
                     is_best = saver.is_best(state.val_loss)
                     log.validation(state.val_loss, is_best)
                     if is_best:
                         saver.save("best.pt", wait=last_step)
-                if last_step:
-                    log.write_summary(saver.best_val_loss)  # before last.pt: the run has ended
+                if last_step or not stopping and log.report_is_due():
+                    log.report(saver.best_val_loss)  # before last.pt, which ends the run
                 if last_step or stopping or is_due(config.save_every, state.step):
                     saver.save("last.pt", wait=last_step or stopping)
-                if last_step or stopping or log.chart_is_due():
-                    log.draw(saver.best_val_loss)
             if stopping:
                 break
     log.finish(saver.best_val_loss)
@@ -206,20 +187,28 @@ def is_due(every, step):
     return every and step % every == 0
 
 
-def count_grad_accum_steps(global_batch_size, batch_size, world_size):
-    """Micro-steps of each process in one step. Raises UserError if the global batch does not
-    divide."""
-    sequences = batch_size * world_size  # of one micro-step, over all processes
-    if global_batch_size % sequences == 0:
-        return global_batch_size // sequences
-    part, rest = divmod(global_batch_size, world_size)
-    below = global_batch_size // sequences * sequences
+def open_split(config, split):
+    return TokenDataset(config.data_dir, config.dataset, split, config.block_size,
+                        config.vocab_size)
+
+
+def split_batch(config, fast_model, optimizer, train_data, world):
+    """-> the micro-batch's size, and the micro-steps of each process in one step. Raises UserError
+    if the global batch does not divide."""
+    batch_size, total = config.batch_size, config.global_batch_size
+    if batch_size == "auto":
+        batch_size = largest_batch_size(fast_model, optimizer, train_data, total, world)
+    sequences = batch_size * world.size  # of one micro-step, over all processes
+    if total % sequences == 0:
+        return batch_size, total // sequences
+    part, rest = divmod(total, world.size)
+    below = total // sequences * sequences
     advice = f"batch_size could be {divisors_near(part, batch_size)}"
     if rest:
         nearest = " or ".join(str(size) for size in (below, below + sequences) if size)
         advice = f"global_batch_size could be {nearest}"
-    raise UserError(f"global_batch_size={global_batch_size} is not divisible by "
-                    f"batch_size={batch_size} x {world_size} processes; {advice}", exit_code=2)
+    raise UserError(f"global_batch_size={total} is not divisible by batch_size={batch_size} x "
+                    f"{world.size} processes; {advice}", exit_code=2)
 
 
 LARGEST_SHARED = 2**24  # parameters up to which each CPU thread may have gradients of its own

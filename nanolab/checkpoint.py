@@ -108,7 +108,8 @@ class RunState:
     seconds: float = 0.0  # since the run began, validations and saves included
     timed_tokens: int = 0  # of training alone, without the first step
     timed_seconds: float = 0.0
-    skipped: int = 0
+    skipped: int = 0  # updates
+    skipped_in_a_row: int = 0
     name_suffix: str = ""  # marks a run whose schedule --extend changed, such as "_extended_400"
     val_loss: float | None = None  # the last one
 
@@ -121,6 +122,7 @@ class RunState:
         self.step += 1
         self.tokens += tokens
         self.skipped += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.seconds = clock.total()
 
     def tokens_per_second(self):

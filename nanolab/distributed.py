@@ -59,8 +59,12 @@ class World:
             torch.accelerator.synchronize(self.device)
 
 
-def init_distributed(device="auto", amp="auto"):
-    """Joins the other processes, if torchrun started this one. -> World. Raises UserError."""
+def init_distributed(device="auto", amp="auto", tf32=False):
+    """Joins the other processes, if torchrun started this one. -> World. Raises UserError.
+
+    The options are those of config/__init__.py.
+    """
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")  # high: TF32
     if "RANK" in os.environ:
         end_with_parent()
     found = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))

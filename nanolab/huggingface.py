@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from config import OPTIONS, GPTConfig
+from config import OPTIONS
 from nanolab.common import (UserError, argument_parser, describe, load_tensors, parse_json,
                             reachable, run_script)
 from nanolab.options import check

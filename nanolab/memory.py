@@ -25,7 +25,7 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def largest_batch_size(model, compiled_model, optimizer, dataset, global_batch_size, world):
+def largest_batch_size(model, optimizer, dataset, global_batch_size, world):
     """The largest micro-batch that fits on every GPU, a divisor of a process's part of the global
     batch. Tries real steps, from the largest down. On a CPU, whose system promises more memory
     than it has: the largest of at most CPU_TOKENS. Raises UserError."""
@@ -37,7 +37,7 @@ def largest_batch_size(model, compiled_model, optimizer, dataset, global_batch_s
         return next(size for size in sizes if size == 1 or size * dataset.block_size <= CPU_TOKENS)
     with trial_state(model, optimizer, world):
         found = next((size for size in sizes
-                      if world.all(step_fits(compiled_model, dataset, size, world))), None)
+                      if world.all(step_fits(model, dataset, size, world))), None)
     # the trials leave graphs for any batch size, which are slower than those for one
     torch.compiler.reset()
     if not found:
@@ -99,8 +99,7 @@ def forward_and_backward(model, dataset, size, world):
     loss.backward()
 
 
-def dry_run(config, n_steps, model, ddp_model, optimizer, dataset, batch_size, grad_accum_steps,
-            world):
+def dry_run(config, n_steps, model, optimizer, dataset, batch_size, grad_accum_steps, world):
     """Prints memory and time of a run of n_steps more steps, by steps that are measured and thrown
     away. Writes no file."""
     def measure(work):
@@ -115,8 +114,8 @@ def dry_run(config, n_steps, model, ddp_model, optimizer, dataset, batch_size, g
         return median(times)
 
     with trial_state(model, optimizer, world):
-        forward_and_backward(ddp_model, dataset, batch_size, world)  # compiles
-        micro_step = measure(lambda: forward_and_backward(ddp_model, dataset, batch_size, world))
+        forward_and_backward(model, dataset, batch_size, world)  # compiles
+        micro_step = measure(lambda: forward_and_backward(model, dataset, batch_size, world))
         update = measure(optimizer.step)
     seconds = micro_step * grad_accum_steps + update
     rate = config.global_batch_size * config.block_size / seconds

@@ -73,7 +73,7 @@ class RunLog:
         self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not self.enabled,
                         mininterval=0.5 if sys.stderr.isatty() else 10.0)
         self.last_line = state.tokens, 0.0  # how many tokens, and seconds in steps, were logged
-        self.next_chart = time.perf_counter() + 10
+        self.next_report = time.perf_counter() + 10
         self.unwritten = b""  # lines that wait for room on the disk
 
     def open_files(self):
@@ -105,8 +105,9 @@ class RunLog:
             Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
 
-    def step(self, loss, lr, grad_norm, clipped, skipped):
+    def step(self, loss, lr, grad_norm, skipped):
         """After every step: writes a line every log_every steps."""
+        clipped = not skipped and 0 < self.config.grad_clip < grad_norm
         done = self.state.step
         if (done - 1) % self.config.log_every == 0 or done == self.max_steps:
             tokens, seconds = self.last_line
@@ -174,36 +175,35 @@ class RunLog:
                 "started": state.started, "ended": utc_now(),
                 "machine": machine(self.world), "versions": versions()}
 
-    def write_summary(self, best_val_loss):
-        if self.enabled:
-            self.flush()
-            summary = json.dumps(self.summary(best_val_loss), indent=1) + "\n"
-            write_atomically(self.out_dir / "summary.json", summary)
-
-    def chart_is_due(self):
+    def report_is_due(self):
         """Every ten seconds; less often if drawing takes more than 1 % of the time."""
-        return time.perf_counter() > self.next_chart
+        return time.perf_counter() > self.next_report
 
-    def draw(self, best_val_loss):
-        """Writes loss.png and report.html. A timing run has none."""
-        if not (self.enabled and self.config.save_weights):
+    def report(self, best_val_loss):
+        """Writes loss.png and report.html, but for a timing run; at the end summary.json too."""
+        if not self.enabled:
+            return
+        is_last, summary = self.state.step == self.max_steps, self.summary(best_val_loss)
+        if is_last:
+            self.flush()
+            write_atomically(self.out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+        if not self.config.save_weights:
             return
         import_matplotlib()
         start = time.perf_counter()
-        is_last = self.state.step == self.max_steps
         status = "finished" if is_last else f"step {self.state.step:,} of {self.max_steps:,}"
         try:
             entries = read_entries(self.out_dir / "log.jsonl")
             png = plot_run(having("loss", entries), having("val_loss", entries), self.config)
-            page = format_report(vars(self.config), self.summary(best_val_loss), entries, png,
-                                 status, is_running=not is_last)
+            page = format_report(vars(self.config), summary, entries, png, status,
+                                 is_running=not is_last)
             write_atomically(self.out_dir / "loss.png", png)
             write_atomically(self.out_dir / "report.html", page)
         except (OSError, ValueError, KeyError, TypeError) as error:  # a full disk, a damaged log
             tqdm.write(f"could not draw {self.out_dir / 'loss.png'} ({describe(error)})",
                        file=sys.stderr)
         now = time.perf_counter()
-        self.next_chart = now + max(10, 100 * (now - start))
+        self.next_report = now + max(10, 100 * (now - start))
 
     def finish(self, best_val_loss):
         """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
@@ -214,6 +214,7 @@ class RunLog:
         if state.step < self.max_steps:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
+            self.report(best_val_loss)
             if self.tracker:
                 self.tracker.finish()
             return
