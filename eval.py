@@ -15,12 +15,12 @@ import json
 import sys
 from pathlib import Path
 
-from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.data import read_meta
 from nanolab.distributed import end_distributed, init_distributed
 from nanolab.evaluation import (amp_name, load_results, measure_test_loss, save_results,
                                 test_set_error)
+from nanolab.huggingface import read_any
 
 
 def main():
@@ -59,7 +59,7 @@ def evaluate(path, args, world):
     for result in saved["results"]:
         if is_current(result, args, world):
             return {**result, "path": path}
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_any(path)
     config = checkpoint["config"]
     dataset = args.dataset or config["dataset"] or "fineweb"  # None: of Hugging Face's weights
     result = measure_test_loss(checkpoint, args.data_dir or config["data_dir"], dataset,

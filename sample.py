@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 from config import OPTIONS
-from nanolab.checkpoint import load_model, read_checkpoint
+from nanolab.checkpoint import load_model
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.distributed import pick_device
+from nanolab.huggingface import read_any
 from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, text_of
 
 
 def main():
     args = parse_arguments()
-    checkpoint = read_checkpoint(args.ckpt)
+    checkpoint = read_any(args.ckpt)
     vocab_size = checkpoint["config"]["vocab_size"]
     if args.top_k and args.top_k > vocab_size:
         raise UserError(f"--top_k={args.top_k} is more than the {vocab_size} tokens of {args.ckpt}")

@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from config import Config, divisors_near
 from model import GPT, GPTConfig
-from nanolab.checkpoint import CheckpointSaver, find_start, options_of_run, pack
+from nanolab.checkpoint import CheckpointSaver, pack
 from nanolab.common import OutputThatMayFail, StopSignal, UserError, run_script
 from nanolab.data import NANOGPT, TokenDataset, read_meta, window_ids
 from nanolab.dataset_writer import prepare_stdlib
@@ -38,6 +38,7 @@ from nanolab.optim import (count_steps, is_averaged, learning_rate_at, make_opti
                            set_learning_rate)
 from nanolab.options import format_config, load
 from nanolab.runlog import RunLog, TrainingClock
+from nanolab.start import find_start, options_of_run
 
 MAX_SKIPPED = 20  # updates in a row that may be skipped
 

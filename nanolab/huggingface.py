@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from config import OPTIONS
+from nanolab.checkpoint import CHECKPOINT_FORMAT, load_model, read_checkpoint
 from nanolab.common import (UserError, argument_parser, describe, load_tensors, parse_json,
                             reachable, run_script)
 from nanolab.options import check
@@ -48,6 +49,22 @@ HF_NAMES = {"h.": "blocks.", "c_attn.": "qkv.", "c_proj.": "proj.", "c_fc.": "fc
 TRANSPOSED = ("qkv.weight", "proj.weight", "fc.weight")  # GPT-2's Conv1D stores (in, out)
 
 
+def read_any(source):
+    """What read_checkpoint returns, of any weights: a file that train.py saved, or its run's
+    folder; a folder in Hugging Face's layout; or one of OpenAI's names, such as gpt2, which is
+    downloaded once. Raises UserError."""
+    path = Path(source)
+    if path.is_file() or Path(path, "best.pt").is_file():
+        return read_checkpoint(path)
+    if path.is_dir():
+        return read_hugging_face(path, source)
+    if str(source) in OPENAI_REVISIONS:
+        return read_hugging_face(download_openai(str(source)), source)
+    names = ", ".join(OPENAI_REVISIONS)
+    hint = f"; OpenAI's weights are {names}" if str(source).startswith("gpt") else ""
+    raise UserError(f"there is no checkpoint {source}{hint}")
+
+
 def download_openai(name):
     """Downloads OpenAI's weights into the hub's cache, unless they are there. -> the folder.
 
@@ -71,7 +88,7 @@ def download_openai(name):
 
 
 def read_hugging_face(folder, source):
-    """Reads config.json and the weights. -> what read_checkpoint returns, without "format".
+    """Reads config.json and the weights. -> what read_checkpoint returns.
 
     folder: a Path; source: the name that the user gave, for messages and tables. Nothing is known
     of the training: step, tokens and seconds are 0, dataset and seed are None.
@@ -80,7 +97,7 @@ def read_hugging_face(folder, source):
     hf_config = read_hf_config(folder)
     options = from_hf_config(hf_config, folder)
     run = {"name": Path(source).resolve().name, "dataset": None, "data_dir": "data", "seed": None}
-    return {"path": str(source),
+    return {"path": str(source), "format": CHECKPOINT_FORMAT,
             "model": from_hf_state_dict(read_weights(folder), options["tie_weights"]),
             "config": {**run, **options},
             "tokenizer": find_tokenizer(folder, hf_config),
@@ -295,7 +312,6 @@ def tokenizer_files(tokenizer, block_size):
 
 
 def main():
-    from nanolab.checkpoint import load_model, read_checkpoint  # which import this module
     parser = argument_parser(__doc__)
     parser.add_argument("command", choices=["export"])
     parser.add_argument("checkpoint", help="such as out/best.pt")
