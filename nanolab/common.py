@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -159,6 +160,7 @@ def utc_now():
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+@functools.cache  # each takes milliseconds, and every checkpoint has them
 def versions():
     return {"python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
