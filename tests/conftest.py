@@ -182,23 +182,20 @@ def run_in_fork(function, args, output, env):
     end_distributed()
 
 
-def start_ranks(n, function, *args, output=os.devnull, **env):
-    """The same on n ranks, as torchrun would start them. -> [Process]"""
+def run_ranks(n, function, *args, output, n_machines=1):
+    """The same on n ranks, as torchrun would start them, to their end, which must be a good one.
+    -> what they print"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env |= {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(function, *args, output=output, **env, RANK=str(rank), LOCAL_RANK=str(rank))
-            for rank in range(n)]
-
-
-def run_ranks(n, function, *args, output, timeout=60, **env):
-    """start_ranks, to their end, which must be a good one. -> what they print"""
-    ranks = start_ranks(n, function, *args, output=output, **env)
+    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [start(function, *args, output=output, **env, RANK=str(rank),
+                   LOCAL_RANK=str(rank % (n // n_machines))) for rank in range(n)]
     for rank in ranks:
-        rank.join(timeout)
-    assert [rank.exitcode for rank in ranks] == [0] * n, pathlib.Path(output).read_text()
-    return pathlib.Path(output).read_text()
+        rank.join(60)
+    printed = pathlib.Path(output).read_text()
+    assert [rank.exitcode for rank in ranks] == [0] * n, printed
+    return printed
 
 
 def run_main(monkeypatch, script, *argv):
