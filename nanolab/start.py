@@ -37,10 +37,9 @@ class Start:
             try:
                 model.load_state_dict(resumed.get("training_model", resumed["model"]))
                 # unless the run was extended, so that the average begins later
-                if resumed.get("averaged_steps") and is_averaged(
-                        resumed["step"] - 1, count_steps(self.config), self.config):
-                    average.module.load_state_dict(resumed["model"])
-                    average.n_averaged.fill_(resumed["averaged_steps"])
+                goes_on = is_averaged(resumed["step"] - 1, count_steps(self.config), self.config)
+                if resumed.get("averaged_steps") and goes_on:
+                    average.load_state_dict(resumed["model"])
                 optimizer.load_state_dict(resumed["optimizer"])
                 if resumed["scaler"]:  # empty unless the run was in float16
                     scaler.load_state_dict(resumed["scaler"])
@@ -49,6 +48,7 @@ class Start:
                                 "resumed; start with --init_from instead") from None
             state = RunState(**{key: resumed[key] for key in vars(state) if key in resumed})
             state.name_suffix = self.name_suffix
+            state.averaged_steps *= goes_on
             self.best_val_loss = resumed["best_val_loss"]
             print0(f"resume: {resumed['path']}, at step {state.step:,}")
         if not state.code or state.code[-1]["sha256"] != code_state()["sha256"]:
