@@ -10,9 +10,9 @@ from nanolab.options import load
 
 DOCS = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 FOLDERS = [HERE / name for name in ("", "config", "config/interventions", "nanolab", "bench")]
-OF_OTHERS = {  # torchrun's, nanoGPT's, lm_eval's, pytest's
+OF_OTHERS = {  # torchrun's, nanoGPT's, lm_eval's; and the one that stands for any
     "--standalone", "--nproc_per_node", "--max-restarts", "--start", "--dtype", "--model",
-    "--model_args", "--tasks", "--include_path"}
+    "--model_args", "--tasks", "--include_path", "--key"}
 
 
 @pytest.fixture(params=DOCS, ids=lambda doc: doc.name)
@@ -54,7 +54,7 @@ def test_options_are_known(doc, monkeypatch):
     text = doc.read_text().replace("\\\n", " ")
     sources = "".join(path.read_text() for folder in FOLDERS for path in folder.glob("*.py"))
     known = {f"--{key}" for key in OPTIONS} | set(re.findall(r'"(--[\w-]+)"', sources)) | OF_OTHERS
-    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text)) - known
+    assert not (unknown := {*re.findall(r"(?<![\w-])--[a-z][\w-]*\w", text)} - known), unknown
     for command in re.findall(r"(?:python |torchrun [^#\n`]*)train\.py ([^#\n`|&]*)", text):
         if "[FILE" not in command and "--help" not in command:
             load(Config, command.replace("$seed", "1").split())
