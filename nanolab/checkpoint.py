@@ -3,7 +3,7 @@
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -96,6 +96,7 @@ class RunState:
     skipped_in_a_row: int = 0
     name_suffix: str = ""  # marks a run whose schedule --extend changed, such as "_extended_400"
     val_loss: float | None = None  # the last one
+    code: list = field(default_factory=list)  # code_state(), and from which step on it ran
 
     def count_step(self, tokens, skipped, clock):
         """After a step. clock: a runlog.TrainingClock, of which this reads a lap."""
