@@ -13,7 +13,6 @@ the same command again: it continues where it was.
 """
 
 import os
-import sys
 from pathlib import Path
 
 import numpy as np

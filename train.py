@@ -14,6 +14,7 @@ dropout masks on (dropout_seed, step, micro-batch). config/__init__.py has every
 import math
 import os
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.swa_utils import AveragedModel
 
 from config import Config, divisors_near
 from model import GPT, GPTConfig
@@ -34,8 +34,8 @@ from nanolab.distributed import (DEFAULT_THREADS, SharedModel, end_distributed, 
                                  n_threads, print0, use_threads)
 from nanolab.evaluation import mean_loss
 from nanolab.memory import dry_run, largest_batch_size
-from nanolab.optim import (count_steps, is_averaged, learning_rate_at, make_optimizer,
-                           set_learning_rate)
+from nanolab.optim import (average_weights, count_steps, is_averaged, learning_rate_at,
+                           make_optimizer, set_learning_rate)
 from nanolab.options import format_config, load
 from nanolab.runlog import RunLog, TrainingClock
 from nanolab.start import find_start, options_of_run
@@ -57,7 +57,7 @@ def train(config, on_step=lambda step, model: None):
     # model and optimiser
     max_steps = count_steps(config)
     model = GPT(GPTConfig.from_options(vars(config)), seed=config.init_seed).to(world.device)
-    average = AveragedModel(model) if config.tail_average else None  # of the last steps' weights
+    average = deepcopy(model) if config.tail_average else None  # of the last steps' weights
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
     state = start.restore(model, average, optimizer, scaler, world)  # steps done, seconds, ...
@@ -66,7 +66,7 @@ def train(config, on_step=lambda step, model: None):
 
     # how a step is computed: compiled, in micro-steps, by processes or threads that share batches
     fast_model = make_fast(model, config, world)
-    fast_average = make_fast(average.module, config, world) if average else None
+    fast_average = make_fast(average, config, world) if average else None
     batch_size, grad_accum_steps = split_batch(config, fast_model, optimizer, train_data, world)
     ddp_model = wrap_ddp(fast_model, world)
     print_setup(config, meta, model, train_data, max_steps, batch_size, grad_accum_steps, world)
@@ -114,8 +114,9 @@ def train(config, on_step=lambda step, model: None):
                     clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
                 optimizer.step()  # not by the scaler, which would wait for the device once more
             scaler.update()  # a lower scale after a skipped update
-            if average and is_averaged(step, max_steps, config):
-                average.update_parameters(model)
+            if is_averaged(step, max_steps, config):
+                state.averaged_steps += 1
+                average_weights(average, model, state.averaged_steps)
             state.count_step(config.global_batch_size * config.block_size, skipped, clock)
             log.step(loss, lr, norm, skipped)
             if state.skipped_in_a_row == MAX_SKIPPED:
@@ -128,7 +129,7 @@ def train(config, on_step=lambda step, model: None):
                 if is_due(config.sample_every, state.step):
                     log.sample()
                 if last_step or is_due(config.eval_every, state.step):
-                    best_now = fast_average if average and average.n_averaged > 0 else fast_model
+                    best_now = fast_average if state.averaged_steps else fast_model
                     state.val_loss = mean_loss(best_now, val_data, config.eval_tokens, batch_size,
                                                world)
                     state.seconds = clock.total()

@@ -3,7 +3,7 @@
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -96,6 +96,8 @@ class RunState:
     skipped_in_a_row: int = 0
     name_suffix: str = ""  # marks a run whose schedule --extend changed, such as "_extended_400"
     val_loss: float | None = None  # the last one
+    averaged_steps: int = 0  # how many weights tail_average's mean is of
+    code: list = field(default_factory=list)  # code_state(), and from which step on it ran
 
     def count_step(self, tokens, skipped, clock):
         """After a step. clock: a runlog.TrainingClock, of which this reads a lap."""
@@ -119,11 +121,10 @@ class RunState:
 def pack(config, meta, state, model, average, optimizer, scaler):
     """What last.pt and best.pt hold. "model" has the weights to use: inside the tail of
     tail_average their average; "training_model" then has those to go on from."""
-    n_averaged = int(average.n_averaged) if average else 0
     weights = {"model": model.state_dict()}
-    if n_averaged:
-        weights = {"model": average.module.state_dict(), "training_model": model.state_dict()}
-    return {"format": CHECKPOINT_FORMAT, **weights, "averaged_steps": n_averaged,
+    if state.averaged_steps:
+        weights = {"model": average.state_dict(), "training_model": model.state_dict()}
+    return {"format": CHECKPOINT_FORMAT, **weights,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **vars(state),
             "config": vars(config), "tokenizer": meta["tokenizer"],
             "data_sha256": meta["splits"]["train"]["sha256"], "versions": versions()}

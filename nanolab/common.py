@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -158,6 +160,39 @@ def describe(error):
 
 def utc_now():
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def git(*words):
+    """What a git command prints in this repository; None without git."""
+    try:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@functools.cache
+def code_state():
+    """The code of this process: its commit, whether the tree differs from that (both None without
+    git), and the SHA-256 of the .py files that a run uses. The first call is the one that counts.
+    """
+    files = [ROOT / "config/__init__.py", ROOT / "model.py", *sorted(ROOT.glob("nanolab/*.py")),
+             ROOT / "train.py"]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "*.py")
+    return {"commit": commit, "changed": None if changes is None else bool(changes),
+            "sha256": digest.hexdigest()}
+
+
+def code_diff():
+    """The .py files of a changed tree against its commit, new ones included, as text."""
+    new = (git("ls-files", "--others", "--exclude-standard", "--", "*.py") or "").splitlines()
+    files = (f"--- /dev/null\n+++ b/{name}\n{(ROOT / name).read_text(errors='replace')}"
+             for name in new)
+    return "\n".join(filter(None, [git("diff", "HEAD", "--", "*.py"), *files])) + "\n"
 
 
 @functools.cache  # each takes milliseconds, and every checkpoint has them

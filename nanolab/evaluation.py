@@ -76,7 +76,7 @@ def measure_test_loss(checkpoint, data_dir, dataset, batch_size, world):
             "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"],
             "averaged_steps": checkpoint.get("averaged_steps", 0),
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
-            "config": config}
+            "code": checkpoint.get("code"), "config": config}
 
 
 def amp_name(world):

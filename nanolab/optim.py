@@ -113,6 +113,13 @@ def is_averaged(step, max_steps, config):
     return config.tail_average > 0 and step >= max_steps - n_steps
 
 
+@torch.no_grad()
+def average_weights(average, model, n):
+    """Makes the mean of the weights after n - 1 steps that after n. Not torch's AveragedModel,
+    which copies n to the GPU, and so waits for it."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 / n)
+
+
 class MuonAdamW:
     """Two optimisers of different parameters that step, save and load as one."""
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from nanolab.common import (UserError, describe, parse_json, utc_now, versions,
-                            write_atomically)
+from nanolab.common import (UserError, code_diff, code_state, describe, parse_json, utc_now,
+                            versions, write_atomically)
 from nanolab.distributed import machine, n_threads
 from nanolab.memory import peak_memory
 from nanolab.plots import format_report, having, import_matplotlib, plot_run, read_entries
@@ -84,8 +84,10 @@ class RunLog:
         if self.config.wandb:
             self.tracker = start_wandb(self.config, self.out_dir / "wandb_id", self.state.step > 0)
         if self.config.save_weights:  # study.py recognises a run by its config.json
-            text = json.dumps(vars(self.config), indent=1) + "\n"
-            write_atomically(self.out_dir / "config.json", text)
+            options = {**vars(self.config), "code": self.state.code}
+            write_atomically(self.out_dir / "config.json", json.dumps(options, indent=1) + "\n")
+            if code_state()["changed"]:
+                write_atomically(self.out_dir / "code.diff", code_diff())
         (self.out_dir / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
         self.file = open_log(self.out_dir / "log.jsonl", self.state.step, self.config.log_every)
 
@@ -173,7 +175,7 @@ class RunLog:
                 "peak_memory_mb": round(peak_memory(self.world.device) / 2**20),
                 "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
                 "started": state.started, "ended": utc_now(),
-                "machine": machine(self.world), "versions": versions()}
+                "machine": machine(self.world), "versions": versions(), "code": state.code}
 
     def report_is_due(self):
         """Every ten seconds; less often if drawing takes more than 1 % of the time."""

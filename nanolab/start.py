@@ -10,7 +10,7 @@ import torch.distributed as dist
 from config import (ARCHITECTURE_OPTIONS, INIT_OPTIONS, OPTIONS, RESUME_MAY_CHANGE, SEEDS, Config,
                     GPTConfig)
 from nanolab.checkpoint import RunState, load_weights, read_checkpoint
-from nanolab.common import UserError, parse_json, utc_now
+from nanolab.common import UserError, code_state, parse_json, utc_now
 from nanolab.distributed import print0
 from nanolab.huggingface import read_any
 from nanolab.optim import count_steps, is_averaged, learning_rate_at
@@ -37,10 +37,9 @@ class Start:
             try:
                 model.load_state_dict(resumed.get("training_model", resumed["model"]))
                 # unless the run was extended, so that the average begins later
-                if resumed.get("averaged_steps") and is_averaged(
-                        resumed["step"] - 1, count_steps(self.config), self.config):
-                    average.module.load_state_dict(resumed["model"])
-                    average.n_averaged.fill_(resumed["averaged_steps"])
+                goes_on = is_averaged(resumed["step"] - 1, count_steps(self.config), self.config)
+                if resumed.get("averaged_steps") and goes_on:
+                    average.load_state_dict(resumed["model"])
                 optimizer.load_state_dict(resumed["optimizer"])
                 if resumed["scaler"]:  # empty unless the run was in float16
                     scaler.load_state_dict(resumed["scaler"])
@@ -49,8 +48,11 @@ class Start:
                                 "resumed; start with --init_from instead") from None
             state = RunState(**{key: resumed[key] for key in vars(state) if key in resumed})
             state.name_suffix = self.name_suffix
+            state.averaged_steps *= goes_on
             self.best_val_loss = resumed["best_val_loss"]
             print0(f"resume: {resumed['path']}, at step {state.step:,}")
+        if not state.code or state.code[-1]["sha256"] != code_state()["sha256"]:
+            state.code = [*state.code, {**code_state(), "step": state.step}]
         if not world.all(state.step == world.reduce(dist.ReduceOp.MAX, state.step)):
             raise UserError(f"the machines have different checkpoints in {self.config.out_dir}; "
                             "put it on a disk that they share")
@@ -191,7 +193,7 @@ def options_of_run(files, given):
     except (OSError, ValueError, TypeError):
         raise config_error(f"{path} is damaged; resume with the config files and flags that the "
                            "run was started with") from None
-    replaced = {"resume", "extend", "out_dir"}
+    replaced = {"resume", "extend", "out_dir", "code"}
     replaced |= set(SEEDS) if "seed" in given else set()
     replaced |= {"max_steps"} if "max_tokens" in given else set()
     replaced |= set(INIT_OPTIONS) if options.get("init_from") else set()
