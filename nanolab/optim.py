@@ -14,10 +14,12 @@ def make_optimizer(model, config):
 
     decay='all': every parameter decays, as published; 'matrices': only 2-D weights, not biases and
     norms. Parameters that are treated alike form one group; its "lr_scale" is for
-    set_learning_rate. Raises ValueError for a parameter or an optimizer that no rule covers.
+    set_learning_rate. Raises ValueError for a parameter or an option that no rule covers.
     """
     if config.optimizer not in ("adamw", "muon", "normuon"):
         raise ValueError(f"make_optimizer has no rule for optimizer={config.optimizer!r}")
+    if config.decay not in ("all", "matrices"):
+        raise ValueError(f"make_optimizer has no rule for decay={config.decay!r}")
     uses_muon = config.optimizer != "adamw"
     adamw_decay = config.adamw_weight_decay
     if adamw_decay is None:

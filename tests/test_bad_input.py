@@ -233,7 +233,8 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, [*EXPORT, "gpt2", "new"], "gpt2 is no file that train.py saved"),
     ({}, [*EXPORT, "out/best.pt", "texts"], "texts is there and not empty"),
     ({"file": write("")}, [*EXPORT, "out/best.pt", "file/new"], "Not a directory"),
-    ({BEST: change_config(rope="x", position="rope")}, [*EXPORT, "out/best.pt", "new"], "rope"),
+    ({BEST: change_config(qk_norm=True)}, [*EXPORT, "out/best.pt", "new"],
+     "has qk_norm=True, which transformers' GPT-2 cannot express"),
     # text
     ({}, PREPARE, "'mine' does not exist"),
     ({}, ["prepare", "*.jsonl", "--data_dir=data"], "gives no name; choose one with --name"),
