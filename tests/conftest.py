@@ -182,7 +182,7 @@ def run_in_fork(function, args, output, env):
     end_distributed()
 
 
-def run_ranks(n, function, *args, output, n_machines=1):
+def run_ranks(n, function, *args, output, n_machines=1, timeout=60):
     """The same on n ranks, as torchrun would start them, to their end, which must be a good one.
     -> what they print"""
     with socket.socket() as free:
@@ -192,7 +192,7 @@ def run_ranks(n, function, *args, output, n_machines=1):
     ranks = [start(function, *args, output=output, **env, RANK=str(rank),
                    LOCAL_RANK=str(rank % (n // n_machines))) for rank in range(n)]
     for rank in ranks:
-        rank.join(60)
+        rank.join(timeout)
     printed = pathlib.Path(output).read_text()
     assert [rank.exitcode for rank in ranks] == [0] * n, printed
     return printed

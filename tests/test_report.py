@@ -113,6 +113,20 @@ def test_summary(small_run, monkeypatch):
     assert summary["final_val_loss"] == summary["best_val_loss"] == last
 
 
+def test_dry_run(small_run, tmp_path, capsys):
+    """Memory, steps and time, for a new run and for one that goes on; no file is made or
+    changed."""
+    small_run("new", "--dry_run", "--global_batch_size=32")
+    out = capsys.readouterr().out
+    assert re.search(r"memory: [1-9].*\ntime: .* \(4 micro-steps .* 10 steps take about \d", out)
+    assert not list(tmp_path.iterdir())
+    run = small_run("run", "--max_steps=4")
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+    small_run("run", "--resume", "--dry_run")
+    assert "6 steps take about" in capsys.readouterr().out
+    assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+
+
 class WandbRun:
     """What stands for a Weights & Biases run."""
     runs = []

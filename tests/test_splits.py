@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import eval as eval_script
 import nanolab.optim
 import train
 from config import Config
@@ -37,6 +39,23 @@ def test_any_split_is_the_same_run(small_run, small_flags, tmp_path, order, opti
         ours, theirs = ([entry["val_loss"] for entry in read_log(run / "log.jsonl")[1]]
                         for run in (folder, whole))
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def evaluate_on_a_rank(*argv):
+    sys.argv = ["eval.py", *argv]
+    eval_script.main()
+
+
+def test_test_loss_on_two_processes(small_run, tiny_data, tmp_path):
+    """eval.py finds the same test loss, and one process saves it."""
+    run, results = small_run("run", *tiny_data, "--max_steps=1"), []
+    for n in (1, 2):
+        run_ranks(n, evaluate_on_a_rank, "--ckpt", str(run), "--device=cpu", f"--batch_size={n}",
+                  output=tmp_path / "output")
+        results.append(json.loads((run / "best.test.json").read_text())["results"])
+        (run / "best.test.json").unlink()  # or it would not be measured again
+    [one], [two] = results
+    assert one["test_loss"] == pytest.approx(two["test_loss"], abs=1e-6)
 
 
 def test_dropout_does_not_depend_on_the_split(small_run, small_flags, tmp_path):
