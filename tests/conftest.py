@@ -57,13 +57,6 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 
-def pytest_terminal_summary(terminalreporter):
-    """Prints what tests recorded as "table"; what a passing test prints, pytest does not show."""
-    for report in terminalreporter.stats.get("passed", []):
-        for table in (value for name, value in report.user_properties if name == "table"):
-            terminalreporter.write_line(f"\n{table}\n")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def vocabulary(tmp_path_factory):
     """GPT-2's vocabulary where tiktoken looks for it, from a package instead of the network."""
@@ -249,17 +242,6 @@ def assert_same_logits(ours, theirs):
     with torch.no_grad():
         expected = theirs(tokens).logits
         assert expected.std() > 0.3 and (ours(tokens) - expected).abs().max() < 1e-4
-
-
-def write_script(path, body):
-    """A script that runs beside ours and changes or watches what it does."""
-    path.write_text("import os, signal, sys\n"
-                    f"sys.path.insert(0, {str(HERE)!r})\n"
-                    "import torch, config, train, nanolab.checkpoint\n"
-                    "from nanolab.distributed import end_distributed\n"
-                    "from nanolab.options import load\n"
-                    f"from nanolab.start import options_of_run\n{body}")
-    return path
 
 
 def write_texts(folder, names):

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import time
 import types
 import zipfile
@@ -16,15 +15,13 @@ import pytest
 import torch
 
 import prepare
-from config import Config
-from conftest import (call, losses, no_file_larger_than, run_main, start, write_texts)
+from conftest import call, losses, no_file_larger_than, run_main, start, write_texts
 from nanolab import common, corpus, data, dataset_writer, tokenizer
 from nanolab.checkpoint import read_checkpoint
-from nanolab.common import UserError, run_script
+from nanolab.common import UserError
 from nanolab.corpus import own_files
-from nanolab.data import UNFINISHED, TokenDataset, read_meta, window_ids
+from nanolab.data import TokenDataset, read_meta, window_ids
 from nanolab.dataset_writer import DatasetWriter, prepare_text
-from nanolab.optim import count_steps
 from nanolab.tokenizer import encode, get_tokenizer
 
 SPLITS = ("train", "val", "test")
@@ -56,11 +53,37 @@ def stop_after(function, calls):
     return stopping
 
 
+def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions):
+    """make(folder) makes the same bytes after an interruption at any call of these functions."""
+    make(tmp_path / "whole")
+    for function in functions:
+        for calls in range(12):
+            folder = tmp_path / f"{function}{calls}"
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, function, stop_after(getattr(owner, function), calls))
+                try:
+                    make(folder)
+                    break
+                except KeyboardInterrupt:
+                    pass
+            assert not (folder / "meta.json").exists()
+            make(folder)
+            assert read_bytes(folder) == read_bytes(tmp_path / "whole")
+            assert {file.name for file in folder.iterdir()} == {
+                "meta.json", "test.bin", "train.bin", "val.bin"}
+        assert calls > 0, "it was killed"
+
+
 def prepare_mine(source, folder, tokenizer="bytes", workers=1):
     prepare_text(own_files(source), folder, tokenizer, "text", workers, "mine")
 
 
-# Own text
+@pytest.fixture
+def texts(tmp_path, monkeypatch):
+    """A folder of small texts, which make about 20 shards."""
+    write_texts(tmp_path / "texts", "abcd")
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 300)
+    return tmp_path / "texts"
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
@@ -83,28 +106,21 @@ def test_own_text_round_trip(tmp_path, monkeypatch, tokenizer):
 
 
 def test_heldout_of_your_own_text(tmp_path, monkeypatch):
-    """Half of the share is test, half is val; the default leaves a data set as it was."""
+    """Half of the share is test, half is val."""
     (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "Line number {i:04d}."}}\n'
                                                  for i in range(1000)))
-
-    def make(name, *flags):
+    for name, flags, documents in (("default", [], [980, 10, 10]),
+                                   ("default", ["--heldout=0.02"], [980, 10, 10]),  # is there
+                                   ("more", ["--heldout=0.3"], [700, 150, 150])):
         run_main(monkeypatch, "prepare", tmp_path / "mine.jsonl", f"--data_dir={tmp_path}",
                  "--tokenizer=bytes", f"--name={name}", *flags)
         splits = read_meta(tmp_path, name)["splits"]
-        return [splits[split]["documents"] for split in SPLITS]
-
-    assert make("default") == [980, 10, 10]
-    assert make("default", "--heldout=0.02") == [980, 10, 10], "which is there already"
-    assert make("more", "--heldout=0.3") == [700, 150, 150]
-    with pytest.raises(UserError, match="holds another data set"):
-        make("default", "--heldout=0.3")
+        assert [splits[split]["documents"] for split in SPLITS] == documents
 
 
-def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
-    write_texts(tmp_path / "mine", "abcd")
-    monkeypatch.setattr(corpus, "SHARD_BYTES", 300)  # 20 shards
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path, texts):
     for workers in (1, 3):
-        prepare_mine(tmp_path / "mine", tmp_path / f"{workers}", "gpt2", workers)
+        prepare_mine(texts, tmp_path / f"{workers}", "gpt2", workers)
     assert read_bytes(tmp_path / "1") == read_bytes(tmp_path / "3")
 
 
@@ -125,69 +141,40 @@ def test_a_line_of_12_megabytes_is_cut(tmp_path):
     assert all(0.01 <= splits[split]["bytes"] / len(text) < 0.031 for split in ("val", "test"))
 
 
-def test_two_at_once_make_one_data_set(tmp_path):
+def test_two_at_once_make_one_data_set(tmp_path, texts):
     """Of two processes that make the same data set, one waits for the other and finds it made."""
-    write_texts(tmp_path / "mine", "abcd")
-    both = [start(prepare_mine, tmp_path / "mine", tmp_path / "made", output=tmp_path / f"{i}")
+    both = [start(prepare_mine, texts, tmp_path / "made", output=tmp_path / f"output{i}")
             for i in range(2)]
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
-    assert sum("is there already" in (tmp_path / f"{i}").read_text() for i in range(2)) == 1
+    outputs = [path.read_text() for path in tmp_path.glob("output*")]
+    assert sum("is there already" in output for output in outputs) == 1
 
 
-def test_full_disk_and_kill_in_prepare(tmp_path, monkeypatch):
-    """Whatever stops prepare.py, it keeps what is done and then makes the bytes of a whole run."""
-    rows = write_texts(tmp_path / "mine", "abcd")
-    monkeypatch.setattr(corpus, "SHARD_BYTES", 500)
+@pytest.mark.parametrize("owner, functions", [
+    (dataset_writer, ["encode", "choose_hash_limits", "count_tokens"]),
+    (DatasetWriter, ["append", "save", "finish_shard", "finish"])])
+def test_own_text_after_a_kill(tmp_path, texts, monkeypatch, owner, functions):
+    assert_continues_after_a_kill(monkeypatch, tmp_path,
+                                  lambda folder: prepare_mine(texts, folder), owner, functions)
 
-    def make(name):
-        prepare_mine(tmp_path / "mine", tmp_path / name)
 
-    make("whole")
+def test_full_disk_in_prepare(tmp_path, texts, monkeypatch):
+    """It keeps what is done, tokenises none of that again, and makes the bytes of a whole run; a
+    disk that has no room from the start is refused."""
+    prepare_mine(texts, tmp_path / "whole")
     size = (tmp_path / "whole" / "train.bin").stat().st_size
     with no_file_larger_than(size // 2), pytest.raises(OSError):
-        make("full")
-    progress = json.loads((tmp_path / "full" / UNFINISHED / "progress.json").read_text())
-    assert progress["n_shards"]["text"] > 0 and not (tmp_path / "full" / "meta.json").exists()
-
-    names = ["full"]
-    for owner, function, calls in (
-            (dataset_writer, "encode", 20), (dataset_writer, "choose_hash_limits", 0),
-            (DatasetWriter, "append", 7), (dataset_writer, "write_atomically", 3),
-            (DatasetWriter, "finish", 0), (dataset_writer, "count_tokens", 1)):
-        names.append(f"killed in {function}")
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(owner, function, stop_after(getattr(owner, function), calls))
-            make(names[-1])
-    tokenised = []
-    monkeypatch.setattr(dataset_writer, "encode",
-                        lambda tokenizer, text: tokenised.append(text) or encode(tokenizer, text))
-    make("killed in encode")
-    assert len(rows) - 20 <= len(tokenised) < len(rows), "finished shards are not tokenised again"
-    tokenised.clear()
-    for name in names:
-        make(name)
-    assert not tokenised
-    for name in names:
-        assert read_bytes(tmp_path / name) == read_bytes(tmp_path / "whole")
-        left = sorted(file.name for file in (tmp_path / name).iterdir())
-        assert left == ["meta.json", "test.bin", "train.bin", "val.bin"]
-    splits = read_meta(tmp_path, "full")["splits"]
-    assert sum(facts["documents"] for facts in splits.values()) == len(rows)
-
-
-def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
-    """Before anything is tokenised."""
-    write_texts(tmp_path / "mine", "abcd")
+        prepare_mine(texts, tmp_path / "full")
+    assert not (tmp_path / "full" / "meta.json").exists()
+    monkeypatch.setattr(dataset_writer, "encode", None)
+    prepare_mine(texts, tmp_path / "full")
+    assert read_bytes(tmp_path / "full") == read_bytes(tmp_path / "whole")
     monkeypatch.setattr(dataset_writer.shutil, "disk_usage",
                         lambda folder: types.SimpleNamespace(free=999))
-    monkeypatch.setattr(dataset_writer, "encode", None)
     with pytest.raises(UserError, match="its disk has 0 MB free"):
-        prepare_mine(tmp_path / "mine", tmp_path / "made")
-
-
-# FineWeb
+        prepare_mine(texts, tmp_path / "made")
 
 
 @pytest.fixture(scope="session")
@@ -228,31 +215,18 @@ def test_fineweb_split(tmp_path, fineweb_copy, monkeypatch, name, title):
 
 
 def test_fineweb_after_a_kill(tmp_path, fineweb_copy, monkeypatch):
-    """The same bytes after a kill at any append or save, by any number of processes."""
+    """And the same bytes by any number of processes."""
     folder, _ = fineweb_copy
     monkeypatch.setattr(corpus, "SHARD_BYTES", 1000)
     files = sorted(map(str, folder.rglob("*.parquet")))
+    workers = iter([2])
 
-    def make(name, workers=1):
-        prepare.prepare_fineweb(files, tmp_path / name, "bytes", workers, "copy", 8000, 0.3, 2500,
+    def make(folder):
+        prepare.prepare_fineweb(files, folder, "bytes", next(workers, 1), "copy", 8000, 0.3, 2500,
                                 1000)
 
-    make("whole", workers=2)
-    for function in ("append", "save", "finish_shard", "finish"):
-        for calls in range(12):
-            name = f"{function} {calls}"
-            with monkeypatch.context() as patch:
-                patch.setattr(DatasetWriter, function,
-                              stop_after(getattr(DatasetWriter, function), calls))
-                try:
-                    make(name)
-                    break
-                except KeyboardInterrupt:
-                    pass
-            assert not (tmp_path / name / "meta.json").exists()
-            make(name)
-            assert read_bytes(tmp_path / name) == read_bytes(tmp_path / "whole")
-        assert calls > 0, "it was killed"
+    assert_continues_after_a_kill(monkeypatch, tmp_path, make, DatasetWriter,
+                                  ["append", "save", "finish_shard", "finish"])
 
 
 def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
@@ -287,53 +261,25 @@ def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
     assert downloaded.count(("dataset", "abc", names[0])) == 1, "one shard of train is enough"
 
 
-def test_published_budget_is_the_default():
-    assert prepare.FINEWEB_OPTIONS["train_tokens"] == 3_260_252_160
-    assert count_steps(Config()) * 96 * 1024 == 3_260_252_160
-    assert prepare.FINEWEB_OPTIONS["test_tokens"] == 19_660_800
-
-
-# Token files
-
-
-@pytest.fixture(scope="session")
-def published_tokens(tmp_path_factory):
-    """Token files as gpjt/fineweb-gpt2-tokens has them. -> folder, train and heldout tokens."""
+def test_published_token_files(tmp_path, monkeypatch):
+    """Files as gpjt/fineweb-gpt2-tokens has them: the same windows as `prepare.py fineweb` cuts,
+    and the same after a kill."""
     from safetensors.torch import save_file
-    folder = tmp_path_factory.mktemp("tokens")
-    streams = [np.random.default_rng(seed).integers(50257, size=size).astype("<u2")
-               for seed, size in ((1, 3000), (2, 600))]
-    for name, tokens in zip(("train", "validation"), streams):
-        save_file({"tokens": torch.from_numpy(tokens)}, folder / f"{name}.safetensors")
-    return folder, *streams
+    train_tokens, heldout = (np.random.default_rng(1).integers(50257, size=size).astype("<u2")
+                             for size in (3000, 600))
+    for name, tokens in ("train", train_tokens), ("validation", heldout):
+        save_file({"tokens": torch.from_numpy(tokens)}, tmp_path / f"{name}.safetensors")
 
+    def make(folder):
+        prepare.prepare_published_tokens(tmp_path, folder, 2048, 100, 320)
 
-def test_published_token_files(tmp_path, published_tokens, monkeypatch):
-    """The same windows as `prepare.py fineweb` cuts, and the same after a kill."""
-    folder, train_tokens, heldout = published_tokens
-
-    def make(name):
-        run_script(lambda: run_main(monkeypatch, "prepare", "fineweb", f"--from={folder}",
-                                    "--test_offset=100", "--test_tokens=320", "--train_tokens=2048",
-                                    f"--data_dir={tmp_path}/{name}"))
-
-    make("whole")
-    whole = tmp_path / "whole" / "fineweb"
+    assert_continues_after_a_kill(monkeypatch, tmp_path, make, DatasetWriter, ["append"])
     for split, expected in (("train", train_tokens[:2049]), ("val", heldout[:100]),
                             ("test", heldout[100:421])):
-        assert np.fromfile(whole / f"{split}.bin", "<u2").tolist() == expected.tolist()
-    meta = read_meta(tmp_path / "whole", "fineweb")
+        assert np.fromfile(tmp_path / "whole" / f"{split}.bin", "<u2").tolist() == expected.tolist()
+    meta = read_meta(tmp_path, "whole")
     assert meta["tokenizer"] == "gpt2"
     assert meta["splits"]["train"]["documents"] == (train_tokens[:2049] == 50256).sum()
-    for calls in range(3):
-        folder_of_killed = tmp_path / str(calls) / "fineweb"
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
-            patch.setattr(DatasetWriter, "append", stop_after(DatasetWriter.append, calls))
-            make(calls)
-        assert exit_.value.code == 130 and not (folder_of_killed / "meta.json").exists()
-        make(calls)
-        for file in ("train.bin", "val.bin", "test.bin", "meta.json"):
-            assert (folder_of_killed / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_files_of_nanogpt(tmp_path, small_run, capsys):
@@ -362,56 +308,35 @@ def test_files_of_nanogpt(tmp_path, small_run, capsys):
         small_run("run", *flags, "--vocab_size=65", "--max_steps=3", "--resume")
 
 
-def test_info(tmp_path, data_dir, monkeypatch, capsys):
+def test_info(tmp_path, texts, monkeypatch, capsys):
     """Counts, checksums and the beginning; a flipped bit or a short file of any split is an error
     that names it."""
-    shutil.copytree(data_dir / "stdlib", tmp_path / "mine")
-    info = ["info", "mine", f"--data_dir={tmp_path}"]
+    folder, info = tmp_path / "mine", ["info", "mine", f"--data_dir={tmp_path}"]
+    prepare_mine(texts, folder)
+    capsys.readouterr()
     run_main(monkeypatch, "prepare", *info)
     out = capsys.readouterr().out
-    splits = read_meta(tmp_path, "mine")["splits"]
-    for split in SPLITS:
-        assert re.search(rf"{split} .* {splits[split]['tokens']:,} tokens .* "
-                         rf"{splits[split]['documents']:,} documents .*checksum matches", out)
-    assert read_split(tmp_path, "mine", "train")[0][:200] in out
-    with open(tmp_path / "mine" / "train.bin", "r+b") as file:
-        file.seek(-2, os.SEEK_END)
-        file.write(b"\x09")
-    with open(tmp_path / "mine" / "test.bin", "ab") as file:
-        file.truncate(1000)
-    with pytest.raises(UserError, match="train.bin is damaged: bytes .*test.bin has 1,000 bytes"):
+    for split, facts in read_meta(tmp_path, "mine")["splits"].items():
+        assert re.search(rf"{split} .* {facts['tokens']:,} tokens .* {facts['documents']:,} "
+                         "documents .*checksum matches", out)
+    assert read_split(tmp_path, "mine", "train")[0][:100] in out
+    flip(folder / "train.bin", 20)
+    os.truncate(folder / "test.bin", 10)
+    with pytest.raises(UserError, match="train.bin is damaged: bytes .*test.bin has 10 bytes"):
         run_main(monkeypatch, "prepare", *info)
     assert re.search("train .*DAMAGED\nval .*matches\ntest .*DAMAGED", capsys.readouterr().out)
     for file in ("meta.json", "test.bin"):
-        (tmp_path / "mine" / file).unlink()
+        (folder / file).unlink()
     run_main(monkeypatch, "prepare", *info)
     assert "from nanoGPT's prepare.py; gpt2 tokens of 50,257 kinds" in capsys.readouterr().out
 
 
-def test_a_file_that_becomes_shorter(tmp_path, data_dir):
-    """Is refused, when it is opened and while it is read."""
-    folder = tmp_path / "torn"
-    shutil.copytree(data_dir / "stdlib", folder)
-    opened = TokenDataset(tmp_path, "torn", "train", 16)
-    opened.batch([0, len(opened) - 1])
-    with open(folder / "train.bin", "ab") as file:
-        file.truncate(1000)
-    with pytest.raises(UserError, match="has become shorter"):
-        opened.batch([0, len(opened) - 1])
-    with pytest.raises(UserError, match="train.bin has 1,000 bytes"):
-        TokenDataset(tmp_path, "torn", "train", 16)
-
-
-# Batches
-
-
-def test_gpt2_tokens_and_batches(tmp_path):
+def test_gpt2_tokens_and_batches(tmp_path, texts):
     """Window i is tokens i x T ... (i + 1) x T of the file, targets one further."""
     tokens = encode(get_tokenizer("gpt2"), "Every effort moves you")
     assert tokens.tolist() == [6109, 3626, 6100, 345, 50256]
-    write_texts(tmp_path / "mine", "abcd")
-    prepare_mine(tmp_path / "mine", tmp_path / "data" / "mine", "gpt2")
-    dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
+    prepare_mine(texts, tmp_path / "mine", "gpt2")
+    dataset = TokenDataset(tmp_path, "mine", "train", 16)
     tokens = np.fromfile(dataset.path, "<u2").astype(np.int64)
     inputs, targets = dataset.batch([0, 3, len(dataset) - 1])
     assert inputs[1].tolist() == tokens[48:64].tolist()
@@ -428,9 +353,6 @@ def test_shuffled_order():
     assert window_ids("shuffled", 1, 10, 7, 6) == run[7:13] != window_ids("shuffled", 2, 10, 7, 6)
     assert window_ids("shuffled", 2, 10, 0, 10) not in epochs, "no epoch of seed 1"
     assert window_ids("sequential", 1, 10, 8, 4) == [8, 9, 0, 1]
-
-
-# Tokenizers
 
 
 def test_no_vocabulary_no_network(tmp_path, monkeypatch):
@@ -450,87 +372,81 @@ def write_wheels(folder, requirements):
     """Three wheels and the requirements file that names them; `shared` is in all, and latin-1 is no
     UTF-8."""
     folder.mkdir(parents=True)
-    lines = []
     for split in ("test", "val", "train"):
+        files = {"z.py": f"print('{split} z')\n", "a.py": "shared = 'é'\n", "empty.py": "\n",
+                 "b.py": f"b = '{split}'\n", "copy_of_b.py": f"b = '{split}'\n",
+                 "latin.py": "é".encode("latin-1"), "data.json": "{}"}
         with zipfile.ZipFile(folder / f"pack_{split}-1.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr("pack/z.py", f"print('{split} z')\n")
-            wheel.writestr("pack/a.py", "shared = 'é'\n")
-            wheel.writestr("pack/b.py", f"b = '{split}'\n")
-            wheel.writestr("pack/copy_of_b.py", f"b = '{split}'\n")
-            wheel.writestr("pack/latin.py", "é".encode("latin-1"))
-            wheel.writestr("pack/empty.py", "\n")
-            wheel.writestr("pack/data.json", "{}")
-        lines += [f"# {split}", f"pack-{split}==1.0 --hash=sha256:{'0' * 64}"]
-    requirements.write_text("\n".join(lines) + "\n")
+            for name, content in files.items():
+                wheel.writestr(f"pack/{name}", content)
+        with open(requirements, "a") as file:
+            file.write(f"# {split}\npack-{split}==1.0 --hash=sha256:{'0' * 64}\n")
 
 
-def test_wheels_are_split_by_package(tmp_path):
+def test_wheels(tmp_path, monkeypatch):
     """Whole packages are held out, in the order of the files' names; a file that is there twice
-    counts once, in test."""
-    write_wheels(tmp_path / "data" / "pypi.wheels", tmp_path / "wheels.txt")
-    prepare.prepare_pypi(tmp_path / "data" / "pypi", "bytes", tmp_path / "wheels.txt")
-    for split in ("test", "val", "train"):
-        shared = ["shared = 'é'\n"] if split == "test" else []
-        assert read_split(tmp_path / "data", "pypi", split) == [*shared, f"b = '{split}'\n",
-                                                                f"print('{split} z')\n"]
-
-
-def test_wheels_that_cannot_be_had(tmp_path, monkeypatch):
-    """Without an index it is one line; after a kill the same command makes the same bytes."""
+    counts once, in test. Without an index it is one line, and then the same command goes on."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    write_wheels(tmp_path / "data" / "pypi.wheels", tmp_path / "wheels.txt")
-    whole = tmp_path / "data" / "pypi"
-    wheel = tmp_path / "data" / "pypi.wheels" / "pack_train-1.0-py3-none-any.whl"
+    folder, wheels = tmp_path / "pypi", tmp_path / "pypi.wheels"
+    write_wheels(wheels, tmp_path / "wheels.txt")
+    wheel = wheels / "pack_train-1.0-py3-none-any.whl"
     content = wheel.read_bytes()
     wheel.write_bytes(content[:40])
     with pytest.raises(UserError, match="pack_train.*is damaged"):
-        prepare.prepare_pypi(whole, "bytes", tmp_path / "wheels.txt")
+        prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
     wheel.unlink()
     with pytest.raises(UserError, match="could not be downloaded .*No matching distribution"):
-        prepare.prepare_pypi(whole, "bytes", tmp_path / "wheels.txt")
+        prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
     wheel.write_bytes(content)
-    prepare.prepare_pypi(whole, "bytes", tmp_path / "wheels.txt")
-    assert len(read_split(tmp_path / "data", "pypi", "train")) == 2
+    prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
+    for split in SPLITS:
+        shared = ["shared = 'é'\n"] if split == "test" else []
+        assert read_split(tmp_path, "pypi", split) == [*shared, f"b = '{split}'\n",
+                                                       f"print('{split} z')\n"]
 
 
-def flip(path, place):
+def flip(path, position):
     with open(path, "r+b") as file:
-        file.seek(place)
+        file.seek(position)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(position)
         file.write(bytes([byte ^ 1]))
 
 
-def test_a_flipped_token_is_noticed(tmp_path, monkeypatch):
+def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
     """In train when its chunk is first read, in val and test at the start; also where meta.json has
-    no sums of chunks."""
+    no sums of chunks. And a file that becomes shorter."""
     for module in (data, dataset_writer):
         monkeypatch.setattr(module, "CHUNK_BYTES", 300)
-    write_texts(tmp_path / "mine", "abcd")
-    prepare_mine(tmp_path / "mine", tmp_path / "data" / "mine")
-    folder = tmp_path / "data" / "mine"
-    dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
-    dataset.batch(range(len(dataset)))
-    assert not dataset.unchecked
+    folder = tmp_path / "mine"
+    prepare_mine(texts, folder)
 
+    def open_split(split="train"):
+        return TokenDataset(tmp_path, "mine", split, 16)
+
+    intact = open_split()
+    intact.batch(range(len(intact)))
+    assert not intact.unchecked
     flip(folder / "train.bin", 1000)  # in the fourth chunk
-    dataset = TokenDataset(tmp_path / "data", "mine", "train", 16)
+    dataset = open_split()
     dataset.batch(range(900 // 32 - 1))  # windows of 32 bytes and a token
-    with pytest.raises(UserError,
-                       match=r"train.bin is damaged: bytes 900 to 1,200 .*make it again"):
+    with pytest.raises(UserError, match="train.bin is damaged: bytes 900 to 1,200 .* make it"):
         dataset.batch([900 // 32])  # its last tokens are the chunk's first
     flip(folder / "train.bin", 1000)
     for split in ("val", "test"):
         flip(folder / f"{split}.bin", 10)
         with pytest.raises(UserError, match=f"{split}.bin is damaged: bytes 0 to 300"):
-            TokenDataset(tmp_path / "data", "mine", split, 16)
+            open_split(split)
         flip(folder / f"{split}.bin", 10)
 
     meta = json.loads((folder / "meta.json").read_text())
     for facts in meta["splits"].values():
         del facts["chunks"]
     (folder / "meta.json").write_text(json.dumps(meta))
-    TokenDataset(tmp_path / "data", "mine", "train", 16).batch([0])
+    open_split().batch([0])
     flip(folder / "train.bin", 1000)
     with pytest.raises(UserError, match="train.bin is damaged"):
-        TokenDataset(tmp_path / "data", "mine", "train", 16)
+        open_split()
+    os.truncate(folder / "train.bin", 1000)
+    with pytest.raises(UserError, match="has become shorter"):
+        intact.batch([len(intact) - 1])

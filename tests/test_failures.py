@@ -133,14 +133,6 @@ def test_full_disk_under_the_log(small_run, tiny_data, capsys):
     assert f"{log} lacks the steps 8 to 19" in capsys.readouterr().out
 
 
-def test_left_over_files_are_cleaned(small_run, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "last.pt.unfinished").write_text("")
-    small_run("run", "--max_steps=2")
-    assert not list(folder.glob("*.unfinished"))
-
-
 def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
     """The best validation loss is that of a best.pt that is there, in the run and in the last.pt
     saved with it; one that is still being written counts."""

@@ -9,7 +9,7 @@ import types
 
 import nanolab.runlog
 import nanolab.start
-from conftest import losses, run_main, stop_at
+from conftest import run_main, stop_at
 from nanolab import plots
 from nanolab.checkpoint import read_checkpoint
 from nanolab.plots import having, read_entries
