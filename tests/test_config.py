@@ -96,69 +96,56 @@ def test_new_parameters_and_the_optimizer():
         make_optimizer(model, config)
 
 
-# An option of the model is defined once, in config/__init__.py. All else follows from it.
-
-NEW_OPTION = '    rotary: bool = option(False, "a throw-away flag")\n'
-ITS_NEIGHBOUR = "    qkv_bias: bool"  # in GPTConfig
-
 RUN_SCRIPTS = """
 import contextlib, io, json, runpy, sys
-results = {}
-for name, (script, *words) in json.load(sys.stdin).items():
-    sys.argv, code = [script, *words], 0
-    output = io.TextIOWrapper(io.BytesIO(), write_through=True)
+results = []
+for script, *words in json.load(sys.stdin):
+    sys.argv, code, output = [script, *words], 0, io.TextIOWrapper(io.BytesIO(), write_through=True)
     run = runpy.run_path if script.endswith(".py") else runpy.run_module
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             run(script, run_name="__main__")
         except SystemExit as exit_:
             code = exit_.code
-    results[name] = code, output.buffer.getvalue().decode()
+    results.append((code, output.buffer.getvalue().decode()))
 print(json.dumps(results))
 """
 
 
 def test_an_option_is_defined_once(tmp_path, data_dir, small_run):
-    """--help lists a new flag, --init_from takes its value from the checkpoint, and --resume,
-    --init_from and the export name it when they refuse."""
+    """In config/__init__.py: --help lists a new flag, --init_from takes its value from the
+    checkpoint, and --resume, --init_from and the export name it when they refuse."""
     copy = tmp_path / "copy"  # of the program, where GPTConfig has one line more
     for part in ("config", "nanolab"):
         shutil.copytree(HERE / part, copy / part)
     for script in HERE.glob("*.py"):
         shutil.copy(script, copy)
-    text = (copy / "config/__init__.py").read_text()
-    assert text.count(ITS_NEIGHBOUR) == 1
-    (copy / "config/__init__.py").write_text(text.replace(ITS_NEIGHBOUR,
-                                                          NEW_OPTION + ITS_NEIGHBOUR))
-    command = ["train.py", *SMALL, "--max_steps=1", "--dataset=stdlib", f"--data_dir={data_dir}"]
-    before = str(small_run("before", "--max_steps=1") / "last.pt")  # it does not have the option
-    export = ["nanolab.huggingface", "export"]
-    commands = {
-        "help": ["train.py", "--help"],
-        "source": [*command, "--out_dir=source", "--rotary=True"],
-        "resume": [*command, "--out_dir=source", "--resume"],
-        "tuned": [*command, "--out_dir=tuned", "--init_from=source/last.pt"],
-        "old": [*command, "--out_dir=old", f"--init_from={before}"],
-        "unset": [*command, "--out_dir=no", "--init_from=source/last.pt", "--rotary=False"],
-        "set": [*command, "--out_dir=no", f"--init_from={before}", "--rotary=True"],
-        "export": [*export, "source/last.pt", "exported"],
-        "export_old": [*export, before, "exported_old"]}
+    before, neighbour, after = (copy / "config/__init__.py").read_text().partition(
+        "    qkv_bias: bool")  # in GPTConfig
+    (copy / "config/__init__.py").write_text(
+        f'{before}    rotary: bool = option(False, "a throw-away flag")\n{neighbour}{after}')
+    train = ["train.py", *SMALL, "--max_steps=1", "--dataset=stdlib", f"--data_dir={data_dir}"]
+    new = "--init_from=new/last.pt"
+    old = str(small_run("old", "--max_steps=1") / "last.pt")  # it does not have the option
+    commands = [  # with the exit code, and what the last line says
+        (["train.py", "--help"], 0, ""), ([*train, "--out_dir=new", "--rotary=True"], 0, ""),
+        ([*train, "--out_dir=from_new", new], 0, ""),
+        ([*train, "--out_dir=from_old", f"--init_from={old}"], 0, ""),
+        ([*train, "--out_dir=new", "--resume"], 2, "rotary was True, is False"),
+        ([*train, "--out_dir=no", new, "--rotary=False"], 2, "rotary=False was asked for"),
+        ([*train, "--out_dir=no", f"--init_from={old}", "--rotary"], 2, "True was asked for"),
+        (["nanolab.huggingface", "export", "new/last.pt", "to"], 1, "has rotary=True, which"),
+        (["nanolab.huggingface", "export", old, "to"], 0, "")]
     # one process for all: Python takes longer to start than they do
     done = subprocess.run([sys.executable, "-c", RUN_SCRIPTS], cwd=copy, text=True, timeout=120,
-                          input=json.dumps(commands), stdout=subprocess.PIPE, check=True)
+                          input=json.dumps([command for command, _, _ in commands]),
+                          stdout=subprocess.PIPE, check=True)
     results = json.loads(done.stdout)
-
-    for run, rotary in (("source", True), ("tuned", True), ("old", False)):
-        assert results[run][0] == 0, results[run]
+    for (command, exit_code, message), (code, output) in zip(commands, results, strict=True):
+        assert code == exit_code and message in output.splitlines()[-1], (command, output)
+    assert "--rotary=False" in results[0][1] and "a throw-away flag" in results[0][1]
+    for run, rotary in (("new", True), ("from_new", True), ("from_old", False)):
         assert load_tensors(copy / run / "last.pt")["config"]["rotary"] is rotary
-    for name, exit_code, message in (
-            ("help", 0, ""), ("export_old", 0, ""), ("resume", 2, "rotary was True, is False"),
-            ("unset", 2, "rotary=False was asked for, but init_from="),
-            ("set", 2, "rotary=True was asked for, but init_from="),
-            ("export", 1, "rotary=True, which transformers' GPT-2 cannot express")):
-        code, output = results[name]
-        assert code == exit_code and message in output.splitlines()[-1], output
-    assert "--rotary=False" in results["help"][1] and "a throw-away flag" in results["help"][1]
 
 
 VALUES = ["0", "1", "-1", "3", "0.5", "1e-3", "1e999", "nan", "-inf", "9" * 30, "", "True", "None",
