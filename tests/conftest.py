@@ -160,7 +160,8 @@ def start(function, *args, output=os.devnull, **env):
 
     function: of a module, not of another function; output: a file that gets what it prints.
     """
-    process = FORKS.Process(target=run_in_fork, args=(function, args, str(output), env))
+    process = FORKS.Process(target=run_in_fork, args=(function, args, str(output), env),
+                            daemon=True)  # it ends with the tests
     process.start()
     return process
 

@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-import train
 from conftest import (HERE, assert_same_run, equal_weights, losses, no_watch, run_quickly,
                       run_ranks, start, stop_at)
 from nanolab.checkpoint import CheckpointSaver, read_checkpoint
@@ -96,24 +95,23 @@ def test_killed_at_any_moment(small_run, small_flags, tiny_data, tmp_path, n_kil
     is the one that would have been."""
     flags = [*tiny_data, "--n_layer=1", f"--max_steps={12 * n_kills}", "--eval_every=10",
              "--eval_tokens=16", "--save_every=1", "--tail_average=0.5", "--resume"]
-    folder, draw, steps, kills_in_a_save = tmp_path / "killed", random.Random(1), [], 0
+    folder, argv = tmp_path / "killed", small_flags("killed", *flags)
     last, best = folder / "last.pt", folder / "best.pt"
+    draw, steps, kills_in_a_save = random.Random(1), [], 0
 
     def is_saving():
         return any(folder.glob("*.pt.unfinished"))
 
-    def start_it():
-        return start(run_quickly, small_flags("killed", *flags), output=tmp_path / "output")
+    def saved_at():
+        return last.exists() and last.stat().st_mtime_ns
 
     for kill in range(n_kills):
-        before = last.exists() and last.stat().st_mtime_ns
-        process = start_it()
-        if kill % 3:
-            while process.is_alive() and not (
-                    last.exists() and last.stat().st_mtime_ns != before
-                    and (is_saving() or kill % 3 == 1)):
-                time.sleep(0.001)
-        time.sleep(draw.uniform(0, (0.2, 0.1, 0.003)[kill % 3]))
+        moment, before = kill % 3, saved_at()
+        process = start(run_quickly, argv, output=tmp_path / "output")
+        while process.is_alive() and (moment and saved_at() == before
+                                      or moment == 2 and not is_saving()):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, (0.2, 0.1, 0.003)[moment]))
         process.kill()
         process.join()
         if process.exitcode == 0:  # it ended before it was killed
@@ -125,29 +123,19 @@ def test_killed_at_any_moment(small_run, small_flags, tiny_data, tmp_path, n_kil
             step_of(best)
     assert len(steps) > n_kills / 2 and len(set(steps)) > n_kills / 4 and kills_in_a_save > 2
     assert steps == sorted(steps)
-    process = start_it()
-    process.join()
-    assert process.exitcode == 0 and not is_saving(), (tmp_path / "output").read_text()
+    small_run("killed", *flags)
+    assert not is_saving(), "left-over files are cleaned"
     assert_same_run(small_run("whole", *flags, "--save_every=0"), folder)
 
 
-def ask_in_a_validation(argv):
-    """A run that sends rank 1 a SIGTERM in its first validation."""
-    real_loss = train.mean_loss
-
-    def mean_loss(*args):
-        if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real_loss(*args)
-
-    train.mean_loss = mean_loss
-    run_quickly(argv)
+def run_and_stop_rank_1(argv):
+    run_quickly(argv, stop_at(5, signal.SIGTERM) if os.environ["RANK"] == "1" else no_watch)
 
 
 def test_asked_to_stop_in_one_rank(small_flags, tmp_path):
     """A signal to one rank stops all after the same step, saved, with exit code 0."""
-    flags = small_flags("out", "--batch_size=4", "--max_steps=500", "--eval_every=5")
-    printed = run_ranks(2, ask_in_a_validation, flags, output=tmp_path / "output")
+    flags = small_flags("out", "--batch_size=4", "--max_steps=500")
+    printed = run_ranks(2, run_and_stop_rank_1, flags, output=tmp_path / "output")
     assert "--resume continues from here" in printed
     assert step_of(tmp_path / "out/last.pt") == len(losses(tmp_path / "out")) == 6
 
@@ -244,22 +232,14 @@ def test_a_tail_goes_on(small_run, tiny_data):
         assert last["config"]["name"].startswith("tail_extended_10")
 
 
-@pytest.fixture
-def finished(small_run, tiny_data):
-    """A run of 10 steps; called with flags, it runs once more."""
+def test_resume_refuses_another_run(small_run, tiny_data):
     small_run("run", *tiny_data)
-    return lambda *flags: small_run("run", *tiny_data, *flags)
-
-
-def test_resume_refuses_another_run(finished):
     for flag in ("--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16",
                  "--init_seed=1", "--dropout=0.3", "--tail_average=0.1", "--order=sequential",
                  "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon", "--compile=True"):
         key = flag[2:].split("=")[0]
         with pytest.raises(UserError, match=f"belongs to another run: .*{key} was .*, is "):
-            finished("--resume", flag)
-    with pytest.raises(UserError, match="init_seed was 42, is 1; data_seed was"):
-        finished("--resume", "--seed=1")
+            small_run("run", *tiny_data, "--resume", flag)
 
 
 @pytest.mark.parametrize("schedule", [
@@ -271,14 +251,15 @@ def test_resume_refuses_another_length(small_run, schedule):
         small_run("run", schedule, "--max_steps=4", "--resume")
 
 
-def test_resume_allows_what_changes_nothing(finished, small_run):
-    folder = finished("--resume", "--max_steps=14", "--batch_size=2", "--device=cpu",
-                      "--eval_every=3", "--save_every=2", "--log_every=2", "--dollars_per_hour=2",
-                      "--name=other")
-    assert step_of(folder / "last.pt") == 14
-    small_run("no_dropout", "--max_steps=2")  # then compiled code draws no other masks
-    folder = small_run("no_dropout", "--max_steps=4", "--compile=False", "--resume")
-    assert step_of(folder / "last.pt") == 4
+def test_resume_allows_what_changes_nothing(small_run, tiny_data):
+    small_run("run", *tiny_data)
+    run = small_run("run", *tiny_data, "--resume", "--max_steps=14", "--batch_size=2",
+                    "--eval_every=3", "--save_every=2", "--log_every=2", "--threads=1",
+                    "--dollars_per_hour=2", "--name=other")
+    assert step_of(run / "last.pt") == 14
+    run = small_run("run2", "--max_steps=2")  # without dropout, compiled code draws no other masks
+    small_run("run2", "--max_steps=4", "--compile=False", "--resume")
+    assert step_of(run / "last.pt") == 4
 
 
 @pytest.mark.parametrize("schedule, steps, stop", [("constant", 12, 99),
@@ -345,28 +326,20 @@ def test_a_finished_run_has_its_summary(small_run, tmp_path, monkeypatch):
     assert (tmp_path / "run/summary.json").exists()
 
 
-def test_two_runs_in_one_folder(small_flags, tmp_path):
+def test_two_runs_in_one_folder(small_flags, small_run, tmp_path):
     """The second is one line and changes nothing; after a kill of the first the folder is free."""
-    folder = tmp_path / "out"
+    folder, flags = tmp_path / "out", ["--resume", "--name=second", "--max_steps=100000"]
     first = long_run(small_flags, tmp_path, "--save_every=5")
     while not (folder / "last.pt").exists():
         time.sleep(0.01)
     config_json = (folder / "config.json").read_text()
-
-    def run_second(steps):
-        flags = small_flags("out", "--resume", f"--max_steps={steps}", "--name=second")
-        second = start(run_quickly, flags, output=tmp_path / "second")
-        second.join(30)
-        return second.exitcode
-
-    assert run_second(100000) == 1
-    assert (tmp_path / "second").read_text().splitlines()[-1].startswith(
-        f"train.py: another run is writing to {folder}; ")
+    with pytest.raises(UserError, match=f"^another run is writing to {folder}; "):
+        small_run("out", *flags)
     assert first.is_alive() and (folder / "config.json").read_text() == config_json
     first.kill()
     first.join()
-    assert run_second(step_of(folder / "last.pt") + 2) == 0, (tmp_path / "second").read_text()
-    assert not (folder / "run.lock").exists()
+    small_run("out", *flags, f"--max_steps={step_of(folder / 'last.pt') + 2}")
+    assert (folder / "summary.json").exists() and not (folder / "run.lock").exists()
 
 
 def test_a_disk_without_locks(small_run, tiny_data, monkeypatch, capsys):

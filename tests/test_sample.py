@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import model
-import train
 from conftest import assert_same_run, call, losses, run_main, run_quickly, run_ranks, stop_at
 from nanolab import tokenizer
 from nanolab.checkpoint import read_checkpoint
@@ -135,12 +134,3 @@ def test_samples_leave_no_trace(small_run, small_flags, tiny_data, tmp_path, cap
 def test_a_model_that_diverged_still_trains(small_run, tiny_data):
     run = small_run("run", *tiny_data, "--learning_rate=1e25", "--sample_every=1", "--max_steps=3")
     assert "no sample" in samples(run)[3]
-
-
-def test_samples_need_a_tokenizer(small_run, tiny_data, monkeypatch, tmp_path):
-    read_meta = train.read_meta
-    monkeypatch.setattr(train, "read_meta",
-                        lambda *args: {**read_meta(*args), "tokenizer": "unknown"})
-    with pytest.raises(UserError, match="tokenizer is unknown.*without --sample_every"):
-        small_run("run", *tiny_data, "--sample_every=1")
-    assert not (tmp_path / "run").exists()
