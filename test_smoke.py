@@ -1,4 +1,4 @@
-"""The newcomer's minute: the quickstart (a smaller one), resumed, evaluated and sampled by the README's
+"""The newcomer's minute: the quickstart (a smaller one), evaluated and sampled by the README's
 commands. Every other promise has a file in tests/.
 
     python -m pytest test_smoke.py
@@ -31,16 +31,13 @@ def read_json(path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The quickstart at a smaller size: 40 steps, then 40 more by --resume. -> the folder."""
+    """The quickstart at a smaller size. -> the folder"""
     folder = tmp_path_factory.mktemp("quickstart")
-    command = ["train.py", "config/quickstart.py", f"--data_dir={folder}/data",
-               f"--out_dir={folder}/out", "--schedule=constant", "--warmup_fraction=0",
-               "--n_layer=1", "--n_embd=64", "--batch_size=8", "--global_batch_size=8",
-               "--eval_every=40", "--eval_tokens=4096", "--device=cpu"]
-    out, err = call(*command, "--max_steps=40")
+    out, err = call("train.py", "config/quickstart.py", f"--data_dir={folder}/data",
+                    f"--out_dir={folder}/out", "--n_layer=1", "--n_embd=64", "--batch_size=8",
+                    "--global_batch_size=8", "--max_steps=80", "--eval_every=40",
+                    "--eval_tokens=4096", "--device=cpu")
     assert "tokens/s" in err and "python eval.py --ckpt" in out and "python sample.py" in out
-    out, _ = call(*command, "--max_steps=80", "--resume")
-    assert "at step 40" in out
     return folder / "out"
 
 
@@ -66,12 +63,9 @@ def test_evaluate(run):
 
 
 def test_sample(run):
-    """Two samples, which differ, and are the same a second time; a prompt longer than the
-    context."""
+    """Two samples, which differ, of a prompt longer than the context."""
     prompt = "def prompt_longer_than_the_context(" + "argument, " * 10
-    command = ["sample.py", "--ckpt", run / "best.pt", "--prompt", prompt, "--max_new_tokens=80",
-               "--num_samples=2", "--seed=1", "--device=cpu"]
-    text, _ = call(*command)
-    assert text == call(*command)[0]
+    text, _ = call("sample.py", "--ckpt", run / "best.pt", "--prompt", prompt, "--num_samples=2",
+                   "--max_new_tokens=80", "--device=cpu")
     _, one, other = text.split(prompt)
     assert one.splitlines()[0] != other.splitlines()[0]

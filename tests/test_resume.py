@@ -144,11 +144,11 @@ def long_run(small_flags, tmp_path, *flags):
     """A run that has made its first step. -> Process"""
     process = start(run_quickly, small_flags("out", "--max_steps=100000", *flags),
                     output=tmp_path / "output")
-    wait_for_a_line(tmp_path / "out" / "log.jsonl", process.is_alive)
+    wait_for(tmp_path / "out" / "log.jsonl", process.is_alive)
     return process
 
 
-def wait_for_a_line(log, is_alive):
+def wait_for(log, is_alive):
     while not (log.exists() and log.read_text()):
         time.sleep(0.01)
         assert is_alive()
@@ -175,21 +175,21 @@ def test_second_ctrl_c_ends_at_once(small_flags, tmp_path):
     assert process.exitcode == -signal.SIGINT
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def start_torchrun(*command):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc_per_node=2", *command], cwd=HERE, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_torchrun_is_stopped(small_flags, tmp_path, number):
-    """Killed or interrupted, torchrun leaves no process behind; its processes save, and give no
-    traceback of ours."""
-    flags = small_flags("out", "--batch_size=4", "--max_steps=100000")
-    torchrun = subprocess.Popen([*TORCHRUN, "train.py", *flags], cwd=HERE, text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_for_a_line(tmp_path / "out" / "log.jsonl", lambda: torchrun.poll() is None)
-    torchrun.send_signal(number)
-    stderr = torchrun.communicate(timeout=60)[1]  # ends when no process has the pipe any more
+def test_torchrun_is_killed(small_flags, tmp_path):
+    """It leaves no process behind, and they save."""
+    torchrun = start_torchrun("train.py", *small_flags("out", "--batch_size=4",
+                                                       "--max_steps=100000"))
+    wait_for(tmp_path / "out" / "log.jsonl", lambda: torchrun.poll() is None)
+    torchrun.kill()
+    torchrun.communicate(timeout=60)  # ends when no process has its pipes any more
     assert step_of(tmp_path / "out" / "last.pt") == len(losses(tmp_path / "out"))
-    assert "train.py" not in stderr and not (tmp_path / "out" / "run.lock").exists()
+    assert not (tmp_path / "out" / "run.lock").exists()
 
 
 DIE_ONCE = f"""
@@ -206,17 +206,23 @@ end_distributed()
 """
 
 
-def test_torchrun_restarts(small_run, small_flags, tmp_path, tiny_data):
-    """`torchrun --max-restarts=3 ... --resume`: a rank dies, and the run goes on from its last
-    checkpoint by itself."""
+def test_torchrun_restarts_and_is_interrupted(small_run, small_flags, tmp_path, tiny_data):
+    """With --max-restarts=3 and --resume: a rank dies, and the run goes on from its last checkpoint
+    by itself. On Ctrl-C it saves, without a traceback of ours."""
     (tmp_path / "die.py").write_text(DIE_ONCE)
-    flags = [*tiny_data, "--batch_size=4", "--save_every=3", "--resume"]
-    result = subprocess.run([*TORCHRUN, "--max-restarts=3", tmp_path / "die.py",
-                             *small_flags("out", *flags)],
-                            capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert "at step 6" in result.stdout
-    assert losses(tmp_path / "out") == pytest.approx(losses(small_run("one", *flags)), rel=1e-5)
+    flags = [*tiny_data, "--batch_size=4", "--save_every=3", "--max_steps=100000", "--resume"]
+    torchrun = start_torchrun("--max-restarts=3", tmp_path / "die.py", *small_flags("out", *flags))
+    out = tmp_path / "out"
+    while not (out / "last.pt").exists() or step_of(out / "last.pt") < 12:
+        time.sleep(0.1)
+        assert torchrun.poll() is None
+    torchrun.send_signal(signal.SIGINT)
+    stdout, stderr = torchrun.communicate(timeout=60)
+    assert "last.pt, at step 6" in stdout and 'die.py", line' not in stderr
+    step = step_of(out / "last.pt")
+    assert step == len(losses(out))
+    one = small_run("one", *flags, on_step=stop_at(step - 1))
+    assert losses(out) == pytest.approx(losses(one), rel=1e-5)
 
 
 def test_a_tail_goes_on(small_run, tiny_data):
