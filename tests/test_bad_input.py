@@ -9,6 +9,9 @@ import sys
 
 import pytest
 import torch
+from pyarrow import table
+from pyarrow.parquet import write_table
+from safetensors.torch import save_file
 
 from conftest import HERE, SMALL, call, run_quickly, write_texts
 from nanolab.common import run_script
@@ -35,11 +38,18 @@ def good(tmp_path_factory, vocabulary):
 
 # Changes that a test makes to a path.
 
+GONE = pathlib.Path.unlink
+
+
 def write(content):
     def change(path):
         path.parent.mkdir(exist_ok=True)
         (path.write_bytes if isinstance(content, bytes) else path.write_text)(content)
     return change
+
+
+def write_jsonl(*texts):
+    return write("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def resize(n_bytes):
@@ -50,10 +60,17 @@ def save(value):
     return lambda path: torch.save(value, path)
 
 
-def change_meta(**changes):
-    def change(path):
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def write_tokens(n_validation, dtype=torch.uint16, token=1):
+    def change(folder):
+        folder.mkdir()
+        for name, size in ("train", 9), ("validation", n_validation):
+            tokens = torch.full((size,), token, dtype=dtype)
+            save_file({"tokens": tokens}, folder / f"{name}.safetensors")
     return change
+
+
+def change_meta(**changes):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def change_checkpoint(**changes):
@@ -70,30 +87,7 @@ def change_config(**changes):
 
 
 def scale_weights(factor):
-    return change_checkpoint(model=lambda weights: {key: factor * weight
-                                                    for key, weight in weights.items()})
-
-
-def write_jsonl(*texts):
-    return write("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def write_parquet(columns):
-    def change(path):
-        from pyarrow import Table
-        from pyarrow.parquet import write_table
-        write_table(Table.from_pydict(columns), path)
-    return change
-
-
-def write_tokens(dtype=torch.uint16, token=1, **sizes):
-    def change(folder):
-        from safetensors.torch import save_file
-        folder.mkdir()
-        for name, size in sizes.items():
-            save_file({"tokens": torch.full((size,), token, dtype=dtype)},
-                      folder / f"{name}.safetensors")
-    return change
+    return change_checkpoint(model=lambda weights: {key: factor * w for key, w in weights.items()})
 
 
 OWN_DATA = ["--dataset=tiny", "--data_dir=data"]
@@ -111,7 +105,7 @@ TOKENS = [*FINEWEB, "--from=tokens", "--test_offset=100", "--test_tokens=320",
           "--train_tokens=2048"]
 
 META, TRAIN_BIN, TEST_BIN = (f"data/tiny/{name}" for name in ("meta.json", "train.bin", "test.bin"))
-NANOGPTS = {META: pathlib.Path.unlink, TEST_BIN: pathlib.Path.unlink}  # train.bin and val.bin only
+NANOGPTS = {META: GONE, TEST_BIN: GONE}  # train.bin and val.bin only
 LAST, BEST = "out/last.pt", "out/best.pt"
 
 
@@ -151,14 +145,13 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, [*TRAIN, "--device=cuda"], "not available"),
     ({}, [*TRAIN, "--wandb=project"], "pip install wandb"),
     # weights to start from
-    ({}, [*TUNE, "--n_layer=3"],
-     "n_layer=3 was asked for, but init_from='out/best.pt' has n_layer=2"),
+    ({}, [*TUNE, "--n_layer=3"], "was asked for, but init_from='out/best.pt' has n_layer=2"),
     ({}, [*TUNE, "--init=gpt2"], "init='gpt2' (from --init) applies to random weights only"),
     ({BEST: change_checkpoint(tokenizer="gpt2")}, TUNE, "reads gpt2 tokens, but the data set tiny"),
     # runs and their checkpoints
     ({}, [*TRAIN, "--out_dir=out"], "holds a run already"),
     ({"file": write("")}, [*TRAIN, "--out_dir=file/out"], "Not a directory"),
-    ({LAST: resize(5000), BEST: pathlib.Path.unlink}, RESUME, "last.pt is damaged"),
+    ({LAST: resize(5000), BEST: GONE}, RESUME, "last.pt is damaged"),
     ({LAST: save({"format": 1, "model": Code(), "config": {}})}, RESUME, "last.pt is damaged"),
     ({BEST: write(pickle.dumps({"model": Code()}, protocol=4))}, EVAL, "best.pt is damaged"),
     ({LAST: save([1, 2])}, RESUME, "last.pt is no checkpoint of nanolab"),
@@ -176,12 +169,12 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, [*TRAIN, "--dataset=other"], "make it: python prepare.py PATH_OF_YOUR_TEXT --name=other"),
     ({}, ["train", f"{HERE}/config/local_3090.py", "--data_dir=data"], "python prepare.py fineweb"),
     ({}, [*TRAIN, "--dataset=../.."], "'../..' is a path"),
-    ({META: pathlib.Path.unlink}, TRAIN, "is unfinished"),
+    ({META: GONE}, TRAIN, "is unfinished"),
     ({META: write("[" * 100_000)}, TRAIN, "meta.json is damaged"),
     ({META: change_meta(splits={"train": {"tokens": "9"}})}, TRAIN, "meta.json is damaged"),
     ({META: change_meta(vocab_size=50)}, TRAIN, "beyond its vocabulary of 50"),
     ({TRAIN_BIN: resize(1001)}, TRAIN, "train.bin has 1,001 bytes"),
-    ({"data/tiny/val.bin": pathlib.Path.unlink}, TRAIN, "no val split"),
+    ({"data/tiny/val.bin": GONE}, TRAIN, "no val split"),
     ({}, [*TRAIN, "--block_size=100000"], "less than one window of 100,001"),
     (NANOGPTS, TRAIN, "train.py reads them with --vocab_size=N"),
     (NANOGPTS, EVAL, "eval.py needs another --dataset"),
@@ -194,7 +187,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, ["eval", "--ckpt", "out/*/best.pt"], "nothing matches 'out/*/best.pt'"),
     ({}, ["eval", "--ckpt", "data"], "data is a folder, neither a run with best.pt nor a model"),
     ({BEST: change_checkpoint(tokenizer="gpt2")}, EVAL, "was trained on gpt2 tokens"),
-    ({TEST_BIN: pathlib.Path.unlink}, EVAL, "no test split"),
+    ({TEST_BIN: GONE}, EVAL, "no test split"),
     ({BEST: scale_weights(1e30)}, EVAL, "the test loss of out/best.pt is not finite"),
     ({}, [*EVAL, "--batch_size=0"], "--batch_size must be"),
     # sample
@@ -218,8 +211,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     (hf_folder(write("no"), "model.safetensors"), SAMPLE_HF, "the weights in hf are damaged"),
     (hf_folder(save({"wte.weight": Code()})), SAMPLE_HF, "pytorch_model.bin is damaged"),
     (hf_folder(save([1])), SAMPLE_HF, "does not contain weights"),
-    (hf_folder(save({"wte.weight": torch.ones(257, 8)})), SAMPLE_HF,
-     "hf does not fit its own config (Missing key(s)"),
+    (hf_folder(save({"wte.weight": torch.ones(257, 8)})), SAMPLE_HF, "does not fit its own conf"),
     ({}, [*EXPORT, "gpt2", "new"], "gpt2 is no file that train.py saved"),
     ({"file": write("")}, [*EXPORT, "out/best.pt", "file/new"], "Not a directory"),
     # text
@@ -232,29 +224,23 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({"mine/a.jsonl": write('{"body": "one"}\n')}, PREPARE, "choose with --text_column"),
     ({"mine/a.jsonl": write_jsonl(1)}, PREPARE, "that is not text"),
     ({"mine/a.jsonl": write_jsonl("\ud800")}, PREPARE, "that is not text"),
-    ({"mine/a.jsonl": write_jsonl(" " * 1_500_000 + "a", "b", "c")}, PREPARE[:3],
-     "tiktoken cannot encode"),
-    ({"mine.parquet": write_parquet({"body": ["one"]})}, PARQUET, "no column 'text' but body"),
+    ({"mine/a.jsonl": write_jsonl(" " * 10**6 + "a", "b", "c")}, PREPARE[:3], "tiktoken cannot"),
+    ({"mine.parquet": lambda path: write_table(table({"body": ["one"]}), path)}, PARQUET,
+     "no column 'text' but body"),
     ({"mine.parquet": write("no")}, PARQUET, "damaged or no .parquet"),
     ({}, ["prepare", "texts", *OWN_DATA[1:], "--name=tiny"], "holds another data set"),
     ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "--name=a/b is a path"),
     ({}, ["prepare", "info", "--data_dir=data"], "info wants the NAME"),
     ({}, [*PREPARE, "--heldout=1"], "--heldout must be"),
-    ({}, [*PREPARE, "--train_tokens=9"],
-     "--train_tokens does nothing for mine, only for fineweb, fineweb-edu"),
+    ({}, [*PREPARE, "--train_tokens=9"], "--train_tokens does nothing for mine, only for fineweb,"),
     # FineWeb
     ({}, [*FINEWEB, "--from=nowhere"], "no folder nowhere"),
     ({}, [*FINEWEB, "--from=texts"], "sample/10BT"),
-    ({"tokens": write_tokens(train=9)}, TOKENS, "there is no tokens/validation.safetensors"),
-    ({"tokens": write_tokens(train=9, validation=9), "tokens/train.safetensors": write("no")},
-     TOKENS, "train.safetensors is damaged"),
-    ({"tokens": write_tokens(train=9, validation=420)}, TOKENS, "420 tokens, and test ends at 421"),
-    ({"tokens": write_tokens(train=9, validation=421, dtype=torch.int32)}, TOKENS,
-     "holds I32 numbers of the shape [9]"),
-    ({"tokens": write_tokens(train=9, validation=421, token=50257)}, TOKENS,
-     "beyond GPT-2's vocabulary of 50257"),
-    ({"tokens": write_tokens(train=9, validation=421)}, [*TOKENS, "--heldout=0.1"],
-     "neither --tokenizer nor --heldout"),
+    ({"tokens/train.safetensors": write("no")}, TOKENS, "train.safetensors is damaged"),
+    ({"tokens": write_tokens(420)}, TOKENS, "420 tokens, and test ends at 421"),
+    ({"tokens": write_tokens(421, torch.int32)}, TOKENS, "holds I32 numbers of the shape [9]"),
+    ({"tokens": write_tokens(421, token=50257)}, TOKENS, "beyond GPT-2's vocabulary of 50257"),
+    ({"tokens": write_tokens(421)}, [*TOKENS, "--heldout=0.1"], "neither --tokenizer nor"),
 ])
 def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, reported):
     """A non-zero exit code, one line on stderr that says what is wrong, no traceback, nothing lost
@@ -283,13 +269,11 @@ def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, reporte
 
 @pytest.mark.parametrize("script", ["train", "prepare", "eval", "sample", "nanolab.huggingface"])
 def test_help_and_typo(script, monkeypatch, capsys):
-    for word, exit_code in (("--help", 0), ("--sede=1", 2)):
+    for word, exit_code, lines in ("--help", 0, range(6, 999)), ("--sede=1", 2, [1]):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", word])
         with pytest.raises(SystemExit) as exit_:
             run_script(importlib.import_module(script).main)
-        out, err = capsys.readouterr()
-        assert exit_.value.code == exit_code
-        assert out.count("\n") > 5 if word == "--help" else err.count("\n") == 1
+        assert exit_.value.code == exit_code and "".join(capsys.readouterr()).count("\n") in lines
 
 
 def test_windows_gets_one_line():
