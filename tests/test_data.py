@@ -13,6 +13,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from pyarrow import table
+from pyarrow.parquet import write_table
+from safetensors.torch import save_file
 
 import prepare
 from conftest import call, losses, no_file_larger_than, run_main, start, write_texts
@@ -43,11 +46,10 @@ def read_bytes(folder):
 
 def stop_after(function, calls):
     """The function, interrupted as by Ctrl-C after so many calls."""
-    left = [calls]
+    done = iter(range(calls))
 
     def stopping(*args):
-        left[0] -= 1
-        if left[0] < 0:
+        if next(done, None) is None:
             raise KeyboardInterrupt
         return function(*args)
     return stopping
@@ -181,8 +183,6 @@ def test_full_disk_in_prepare(tmp_path, texts, monkeypatch):
 def fineweb_copy(tmp_path_factory):
     """A folder with a repository in FineWeb's layout, 400 rows in 2 files; FineWeb-Edu has the same
     layout. -> folder, rows."""
-    from pyarrow import Table
-    from pyarrow.parquet import write_table
     folder = tmp_path_factory.mktemp("hub") / "HuggingFaceFW" / "fineweb"
     (folder / "sample" / "10BT").mkdir(parents=True)
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n"
@@ -190,10 +190,17 @@ def fineweb_copy(tmp_path_factory):
     rows = [f"Row {i} says that {i} times {i} is {i * i}." for i in range(400)]
     for i in range(2):
         columns = {"text": rows[200 * i:200 * (i + 1)], "id": list(range(200))}
-        write_table(Table.from_pydict(columns),
-                    folder / "sample" / "10BT" / f"{i:03d}_00000.parquet", row_group_size=64)
+        write_table(table(columns), folder / "sample/10BT" / f"{i:03d}_00000.parquet",
+                    row_group_size=64)
     (folder.parent / "fineweb-edu").symlink_to(folder)
     return folder.parent.parent, rows
+
+
+def assert_splits(folder, train_tokens, heldout):
+    """The windows that prepare.py fineweb cuts with these options."""
+    expected = {"train": train_tokens[:2049], "val": heldout[:100], "test": heldout[100:421]}
+    for split, tokens in expected.items():
+        assert np.fromfile(folder / f"{split}.bin", "<u2").tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("name, title", [("fineweb", "FineWeb"), ("fineweb-edu", "FineWeb-Edu")])
@@ -204,12 +211,9 @@ def test_fineweb_split(tmp_path, fineweb_copy, monkeypatch, name, title):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which prepare.py sets: undone after the test
     run_main(monkeypatch, "prepare", name, f"--from={folder}", f"--data_dir={tmp_path}",
              "--heldout=0.1", "--test_offset=100", "--test_tokens=320", "--train_tokens=2048")
-    train_tokens, heldout = (np.concatenate([encode(get_tokenizer("gpt2"), row) for row in part])
-                             for part in (rows[:360], rows[360:]))
-    for split, expected in (("train", train_tokens[:2049]), ("val", heldout[:100]),
-                            ("test", heldout[100:421])):
-        tokens = np.fromfile(tmp_path / name / f"{split}.bin", "<u2")
-        assert tokens.tolist() == expected.tolist()
+    assert_splits(tmp_path / name, *(np.concatenate([encode(get_tokenizer("gpt2"), row)
+                                                     for row in part])
+                                     for part in (rows[:360], rows[360:])))
     assert len(TokenDataset(tmp_path, name, "test", 32)) == 10
     assert read_meta(tmp_path, name)["source"] == f"{title} sample-10BT"
 
@@ -233,8 +237,7 @@ def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
     """Footers are read from afar, whole files through the hub's cache, only as many as the budget
     needs, at one revision."""
     import huggingface_hub
-    folder, rows = fineweb_copy
-    downloaded = []
+    (folder, rows), downloaded = fineweb_copy, []
 
     class Hub:
         def open(self, path):
@@ -255,8 +258,7 @@ def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
     files = [f"hf://datasets/HuggingFaceFW/fineweb@abc/{name}" for name in names]
     prepare.prepare_fineweb(files, tmp_path / "fineweb", "gpt2", 1, "hub", 512, 0.1, 100, 320)
     expected = np.concatenate([encode(get_tokenizer("gpt2"), row) for row in rows[:100]])[:513]
-    tokens = np.fromfile(tmp_path / "fineweb" / "train.bin", "<u2")
-    assert tokens.tolist() == expected.tolist()
+    assert np.fromfile(tmp_path / "fineweb" / "train.bin", "<u2").tolist() == expected.tolist()
     assert set(downloaded) == {("dataset", "abc", name) for name in names}
     assert downloaded.count(("dataset", "abc", names[0])) == 1, "one shard of train is enough"
 
@@ -264,19 +266,15 @@ def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
 def test_published_token_files(tmp_path, monkeypatch):
     """Files as gpjt/fineweb-gpt2-tokens has them: the same windows as `prepare.py fineweb` cuts,
     and the same after a kill."""
-    from safetensors.torch import save_file
     train_tokens, heldout = (np.random.default_rng(1).integers(50257, size=size).astype("<u2")
                              for size in (3000, 600))
     for name, tokens in ("train", train_tokens), ("validation", heldout):
         save_file({"tokens": torch.from_numpy(tokens)}, tmp_path / f"{name}.safetensors")
-
-    def make(folder):
-        prepare.prepare_published_tokens(tmp_path, folder, 2048, 100, 320)
-
-    assert_continues_after_a_kill(monkeypatch, tmp_path, make, DatasetWriter, ["append"])
-    for split, expected in (("train", train_tokens[:2049]), ("val", heldout[:100]),
-                            ("test", heldout[100:421])):
-        assert np.fromfile(tmp_path / "whole" / f"{split}.bin", "<u2").tolist() == expected.tolist()
+    assert_continues_after_a_kill(
+        monkeypatch, tmp_path,
+        lambda folder: prepare.prepare_published_tokens(tmp_path, folder, 2048, 100, 320),
+        DatasetWriter, ["append"])
+    assert_splits(tmp_path / "whole", train_tokens, heldout)
     meta = read_meta(tmp_path, "whole")
     assert meta["tokenizer"] == "gpt2"
     assert meta["splits"]["train"]["documents"] == (train_tokens[:2049] == 50256).sum()
@@ -284,20 +282,19 @@ def test_published_token_files(tmp_path, monkeypatch):
 
 def test_files_of_nanogpt(tmp_path, small_run, capsys):
     """train.bin and val.bin without meta.json are read when --vocab_size says what they hold."""
-    folder = tmp_path / "data" / "theirs"
-    folder.mkdir(parents=True)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
     tokens = np.random.default_rng(1).integers(65, size=1_200_000).astype("<u2")
     assert tokens.nbytes > 2 * 2**20, "more than what is hashed"
     for split in ("train", "val"):
         tokens.tofile(folder / f"{split}.bin")
-    flags = ["--dataset=theirs", f"--data_dir={tmp_path}/data"]
+    flags = ["--dataset=theirs", f"--data_dir={tmp_path}"]
     run = small_run("run", *flags, "--vocab_size=65", "--max_steps=2")
     assert "no meta.json" in capsys.readouterr().out
-    inputs, targets = TokenDataset(tmp_path / "data", "theirs", "train", 32, 65).batch([3])
+    inputs, _ = TokenDataset(tmp_path, "theirs", "train", 32, 65).batch([3])
     assert inputs[0].tolist() == tokens[96:128].tolist()
-    assert targets[0].tolist() == tokens[97:129].tolist()
     with pytest.raises(UserError, match="has the token 64, beyond its vocabulary of 64"):
-        TokenDataset(tmp_path / "data", "theirs", "train", 32, 64).batch(range(50))
+        TokenDataset(tmp_path, "theirs", "train", 32, 64).batch(range(50))
     assert losses(run)[0] == pytest.approx(math.log(65), abs=0.7)
     assert read_checkpoint(run / "last.pt")["tokenizer"] == "unknown"
     gpt2_run = small_run("gpt2", *flags, "--vocab_size=50304", "--max_steps=1")
