@@ -76,8 +76,8 @@ def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
         assert calls > 0, "it was killed"
 
 
-def prepare_mine(source, folder, tokenizer="bytes", workers=1):
-    prepare_text(own_files(source), folder, tokenizer, "text", workers, "mine")
+def prepare_mine(source, folder, tokenizer="bytes"):
+    prepare_text(own_files(source), folder, tokenizer, "text", 1, "mine")
 
 
 @pytest.fixture
@@ -118,12 +118,6 @@ def test_heldout_of_your_own_text(tmp_path, monkeypatch):
                  "--tokenizer=bytes", f"--name={name}", *flags)
         splits = read_meta(tmp_path, name)["splits"]
         assert [splits[split]["documents"] for split in SPLITS] == documents
-
-
-def test_any_number_of_processes_gives_the_same_bytes(tmp_path, texts):
-    for workers in (1, 3):
-        prepare_mine(texts, tmp_path / f"{workers}", "gpt2", workers)
-    assert read_bytes(tmp_path / "1") == read_bytes(tmp_path / "3")
 
 
 def test_tokenising_processes_do_not_load_torch():
