@@ -25,10 +25,6 @@ def call(*command):
     return done.stdout, done.stderr
 
 
-def read_json(path):
-    return json.loads(path.read_text())
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The quickstart at a smaller size. -> the folder"""
@@ -52,12 +48,12 @@ def test_train(run):
                              "tokens_per_second", "mfu", "seconds"}
     assert steps[0]["loss"] > 5 and steps[-1]["loss"] < 3.5
     assert [entry["step"] for entry in log if "val_loss" in entry] == [40, 80]
-    assert read_json(run / "summary.json")["tokens"] == 80 * 8 * 128
+    assert json.loads((run / "summary.json").read_text())["tokens"] == 80 * 8 * 128
 
 
 def test_evaluate(run):
     out, _ = call("eval.py", "--ckpt", run / "best.pt", "--json", run / "one.json", "--device=cpu")
-    result = read_json(run / "one.json")["runs"][0]
+    result = json.loads((run / "one.json").read_text())["runs"][0]
     assert f"{result['test_loss']:.6f}" in out and result["test_loss"] < 3.5
     assert result["bits_per_byte"] == pytest.approx(result["test_loss"] / math.log(2), rel=1e-2)
 

@@ -46,15 +46,10 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """On the CPU, which every machine has: a test and the processes that it starts find no GPU,
-    unless it is marked gpu.
-
-    CUDA reads CUDA_VISIBLE_DEVICES once in a process. This one may run a test marked gpu next, so
-    here torch only says that there is none.
-    """
+    """A test and the processes that it starts find no GPU, unless it is marked gpu."""
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("gpu"):
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # CUDA reads it once: not for this process
             patch.setattr(torch.cuda, "is_available", lambda: False)
         return (yield)
 
@@ -79,8 +74,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A folder with a data set so small that 12 steps are more than two epochs. -> the flags that
-    choose it."""
+    """A data set so small that 12 steps are more than two epochs. -> the flags that choose it"""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "texts").mkdir()
     for i in range(60):
@@ -114,8 +108,7 @@ def stop_at(step, number=signal.SIGINT):
 
 
 def run_quickly(argv, on_step=no_watch):
-    """A run of train.py that draws no chart and does not time matrix products, which would take
-    longer than a small run."""
+    """A run of train.py without chart and timing of matrix products, which take longer than it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nanolab.runlog, "plot_run", lambda *args: b"no picture")
         patch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
@@ -131,10 +124,7 @@ def small_flags(data_dir, tmp_path):
 
 @pytest.fixture
 def small_run(small_flags, tmp_path):
-    """small_run(name, *flags): a small run in this process. -> its folder
-
-    on_step: called with (step, model) before each step.
-    """
+    """small_run(name, *flags, on_step=...): a small run in this process. -> its folder"""
     def run(name, *flags, on_step=no_watch):
         run_quickly(small_flags(name, *flags), on_step)
         return tmp_path / name

@@ -27,8 +27,7 @@ class Code:
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory, vocabulary):
-    """A folder with everything intact: data set `data/tiny`, run `out`, texts. Its damaged copies
-    are made from it."""
+    """Everything intact: data set `data/tiny`, run `out`, texts. Tests damage copies of it."""
     folder = tmp_path_factory.mktemp("good")
     write_texts(folder / "texts", "abcd")
     prepare_text(own_files(folder / "texts"), folder / "data" / "tiny", "bytes", "text", 1, "tiny")
@@ -243,8 +242,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({"tokens": write_tokens(421)}, [*TOKENS, "--heldout=0.1"], "neither --tokenizer nor"),
 ])
 def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, reported):
-    """A non-zero exit code, one line on stderr that says what is wrong, no traceback, nothing lost
-    or half made."""
+    """A non-zero exit code, one line that says what is wrong, nothing lost or half made."""
     folder = tmp_path / "copy"
     shutil.copytree(good, folder)
     for path, change in damage.items():
@@ -284,8 +282,7 @@ def test_windows_gets_one_line():
 
 
 def test_torchrun_ends_with_our_line(tmp_path):
-    """A mistake in the configuration: each rank exits with 2, and the summary of torchrun has our
-    line."""
+    """A mistake in the configuration: the summary of torchrun has our line and exit code."""
     result = call("train.py", *SMALL, f"--out_dir={tmp_path}", "--batch_size=16", processes=2)
     ours = "train.py: global_batch_size=8 (from --global_batch_size) is not divisible by batch"
     lines = result.stderr.splitlines()

@@ -1,5 +1,4 @@
-"""Numbers that are not finite, disks that are full: a run goes on, or ends with one line and
-nothing lost."""
+"""Numbers that are not finite, disks that are full: a run goes on, and nothing is lost."""
 
 import contextlib
 import json
@@ -36,8 +35,7 @@ def run_with_a_bad_rank(argv):
 
 @pytest.mark.parametrize("amp", ["off", "float16"])
 def test_bad_numbers_on_one_rank(small_flags, tmp_path, amp):
-    """A loss that is not a number on one of two ranks: both skip that update, log it and count
-    it."""
+    """A loss that is not a number on one of two ranks: both skip, log and count the update."""
     flags = small_flags("out", "--batch_size=4", "--max_steps=6", f"--amp={amp}")
     run_ranks(2, run_with_a_bad_rank, flags, output=tmp_path / "output")
     log = read_log(tmp_path / "out" / "log.jsonl")[0]
@@ -69,8 +67,7 @@ def test_bad_numbers_leave_no_trace(small_run, optimizer):
 
 
 def test_bad_numbers_without_end(small_run):
-    """20 in a row end the run with the step and the first bad parameter; last.pt and best.pt stay
-    good."""
+    """20 in a row end the run with the step and the first bad parameter; checkpoints stay good."""
     folder = small_run("run", "--max_steps=6", "--eval_every=1")
     good = read_checkpoint(folder / "best.pt")["best_val_loss"]
     with pytest.raises(UserError, match="20 updates in a row .* step 25: the first gradient that "
@@ -89,8 +86,7 @@ def test_validation_that_is_not_finite_is_never_best(small_run, monkeypatch):
 
 
 def test_full_disk_in_training(small_run, tiny_data, capsys):
-    """A save that fails says so and leaves the last one good; training goes on; with room again, so
-    does the run."""
+    """A failed save leaves the last one good, and training goes on; with room, so do saves."""
     flags = [*tiny_data, "--save_every=2", "--eval_every=5"]
     last = small_run("run", *flags) / "last.pt"
     before = last.read_bytes()
@@ -113,8 +109,7 @@ def test_output_that_fails_ends_no_run(tiny_data, tmp_path):
 
 
 def test_full_disk_under_the_log(small_run, tiny_data, capsys):
-    """Lines that it does not take are kept until there is room; lines that are missing are noted by
-    --resume."""
+    """Lines are kept until there is room; --resume reports lines that are missing."""
     flags = [*tiny_data, "--max_steps=20"]
     whole = small_run("whole", *flags)
     log, room = whole.with_name("late") / "log.jsonl", contextlib.ExitStack()
@@ -134,8 +129,7 @@ def test_full_disk_under_the_log(small_run, tiny_data, capsys):
 
 
 def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
-    """The best validation loss is that of a best.pt that is there, in the run and in the last.pt
-    saved with it; one that is still being written counts."""
+    """The best validation loss is that of a best.pt that is on disk or being written."""
     real, saved = nanolab.checkpoint.save_checkpoint, []
 
     def save(path, checkpoint):
@@ -155,8 +149,7 @@ def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
 
 
 def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
-    """Steps go on while a file is written, and none of them gets into it; the end waits for the
-    last one."""
+    """Steps go on while a file is written, and none of them gets into it; the end waits for it."""
     flags = [*tiny_data, "--max_steps=12", "--eval_every=4"]
     whole = small_run("whole", *flags, "--save_every=0")
     real, steps_beside, done = nanolab.checkpoint.save_checkpoint, {}, [0]
@@ -181,8 +174,7 @@ def test_validation_leaves_no_trace(small_run):
 
 
 def test_float16_scales_and_unscales(small_run):
-    """With float16 and its scaler, losses and the logged (unscaled) norms are those of float32,
-    and those above grad_clip are clipped."""
+    """Losses and logged norms are those of float32, and norms above grad_clip are clipped."""
     logs = []
     for amp, scaler in ("off", {}), ("float16", {"scale": 65536}):
         folder = small_run(amp, "--grad_clip=0.8", f"--amp={amp}")
@@ -218,8 +210,7 @@ def test_a_flipped_bit_is_noticed(small_run, tiny_data):
 
 
 def test_a_damaged_last_names_the_best(small_run, tiny_data):
-    """--resume refuses a damaged last.pt, and best.pt, copied over it, is a way out; if both are
-    damaged, none is named."""
+    """--resume refuses a damaged last.pt; best.pt, copied over it, is a way out, unless damaged."""
     flags = [*tiny_data, "--max_steps=4", "--eval_every=4", "--resume"]
     folder = small_run("run", *flags)
     damaged = bytearray((folder / "last.pt").read_bytes())

@@ -15,13 +15,8 @@ from nanolab.checkpoint import read_checkpoint
 from nanolab.plots import having, read_entries
 
 
-def read_json(path):
-    return json.loads(path.read_text())
-
-
 def test_chart(monkeypatch):
-    """The band has the extremes of every bin; the best validation and each skipped update are
-    marked."""
+    """The band has the extremes of every bin; best validation and skipped updates are marked."""
     figures = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, *args, **kw: figures.append(figure))
     train_log = [{"step": i, "tokens": i + 1, "loss": 3.0 + i % 7 / 100, "lr": 1e-3,
@@ -41,8 +36,7 @@ def test_chart(monkeypatch):
 
 
 def test_drawn_as_it_runs(small_run, monkeypatch):
-    """At most every 10 s, less often if drawing takes long, and at the end. The clock stands still
-    meanwhile."""
+    """At most every 10 s, less often if drawing takes long, and at the end. The clock stops."""
     now, drawn_at = [0.0], []
 
     def plot_run(train_log, val, config):
@@ -68,8 +62,7 @@ def test_a_chart_that_fails_ends_no_run(small_run, monkeypatch, capsys):
 
 
 def test_report(small_run):
-    """One file with chart, samples, losses and options; it loads nothing and escapes what it
-    quotes."""
+    """One file with chart, samples, losses and options; it loads nothing and escapes its texts."""
     run = small_run("run", "--name=<b>mine</b>", "--sample_every=5", "--sample_prompt=a<b")
     page, entries = (run / "report.html").read_text(), read_entries(run / "log.jsonl")
     assert re.findall('(?:src|href)="([^,"]*)', page) == ["data:image/png;base64"]
@@ -89,9 +82,9 @@ def test_summary(small_run, monkeypatch):
     assert not (run / "summary.json").exists()
     monkeypatch.setattr(nanolab.start, "code_state", lambda: {"sha256": "another"})
     small_run("run", *flags, "--resume")
-    summary = read_json(run / "summary.json")
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["started"] == "2026-01-01T00:00:00+00:00" < summary["ended"]
-    assert summary["code"] == read_json(run / "config.json")["code"]
+    assert summary["code"] == json.loads((run / "config.json").read_text())["code"]
     assert summary["code"][0]["step"] == 0 and summary["code"][1:] == [
         {"sha256": "another", "step": 3}]
     assert (summary["steps"], summary["tokens"]) == (6, 6 * 8 * 32)
@@ -101,8 +94,7 @@ def test_summary(small_run, monkeypatch):
 
 
 def test_dry_run(small_run, tmp_path, capsys):
-    """Memory, steps and time, for a new run and for one that goes on; no file is made or
-    changed."""
+    """Memory, steps and time, for a new run and for one that goes on; no file is changed."""
     small_run("new", "--dry_run", "--global_batch_size=32")
     out = capsys.readouterr().out
     assert re.search(r"memory: [1-9].*\ntime: .* \(4 micro-steps .* 10 steps take about \d", out)
@@ -131,8 +123,7 @@ class WandbRun:
 
 
 def test_wandb(small_run, tiny_data, monkeypatch, capsys):
-    """Config, every number and sample of the log, the plot, the summary and the test loss; a
-    resumed run goes on in the run that it began."""
+    """It gets config, log, plot, summary and test loss; a resumed run goes on in its own."""
     wandb = types.SimpleNamespace(init=WandbRun, Image=pathlib.Path,
                                   Html=lambda text: html.unescape(text)[5:-6])  # <pre>, </pre>
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -149,11 +140,11 @@ def test_wandb(small_run, tiny_data, monkeypatch, capsys):
     assert logged == read_entries(folder / "log.jsonl")
     assert [entry["step"] for entry in having("sample", logged)] == [5, 10]
     assert second.logged[-1][1]["plot"] == folder / "loss.png" and second.finished
-    assert second.summary == read_json(folder / "summary.json")
+    assert second.summary == json.loads((folder / "summary.json").read_text())
     for _ in range(2):  # the second time it is known, and not reported again
         run_main(monkeypatch, "eval", "--ckpt", folder / "best.pt", "--device=cpu")
     _, _, third = WandbRun.runs
-    loss = read_json(folder / "best.test.json")["results"][0]["test_loss"]
+    loss = json.loads((folder / "best.test.json").read_text())["results"][0]["test_loss"]
     assert third.options["id"] == "id0" and third.summary == {"best_test_loss": loss}
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     run_main(monkeypatch, "eval", "--ckpt", folder / "last.pt", "--device=cpu")

@@ -1,5 +1,4 @@
-"""Samples: by sample.py, where each depends on its own seed and not on those next to it; and while
-training. Where prompt, weights and vocabulary come from."""
+"""Samples, by sample.py and while training; where prompt, weights and vocabulary come from."""
 
 import json
 import re
@@ -9,7 +8,8 @@ import pytest
 import torch
 
 import model
-from conftest import assert_same_run, call, losses, run_main, run_quickly, run_ranks, stop_at
+from conftest import (assert_same_run, call, equal_weights, losses, run_main, run_quickly,
+                      run_ranks, stop_at)
 from nanolab import tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -109,8 +109,7 @@ def samples(run):
 
 
 def test_samples_leave_no_trace(small_run, small_flags, tiny_data, tmp_path, capsys):
-    """In one process or two, with dropout, stopped or not: the same bits as without them, and the
-    same samples."""
+    """In one process or two, with dropout, stopped or not: the bits are those without samples."""
     flags = [*tiny_data, "--batch_size=4", "--eval_every=4", "--max_steps=12"]
     sampling = [*flags, "--sample_every=3", "--sample_prompt=12 t"]
     without, whole = small_run("without", *flags), small_run("whole", *sampling)
@@ -122,10 +121,8 @@ def test_samples_leave_no_trace(small_run, small_flags, tiny_data, tmp_path, cap
     small_run("parts", *sampling, "--resume")
     assert_same_run(whole, parts)
     assert samples(parts) == texts
-    log = parts / "log.jsonl"
-    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True)
-                           if "sample" not in line))
-    assert_same_run(without, parts)
+    assert equal_weights(parts / "last.pt", without / "last.pt")
+    assert losses(parts) == losses(without)
     run_ranks(2, run_quickly, small_flags("two", *sampling), output=tmp_path / "output")
     assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-5)
     assert list(samples(tmp_path / "two")) == list(texts)

@@ -26,8 +26,7 @@ NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambd
     ("sequential", "adamw", (4, 1), 2, 2), ("shuffled", "normuon", (2,), 4, 1)])
 def test_any_split_is_the_same_run(small_run, small_flags, tmp_path, order, optimizer, sizes,
                                    n_ranks, n_machines):
-    """1 process x 8 sequences, 2, 4 and 8 micro-steps, 4 processes or two machines: one loss curve
-    over 50 steps."""
+    """1, 2 or 4 processes, two machines, 1 to 8 micro-steps: one loss curve over 50 steps."""
     flags = ["--max_steps=50", "--eval_every=25", f"--order={order}", f"--optimizer={optimizer}",
              *NEW * (optimizer == "normuon")]
     whole = small_run("whole", *flags)
@@ -59,8 +58,7 @@ def test_test_loss_on_two_processes(small_run, tiny_data, tmp_path):
 
 
 def test_dropout_does_not_depend_on_the_split(small_run, small_flags, tmp_path):
-    """Two micro-steps on each of two processes draw the masks of four on one process; and not the
-    same mask twice."""
+    """Two micro-steps on two processes draw the masks of four on one; no mask is drawn twice."""
     flags = ["--dropout=0.5", "--batch_size=2"]
     one = small_run("one", *flags)
     run_ranks(2, run_quickly, small_flags("two", *flags), output=tmp_path / "output")
@@ -74,12 +72,10 @@ def test_dropout_does_not_depend_on_the_split(small_run, small_flags, tmp_path):
 
 @pytest.mark.parametrize("processes, n_layer", [(2, 2), (4, 1)])
 def test_ranks_share_muon_and_gradients(small_run, small_flags, tmp_path, processes, n_layer):
-    """Each process orthogonalises its part of the matrices, also where there are fewer of a shape
-    than processes, and all have the same weights after it. The gradients are reduced in the last
-    micro-step only. They are views of DDP's buckets (of 1 MiB, then of 25) in every micro-step from
-    the second step on: there is no second copy of them."""
-    flags = ["--n_embd=128", f"--n_layer={n_layer}", "--n_head=4", "--max_steps=4",
-             "--optimizer=muon"]
+    """Each process orthogonalises its part of the matrices, and all have the same weights after it.
+    The gradients are reduced in the last micro-step only. From the second step on they are views of
+    DDP's buckets (of 1 MiB, then of 25), so there is no second copy of them."""
+    flags = ["--n_embd=128", f"--n_layer={n_layer}", "--max_steps=4", "--optimizer=muon"]
     one = small_run("one", *flags)
     run_ranks(processes, watch_ranks, small_flags("many", *flags, "--batch_size=1"),
               tmp_path / "seen.json", output=tmp_path / "output")
@@ -98,8 +94,8 @@ def test_ranks_share_muon_and_gradients(small_run, small_flags, tmp_path, proces
 
 def watch_ranks(argv, report):
     """A run that notes where gradients are stored after each backward pass, in which passes they
-    are reduced, how many matrices each call orthogonalises, and whether all ranks have the same
-    weights at the end."""
+    are reduced, how many matrices each call orthogonalises, and whether the ranks agree at the end.
+    """
     storages, reduced, matrices, models = [], [], [], []
     backward, newton_schulz = torch.Tensor.backward, nanolab.optim.newton_schulz
     wrap_ddp = train.wrap_ddp
