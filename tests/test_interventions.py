@@ -31,6 +31,7 @@ INTERVENTIONS = {
     "decay_to_zero": {"schedule": "wsd", "cooldown_fraction": 0.7, "min_lr_ratio": 0.0},
     "embed_norm": {"embed_norm": True},
     "embedding_lr": {"embedding_lr": 155.0, "embed_norm": True},
+    "fp16_sums": {"amp": "float16", "fp16_sums": True},
     "gpt2_init": {"init": "gpt2"},
     "gradient_clipping": {"grad_clip": 3.5},
     "head_dim_128": {"n_head": 6},
@@ -60,7 +61,8 @@ INTERVENTIONS = {
             "cooldown_fraction": 0.2, "min_lr_ratio": 0.1},
     "x0_lambdas": {"x0_lambdas": True},
     "zero_init": {"zero_init": True}}
-IN_THE_LOOP = {"gradient_clipping", "no_amp", "tail_average"}  # what train.py alone does
+# what train.py alone does; fp16_sums are a GPU's
+IN_THE_LOOP = {"fp16_sums", "gradient_clipping", "no_amp", "tail_average"}
 
 STACKS = {
     "modern": {"n_layer": 2, "n_head": 3, "norm": "rmsnorm", "position": "rope", "qk_norm": True,
@@ -489,16 +491,17 @@ def test_rates(n_steps, options):
 @pytest.mark.parametrize("name, options", [
     ("gradient_clipping", {"n_embd": 32, "tie_weights": True, "max_steps": 5, "eps": 0.1,
                            "learning_rate": 0.1, "schedule": "cosine", "warmup_fraction": 0.4}),
-    ("tail_average", {"n_embd": 16, "position": "rope", "max_steps": 40, "eps": 0.01,
-                      "learning_rate": 3e-3, "schedule": "wsd", "optimizer": "normuon",
-                      "cautious_decay": True})])
+    ("tail_average", {"n_embd": 16, "position": "rope", "max_steps": 10, "tail_average": 0.35,
+                      "learning_rate": 0.01, "eps": 0.01, "schedule": "wsd",
+                      "optimizer": "normuon", "cautious_decay": True})])
 def test_a_run_is_the_references(small_run, data_dir, name, options):
-    """In micro-steps of 2 sequences. A large eps keeps AdamW from enlarging rounding errors."""
+    """In micro-steps of 2 sequences, with a tail of 3 steps. A large eps keeps AdamW from
+    enlarging rounding errors."""
     options = {"n_layer": 1, "n_head": 2, "block_size": 16, "batch_size": 2, "dropout": 0.0,
                **options}
     folder = small_run("run", f"config/interventions/{name}.py", *as_flags(options))
     gpt = new_model(SimpleNamespace(**json.loads((folder / "config.json").read_text())))
-    options = expected_options(**INTERVENTIONS[name], **options, global_batch_size=8)
+    options = expected_options(**INTERVENTIONS[name] | options, global_batch_size=8)
     start = separate(dict(gpt.named_parameters()), options)
     gpt.load_state_dict(last_weights(folder))
     got = separate(dict(gpt.named_parameters()), options)
@@ -512,7 +515,7 @@ def test_a_run_is_the_references(small_run, data_dir, name, options):
 
 @pytest.mark.parametrize("words, dtype, matmul", [
     (["config/interventions/no_amp.py"], torch.float32, "highest"),
-    (["--amp=bfloat16"], torch.bfloat16, "high")])
+    (["--amp=bfloat16"], torch.bfloat16, "high"), (["--amp=float16"], torch.float16, "high")])
 def test_precision(small_run, words, dtype, matmul):
     dtypes = set()
 
