@@ -192,13 +192,13 @@ def test_torchrun_is_killed(small_flags, tmp_path):
 DIE_ONCE = f"""
 import os, signal, sys
 sys.path[:0] = [{str(HERE)!r}, {str(HERE / "tests")!r}]
-from conftest import end_distributed, run_quickly
+from conftest import end_distributed, run_quickly, run_script
 
 def die_once(step, model):
     if step == 7 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 
-run_quickly(sys.argv[1:], die_once)
+run_script(lambda: run_quickly(sys.argv[1:], die_once))
 end_distributed()
 """
 

@@ -163,7 +163,7 @@ def test_threads_follow_from_a_rule(monkeypatch, is_large, options, n_threads, i
     chosen = []
     monkeypatch.setattr(train, "DEFAULT_THREADS", 4)
     monkeypatch.setattr(train, "use_threads", lambda n, shared: chosen.append((n, shared)))
-    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     model = torch.nn.Linear(2**12, 2**12, bias=is_large, device="meta")  # of 2**24 weights
     config = Config(**{"dropout": 0.0, "batch_size": 8, **options})
     fast = train.make_fast(model, config, distributed.World(torch.device("cpu"), None))
