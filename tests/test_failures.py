@@ -18,8 +18,9 @@ import nanolab.runlog
 import train
 from conftest import (HERE, SMALL, assert_same_run, equal_weights, losses, no_file_larger_than,
                       run_quickly, run_ranks)
-from nanolab.checkpoint import read_checkpoint
+from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.common import UserError
+from nanolab.data import TokenDataset
 from nanolab.plots import read_log
 
 
@@ -168,9 +169,13 @@ def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
     assert steps_beside["best.pt", 4] >= 3
 
 
-def test_validation_leaves_no_trace(small_run):
+def test_validation_leaves_no_trace(small_run, data_dir):
+    """And is without dropout."""
     often = small_run("often", "--dropout=0.2", "--eval_every=1", "--save_every=3")
     assert losses(often) == losses(small_run("never", "--dropout=0.2"))
+    batch = TokenDataset(data_dir, "stdlib", "val", 32).batch(range(2048 // 32))
+    last = read_log(often / "log.jsonl")[1][-1]["val_loss"]
+    assert last == pytest.approx(load_model(often / "last.pt")(*batch).item(), rel=1e-6)
 
 
 def test_float16_scales_and_unscales(small_run):

@@ -120,6 +120,7 @@ def test_killed_at_any_moment(small_run, small_flags, tiny_data, tmp_path, n_kil
             step_of(best)
     assert len(steps) > n_kills / 2 and len(set(steps)) > n_kills / 4 and kills_in_a_save > 2
     assert steps == sorted(steps)
+    (folder / "old.pt.unfinished").touch()
     small_run("killed", *flags)
     assert not is_saving(), "left-over files are cleaned"
     assert_same_run(small_run("whole", *flags, "--save_every=0"), folder)
