@@ -72,9 +72,18 @@ def product_of_gradients(grad, head):
     """grad @ head. Its terms cancel, for each row of grad sums to 0. With sums in 16 bits it would
     be off by 2.5 to 17 % (emulated, studies/fp16_sums), so it is then made in bfloat16, which has
     32-bit sums."""
-    if torch.backends.cuda.matmul.allow_fp16_accumulation and grad.dtype is torch.float16:
+    if grad.dtype is torch.float16 and sums_have_16_bits():
         return (grad.bfloat16() @ head.bfloat16()).to(grad.dtype)
     return grad @ head
+
+
+def sums_have_16_bits():
+    return torch.backends.cuda.matmul.allow_fp16_accumulation
+
+
+# torch.compile cannot trace it. (torch.compiler.assume_constant_result is this, and imports the
+# compiler.)
+sums_have_16_bits._dynamo_marked_constant = True
 
 
 def loss_and_gradient(logits, targets, V, cap):
