@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
@@ -39,16 +41,26 @@ def test_operations(flags):
     assert gpt.flops_per_token() * tokens.numel() == counted.get_total_flops()
 
 
-@pytest.mark.parametrize("flags", FLAG_SETS, ids=str)
-def test_no_tensor_is_on_another_device(monkeypatch, flags):
-    """A device without numbers stands for a GPU: torch refuses to mix it with the CPU."""
+class OneDevice(TorchDispatchMode):
+    """Refuses an operator whose tensors, but for single numbers, are on two devices."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+        assert len({x.device for x in tensors}) <= 1, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("i", range(len(FLAG_SETS)))
+def test_no_tensor_is_on_another_device(monkeypatch, i):
+    """A device without numbers stands for a GPU."""
     monkeypatch.setattr(model, "check_finite", lambda logits: None)
-    gpt = GPT(small_gpt_config(**flags)).to("meta")
+    gpt = GPT(small_gpt_config(**FLAG_SETS[i])).to("meta")
     tokens = torch.zeros(4, 14, dtype=torch.int64, device="meta")
-    hidden = gpt.hidden_states(tokens).flatten(0, 1)
-    HeadLoss.apply(hidden, gpt.head.weight, tokens.flatten(), gpt.config.logit_softcap,
-                   torch.bfloat16, True).backward()
-    text = gpt.generate(tokens, 5, top_k=3, top_p=0.9)
+    with OneDevice():
+        hidden = gpt.hidden_states(tokens).flatten(0, 1)
+        HeadLoss.apply(hidden, gpt.head.weight, tokens.flatten(), gpt.config.logit_softcap,
+                       torch.bfloat16, True).backward()
+        text = gpt.generate(tokens, 5, top_k=3, top_p=0.9)
     assert {x.device.type for x in (text, *(p.grad for p in gpt.parameters()))} == {"meta"}
 
 

@@ -1,4 +1,4 @@
-"""CPU threads that share batches compute what one thread computes, and the same bits each time."""
+"""CPU threads that share batches compute what one thread does, with the same bits each time."""
 
 import json
 
@@ -25,7 +25,8 @@ def test_shared_batches_compute_the_same(dtype, tolerance):
     """Loss and gradients of unequal parts; with accumulated and scaled gradients, and without."""
     gpt = GPT(small_gpt_config(**flag_sets(6)[1] | {"dropout": 0.0}))
     inputs, targets = torch.randint(301, (2, 5, 16), generator=torch.Generator().manual_seed(1))
-    world = World(torch.device("cpu"), dtype)
+    world, dtypes = World(torch.device("cpu"), dtype), set()
+    gpt.blocks[0].attn.qkv.register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
 
     def loss_and_gradients(model):
         gpt.zero_grad()
@@ -41,6 +42,7 @@ def test_shared_batches_compute_the_same(dtype, tolerance):
         assert (ours - expected).norm() <= tolerance * (expected.norm() + 1e-3)
     for again in others:
         assert all(map(torch.equal, first, again))
+    assert dtypes == {dtype or torch.float32}
     with torch.no_grad(), world.autocast():
         assert torch.equal(SharedModel(gpt)(inputs, targets), first[0])
 
