@@ -1,21 +1,114 @@
-"""Tables and sentences: what eval.py prints of a study."""
+"""Compares the experiments of a study, and writes the table and its sentences."""
 
-from nanolab import stats, study
+import numpy as np
+
+from nanolab.study import stats
+from nanolab.study.runs import losses_by_seed, settings
+
+
+def compare(experiments, baseline, loss="test_loss", test=stats.compare_means):
+    """The rows of the table, as dicts, from the lowest mean loss to the highest.
+
+    experiments: as group_by_experiment returns them. baseline: a label, or None. test: takes
+    {seeds: loss} of two sides, and returns what stats.compare_means does.
+    """
+    rows = []
+    for label, runs in experiments.items():
+        ours = losses_by_seed(runs, loss)
+        row = {"experiment": label, "n": len(ours), "loss": float(np.mean(list(ours.values()))),
+               "sd": stats.sample_sd(list(ours.values())), "verdict": "",
+               "tokens": budget(runs), "tokens_per_second": mean_of(runs, "tokens_per_second"),
+               "hours": (mean_of(runs, "seconds") or 0) / 3600 or None, "cost": cost_of(runs),
+               "seeds_cross": any(len(set(column)) < len(ours) for column in zip(*ours))}
+        if baseline and label != baseline:
+            row.update(test(ours, losses_by_seed(experiments[baseline], loss)),
+                       text_error=text_error(runs, experiments[baseline]),
+                       n_groups=len(runs[0].get("group_losses", ())))
+            if all(run.get("reference") for run in runs):
+                row.update(verdict="reference", p=None, compared="", gaps=[])
+        elif baseline:
+            row["verdict"] = "baseline"
+        rows.append(row)
+    add_verdicts(rows)
+    return sorted(rows, key=lambda row: row["loss"])
+
+
+def add_verdicts(rows):
+    """Adds the verdict to each row that was compared, and to each that was tested its interval.
+
+    The rule is Bonferroni's. Of m tests each is made at 5 % / m, so that all m intervals hold
+    together 95 times in 100. A difference is shown if its interval leaves out 0.
+    """
+    tested = [row for row in rows if row.get("p") is not None]
+    for row in tested:
+        level = 0.05 / len(tested)
+        low, high = stats.t_interval(row["difference"], row["error"], row["df"], level)
+        row.update(low=low, high=high, p_corrected=min(1.0, len(tested) * row["p"]),
+                   verdict="better" if high < 0 else "worse" if low > 0 else "not shown",
+                   detectable=stats.detectable(row["error"], row["df"], level))
+        if row["verdict"] == "not shown" and row["compared"].startswith("paired"):
+            row["seeds_needed"] = stats.seeds_to_show(row["difference"], row["error"],
+                                                      len(row["gaps"]), level)
+        if row["text_error"] is not None:
+            both = stats.add_errors(row["error"], row["df"], row["text_error"],
+                                    row["n_groups"] - 1)
+            row["resampled"] = stats.t_interval(row["difference"], *both, level)
+    for row in rows:
+        if not row["verdict"] and "compared" in row:
+            is_equal = row["compared"].startswith("equal")
+            row["verdict"] = "not exercised" if is_equal else "not shown"
+
+
+def text_error(runs, others):
+    """The standard error of a difference of two mean losses from the choice of the test documents:
+    by a paired bootstrap over groups of them. None if unknown."""
+    (ours, sizes), (theirs, other_sizes) = mean_group_losses(runs), mean_group_losses(others)
+    if sizes is None or sizes != other_sizes or len(sizes) < 2:
+        return None
+    return stats.bootstrap_error(ours - theirs, sizes)
+
+
+def mean_group_losses(runs):
+    """The loss of each group of test documents, a mean over the runs, and the groups' sizes."""
+    sizes = [run.get("group_windows") for run in runs]
+    if any(each is None or each != sizes[0] for each in sizes):
+        return None, None
+    return np.mean([run["group_losses"] for run in runs], axis=0), sizes[0]
+
+
+def budget(runs):
+    """Training tokens."""
+    options = settings(runs[0])
+    steps = options["max_steps"] * options["global_batch_size"] * options["block_size"]
+    return steps or options["max_tokens"]
+
+
+def mean_of(runs, key):
+    """The mean of a figure over the runs that have it, or None."""
+    values = [run[key] for run in runs if run.get(key) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def cost_of(runs):
+    """The mean cost in US$; or the words of a file written by hand, such as "35 to 42"; or None."""
+    words = [run["cost"] for run in runs if isinstance(run.get("cost"), str)]
+    return words[0] if words else mean_of(runs, "cost")
 
 
 def format_table(rows, markdown=False):
     """The text of a table. rows: lists of cells, the header first.
 
-    Columns without a value are left out. Words are aligned to the left, numbers to the right.
+    Columns without a value are left out. Columns of numbers, after the first column, are aligned to
+    the right.
     """
+    columns = [column for column in zip(*rows) if any(column[1:])]
     lines, rule = [[] for _ in rows], []
-    for column in zip(*rows):
-        if any(column[1:]):
-            width = max(map(len, column))
-            is_text = column[0] in ("experiment", "compared", "verdict", "varies")
-            rule.append("-" * (width + 1) + ("-" if is_text else ":"))
-            for line, cell in zip(lines, column):
-                line.append(cell.ljust(width) if is_text else cell.rjust(width))
+    for i, column in enumerate(columns):
+        width = max(map(len, column))
+        is_text = i == 0 or any(cell[:1] not in "+-.<0123456789" for cell in column[1:])
+        rule.append("-" * (width + 1) + ("-" if is_text else ":"))
+        for line, cell in zip(lines, column):
+            line.append(cell.ljust(width) if is_text else cell.rjust(width))
     if not markdown:
         return "\n".join("  ".join(line).rstrip() for line in lines)
     header, *body = ["| " + " | ".join(line) + " |" for line in lines]
@@ -30,197 +123,101 @@ def format_interval(interval, form):
     return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
-def format_sampled(interval, form):
-    """An interval of scaling.interval."""
-    return format_interval(interval, form) or "without an end"
+def format_p(p):
+    return "" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def format_comparison(rows, markdown, other=None, loss="test loss"):
-    """The table of study.compare.
-
-    other: (title, rows) of another study, whose differences get a column.
-    """
-    title, other_rows = other or ("", [])
-    theirs = {row["experiment"]: f"{row['difference']:+.4f} {row.get('verdict', '')}".strip()
-              for row in other_rows if "difference" in row}
-    cells = [["experiment", "n", loss, "SD", "difference", "95 % interval",
-              "other text", "compared", "p (corrected)", "verdict", "same seed", title, "tokens/s",
-              "hours", "US$"]]
+def format_comparison(rows, markdown=False, all_columns=False, beside=None):
+    """The table of compare. beside: (title, rows) of another study, whose differences get a
+    column."""
+    title, other_rows = beside or ("", [])
+    theirs = {row["experiment"]: row.get("difference") for row in other_rows}
+    cells = [["experiment", "n", "loss", "SD", "difference", "95 % interval", "p", "verdict", title,
+              "if test set resampled", "compared", "same seed", "tokens/s", "hours", "US$"]]
     for row in rows:
-        interval = (row["low"], row["high"]) if "low" in row else None
+        same_seed = row["gaps"][0] if len(row.get("gaps", ())) == 1 else None
         cost = row["cost"] or ""
-        cells.append([row["experiment"], str(row["n"]), f"{row['test_loss']:.6f}",
-                      format_number(row["sd"], ".6f"),
-                      format_number(row.get("difference"), "+.4f"),
-                      format_interval(interval, "+.4f"),
-                      format_interval(row.get("other_text"), "+.4f"), row.get("compared", ""),
-                      format_number(row.get("p_corrected"), ".3g"), row.get("verdict", ""),
-                      format_number(row.get("same_seed"), "+.4f"),
-                      theirs.get(row["experiment"], ""),
+        cells.append([row["experiment"], str(row["n"]),
+                      f"{row['loss']:{'.6f' if all_columns else '.4f'}}",
+                      format_number(row["sd"], ".6f"), format_number(row.get("difference"), "+.4f"),
+                      format_interval((row["low"], row["high"]) if "low" in row else None, "+.4f"),
+                      format_p(row.get("p_corrected")), row["verdict"],
+                      format_number(theirs.get(row["experiment"]), "+.4f"),
+                      format_interval(row.get("resampled"), "+.4f"), row.get("compared", ""),
+                      format_number(same_seed, "+.4f"),
                       format_number(row["tokens_per_second"], ",.0f"),
                       format_number(row["hours"], ".3g"),
                       cost if isinstance(cost, str) else f"{cost:.2f}"])
+    if not all_columns:
+        cells = [line[:3] + line[4:9] for line in cells]
     return format_table(cells, markdown)
 
 
-def format_legend(rows, baseline):
-    """What the columns of the table mean, and which effects it could have shown."""
-    kinds = {row["compared"].split(",")[0] for row in rows if "compared" in row}
-    if not kinds:
-        advice = "" if baseline else " Nothing is compared: --baseline names one experiment."
-        return f"n: runs with different seeds; SD: sample standard deviation.{advice}"
-    tested = [row for row in rows if "low" in row]
-    sentences = [f"Difference: to {baseline}, negative is better."]
-    sentences += [sentence for kind, sentence in COMPARED.items() if kind in kinds]
+def format_heading(rows, baseline, loss):
+    """The sentence above the table."""
+    start = f"{'Validation' if loss == 'val_loss' else 'Test'} loss in nats per token, best first"
+    if not baseline:
+        return f"{start}. Nothing is compared: --baseline names an experiment."
+    sd = next(row["sd"] for row in rows if row["experiment"] == baseline)
+    over_seeds = "" if sd is None else f", whose SD over seeds is {sd:.4f}"
+    n_tests = sum("low" in row for row in rows)
+    tests = f"; corrected for {n_tests} tests" if n_tests > 1 else ""
+    return f"{start}. Differences are to {baseline}{over_seeds}{tests}."
+
+
+def format_legend(rows):
+    """What the words of the table mean."""
+    n_tests = sum("low" in row for row in rows)
+    words = {row["verdict"] for row in rows} | {row.get("compared", "") for row in rows}
+    kinds = {word.split(",")[0] for word in words}
+    lines = {
+        f"95 % intervals and p are corrected for the {n_tests} tests of this table (Bonferroni): "
+        f"all {n_tests} intervals hold together 95 times in 100, and p is below 0.05 where an "
+        "interval leaves out 0.": n_tests > 1,
+        "There is one test, so its interval and p are not corrected.": n_tests == 1,
+        "better, worse: the interval leaves out 0. not shown: it contains 0. That does not prove "
+        "that there is no effect.": n_tests,
+        "not exercised: the option changed nothing. The losses equal the baseline's to the last "
+        "bit.": "not exercised" in words,
+        "reference: differs in more than its options, so it is not tested.": "reference" in words,
+        "Experiments with common seeds are compared seed by seed (paired).": "paired" in kinds,
+        "Without common seeds: Welch's test; if a side has one or two runs, Student's, which takes "
+        "both sides to vary alike.": "unpaired" in kinds,
+        "One run a side shows no noise, so nothing can be tested: run more seeds.":
+            "one run each" in words,
+        "Where nothing varies over the seeds, nothing can be tested.":
+            any(word.endswith("no spread") for word in words)}
+    return "\n".join(line for line, applies in lines.items() if applies)
+
+
+def format_notes(rows, baseline, independent=True):
+    """What else a reader must know of this study: a line each.
+
+    independent: the tests took the runs of one experiment for independent.
+    """
+    tested, lines = [row for row in rows if "low" in row], []
     if tested:
-        sentences.append(CORRECTED.format(n=len(tested)) if len(tested) > 1 else
-                         "Interval and p: of the one test, not corrected.")
-        sentences.append("Better, worse: the interval leaves out 0. Not shown: it does not, which "
-                         "is no proof of no effect.")
-    if any("other_text" in row for row in rows):
-        n_groups = max(row.get("n_groups", 0) for row in rows)
-        sentences.append(OTHER_TEXT.format(n=n_groups))
-    if any("same_seed" in row for row in rows):
-        sentences.append("Same seed: to the one baseline of the same seed; a single pair has no "
-                         "interval.")
-    sentences.append("n: seeds; SD: sample standard deviation; hours: per run.")
-    lines = [" ".join(sentences)]
-    if tested:
-        lines += ["", f"Minimum detectable effect (80 % power at 5 % / {len(tested)}): "
-                  f"{format_detectable(tested)}."]
+        effects = [f"{f([row['detectable'] for row in tested]):.4f}" for f in (min, max)]
+        lines.append("Minimum detectable effect (80 % power): "
+                     f"{' to '.join(dict.fromkeys(effects))}.")
+    needed = [f"{row['experiment']}: {row['seeds_needed'] or 'over 100'}" for row in tested
+              if "seeds_needed" in row]
+    if needed:
+        lines.append("Seeds that would show a difference as large as the one measured (80 % "
+                     f"power): {'; '.join(needed)}.")
+    uncertain = [row["experiment"] for row in tested if row["verdict"] != "not shown"
+                 and "resampled" in row and row["resampled"][0] < 0 < row["resampled"][1]]
+    if uncertain:
+        lines.append("Not shown if the test set were resampled (bootstrap over its documents): "
+                     f"{'; '.join(uncertain)}.")
+    crossed = [row["experiment"] for row in rows if row["seeds_cross"] and independent]
+    if tested and crossed:
+        lines.append(f"Some runs of {'; '.join(crossed)} have a seed in common, so they are not "
+                     "independent, and the intervals are too narrow.")
+    usual = next((row["tokens"] for row in rows if row["experiment"] == baseline), None)
+    others = [f"{row['experiment']}: {row['tokens']:,}" for row in rows if usual
+              and row["verdict"] != "reference" and abs(row["tokens"] / usual - 1) > 0.01]
+    if others:
+        lines.append(f"Other training budgets than {baseline}'s {usual:,} tokens, so a difference "
+                     f"is not of the option alone: {'; '.join(others)}.")
     return "\n".join(lines)
-
-
-COMPARED = {
-    "paired": "Paired: seed by seed, over that many.",
-    "partly paired": "Partly paired: all runs, that many seeds in common, by a mixed model.",
-    "unpaired": "Unpaired: Welch's test; if a side has one or two runs, both are taken to have one "
-                "spread; where the seeds of weights and loop cross, by a mixed model.",
-    "identical": "Identical: the same losses bit for bit over that many seeds; not tested.",
-    "one run each": "One run each: nothing shows the noise.",
-    "reference": "Reference: differs in more than the options; not tested.",
-}
-CORRECTED = ("Intervals and p: corrected for {n} tests (Bonferroni), so that all {n} intervals "
-             "hold together 95 times in 100.")
-
-OTHER_TEXT = ("Other text: the interval if the test documents, too, were drawn anew (paired "
-              "bootstrap over {n} groups of documents).")
-
-
-def format_detectable(tested):
-    effects = {}
-    for row in tested:
-        effects.setdefault(row["compared"], []).append(row["detectable"])
-    return "; ".join(f"{compared}: " + " to ".join(dict.fromkeys(
-        f"{effect:.4f}" for effect in (min(found), max(found))))
-        for compared, found in effects.items())
-
-
-def format_cautions(rows, experiments, baseline):
-    """Lines that say for which experiments the seeds are too few, and that budgets differ."""
-    lines = []
-    for label, n, needed in study.too_few_seeds(rows):
-        lines.append(f"{label}: {n} seeds are too few to show this difference; "
-                     f"{f'about {needed}' if needed else 'more than 100'} would, if the spread is "
-                     "as it seems.")
-    if budgets := study.other_budgets(experiments, baseline):
-        lines.append("Unequal budgets, so a difference is not of the change alone: "
-                     + "; ".join(f"{label} {n:,} tokens" for label, n in budgets.items()) + ".")
-    return "\n".join(lines)
-
-
-def format_same_configurations(groups, experiments):
-    """Lines that say which names are one configuration, and how far its runs lie apart."""
-    lines = []
-    for labels in groups:
-        losses = sorted({(study.seeds_of(run), run["test_loss"])
-                         for label in labels for run in experiments[label]}, key=lambda x: x[1])
-        losses = [loss for _, loss in losses]
-        found = (f"{len(losses)} different runs, {losses[0]:.6f} to {losses[-1]:.6f}, "
-                 f"SD {stats.sample_sd(losses):.4f}" if len(losses) > 1 else
-                 f"All runs have one loss, {losses[0]:.6f}")
-        lines.append(f"One configuration, whatever ran it: {', '.join(labels)}. {found}.")
-    return "\n".join(lines)
-
-
-def format_noise(result, markdown):
-    cells = [["varies", "n", "mean", "SD (sample)", "95 % interval", "SD (population)", "lowest",
-              "highest"]]
-    for row in result["sources"]:
-        cells.append([row["source"], str(row["n"]), f"{row['mean']:.6f}", f"{row['sd']:.6f}",
-                      format_interval(row.get("sd_interval"), ".4f"),
-                      f"{row['population_sd']:.6f}",
-                      f"{row['lowest']:.6f}", f"{row['highest']:.6f}"])
-    named = [f"{name} {sd:.4f}" for effect, name in EFFECTS.items()
-             if (sd := result["sd_by_effect"][effect]) is not None]
-    mixed_in = [name for effect, name in EFFECTS.items() if result["sd_by_effect"][effect] is None]
-    remark = f" ({', '.join(mixed_in)}: not varied, or part of the rest)" if mixed_in else ""
-    return "\n".join([
-        format_table(cells, markdown), "",
-        f"SD by a mixed model of all runs (REML): {', '.join(named)}{remark}.",
-        f"95 % interval of the mean: {format_interval(result['mean_interval'], '.4f')}; "
-        f"of one more run: {format_interval(result['one_more_run'], '.4f')}."])
-
-
-EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
-
-
-def format_fit(name, fit, sizes):
-    lines = [f"{name}: {fit['n']} runs, global batch {min(sizes):g} to {max(sizes):g}",
-             "loss = a ln(B)^2 + b ln(B) + c: "
-             f"a {fit['a']:.7f}, b {fit['b']:.7f}, c {fit['c']:.7f}"]
-    if fit["optimum"] is None:
-        return "\n".join([*lines, "the curve has no lowest point: a is not positive"])
-    optimum = f"optimum {fit['optimum']:.1f}"
-    predicted = f"predicted loss there {fit['predicted']:.3f}"
-    if fit["df"]:
-        interval = format_interval(fit["optimum_interval"], ".1f") or "without an end"
-        optimum += f" (95 % interval, Fieller's: {interval})"
-        predicted += f" (95 % interval {format_interval(fit['predicted_interval'], '.3f')})"
-    else:
-        exact = " (no interval: three runs fit three coefficients exactly)"
-        optimum, predicted = optimum + exact, predicted + exact
-    if not min(sizes) <= fit["optimum"] <= max(sizes):
-        optimum += "; beyond the sizes measured, so do not trust it"
-    return "\n".join([*lines, optimum, predicted])
-
-
-def format_scaling(result, markdown):
-    """The power laws of scaling.analyse, its predictions and token shares."""
-    target, baseline = result["target"], result["baseline"]
-    losses = [["experiment", "n", "parameters", "tokens", "test loss"]]
-    laws = [["experiment", "law", "95 % of the floor", "95 % of the exponent", "predicted",
-             "95 % interval", "measured", "error"]]
-    for recipe in result["recipes"]:
-        losses += [[recipe["name"], str(row["n"]), f"{row['parameters']:,}", f"{row['tokens']:,}",
-                    f"{row['loss']:.6f}"] for row in recipe["losses"]]
-        law, intervals, measured = recipe["law"], recipe["law_intervals"], recipe.get("measured")
-        laws.append([recipe["name"], f"{law['floor']:.3f} + {law['gain']:.3f} "
-                     f"(N / {law['smallest']:,})^-{law['exponent']:.3f}",
-                     format_sampled(intervals["floor"], ".3f"),
-                     format_sampled(intervals["exponent"], ".3f"), f"{recipe['predicted']:.4f}",
-                     format_sampled(recipe["predicted_interval"], ".4f"),
-                     format_number(measured, ".4f"),
-                     measured and f"{measured / recipe['predicted'] - 1:+.2%}" or ""])
-    shares = [["experiment", "parameters", f"share of {baseline}'s tokens", "95 % interval",
-               "times fewer", "beyond"]]
-    shares += [[row["name"], f"{row['parameters']:,}", f"{row['share']:.3f}",
-                format_sampled(row["interval"], ".3f"),
-                format_number(1 / row["share"] if row["share"] else None, ".2f"),
-                "beyond" * row["beyond"]] for row in result["shares"]]
-    parts = [format_table(losses, markdown), *[
-        f"No law for {name}: at some size it has no runs of {baseline}'s tokens."
-        for name in result["without_law"]],
-             f"Loss = floor + gain (N / smallest N)^-exponent over {len(result['fitted'])} sizes, "
-             f"{result['fitted'][0]:,} to {result['fitted'][-1]:,} parameters; predicted: at "
-             f"{target:,}. The intervals cover the seeds, not a law of another form.",
-             format_table(laws, markdown)]
-    if len(shares) > 1:
-        parts += [f"With which share of {baseline}'s tokens the others reach its loss, by a line "
-                  "over ln(tokens) between their budgets (beyond: outside them). The intervals "
-                  "cover seeds and, where results have them, the choice of the test documents.",
-                  format_table(shares, markdown)]
-        parts += [f"{name}: share ~ N^{trend['exponent']:.3f} (95 % interval "
-                  f"{format_sampled(trend['interval'], '.3f')})."
-                  for name, trend in sorted(result["trends"].items())]
-    return "\n\n".join(parts)

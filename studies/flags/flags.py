@@ -1,17 +1,17 @@
 """Each newer flag alone on the ladder's modern recipe, and then together what helped.
 
-    python -m config.studies.flags baseline  the ladder's own runs that the others are compared with
-    python -m config.studies.flags alone     every flag, at 2x32 and 2x48, five seeds
-    python -m config.studies.flags choose    what helped, by out/flags_*.json, or else by ours
-    python -m config.studies.flags rates     what helped ours, together, at 2x64: three rates
-    python -m config.studies.flags stack     the same at the modern recipe's rate, five seeds
-    python -m config.studies.flags tuning    the stack with values of its own: 24 random trials
-    python -m config.studies.flags refine    the best of them with half and twice its rate
-    python -m config.studies.flags best      the best of all these, five seeds
+    python -m studies.flags.flags baseline  the ladder's own runs that the others are compared with
+    python -m studies.flags.flags alone     every flag, at 2x32 and 2x48, five seeds
+    python -m studies.flags.flags choose    what helped, by out/flags_*.json, or else by our results
+    python -m studies.flags.flags rates     what helped ours, together, at 2x64: three rates
+    python -m studies.flags.flags stack     the same at the modern recipe's rate, five seeds
+    python -m studies.flags.flags tuning    the stack with values of its own: 24 random trials
+    python -m studies.flags.flags refine    the best of them with half and twice its rate
+    python -m studies.flags.flags best      the best of all these, five seeds
 
-All but `choose` print arguments for train.py, a line a run; flags.sh runs them. Every run has 20
+All but `choose` print arguments for train.py, a line a run; run.sh runs them. Every run has 20
 tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern recipe
-at its size (config/studies/ladder.py), and those of `rates` half, once and twice its learning rate.
+at its size (studies/ladder/ladder.py), and those of `rates` half, once and twice its learning rate.
 `tuning` draws what the ladder drew for its recipes, from the same ranges. `refine` and `best` read
 the trials in out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
 
@@ -20,13 +20,14 @@ loss is lower than the baseline's at both sizes, and the mean of its differences
 both sizes, is more than two standard errors below 0. STACK was chosen when 2x48 had three seeds.
 """
 
-import json
-import math
 import statistics
 from pathlib import Path
 
-from config import OPTIONS
-from config.studies.ladder import (DRAWN, N_TRIALS, RECIPES, arguments, random_values, run_command,
+from nanolab.common import run_script
+from nanolab.study.runs import read_file
+from nanolab.study.stats import standard_error
+from nanolab.study.tables import format_table
+from studies.ladder.ladder import (DRAWN, N_TRIALS, RECIPES, arguments, random_values, run_command,
                                    runs_of, tuned)
 
 SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
@@ -72,13 +73,13 @@ def alone():
 
 
 def choose():
-    """A Markdown table: the mean difference at each size and of all seeds, with its standard error;
-    and whether the flag is chosen."""
-    yield f"| flag | {' | '.join(SIZES)} | both | chosen |\n| --- | ---: | ---: | ---: | --- |"
-    rows = {name: compare(name) for name in FLAGS}
-    for name, (means, both, error) in sorted(rows.items(), key=lambda row: row[1][1]):
-        cells = (*(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}")
-        yield f"| `{name}` | {' | '.join(cells)} | {'yes' if helped(*rows[name]) else ''} |"
+    """The mean difference at each size, and of all seeds with its standard error."""
+    found = sorted((compare(name)[1], name, compare(name)) for name in FLAGS)
+    rows = [["flag", *SIZES, "both", "chosen"]]
+    rows += [[name, *(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}",
+              "yes" if helped(means, both, error) else "no"]
+             for _, name, (means, both, error) in found]
+    yield format_table(rows, markdown=True)
 
 
 def helped(means, both, error):
@@ -93,14 +94,14 @@ def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
         losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in read_runs(size)}
         differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
     both = sum(differences, [])
-    error = statistics.stdev(both) / math.sqrt(len(both))
-    return [statistics.mean(each) for each in differences], statistics.mean(both), error
+    return ([statistics.mean(each) for each in differences], statistics.mean(both),
+            standard_error(both))
 
 
 def read_runs(results):
     """The runs of flags_RESULTS.json, one's own if there are any."""
-    own, recorded = (Path(folder, f"flags_{results}.json") for folder in ("out", "config/results"))
-    return json.loads((own if own.exists() else recorded).read_text())["runs"]
+    own = Path(f"out/flags_{results}.json")
+    return read_file(own if own.exists() else f"studies/flags/{results}.json")
 
 
 def rates():
@@ -134,7 +135,7 @@ def best_values(prefix):
     """Those of the stack's trial with the lowest validation loss: {option: value}."""
     trials = [run for run in read_runs("stack_tuning") if run["name"].startswith(prefix)]
     config = min(trials, key=lambda run: run["val_loss"])["config"]
-    return {key: config.get(key, OPTIONS[key].default) for key in DRAWN}
+    return {key: config[key] for key in DRAWN}
 
 
 def scaled(multiple, values):
@@ -150,5 +151,9 @@ def run(name, flags, size, seed, values):
     return f"{line} {flags} --name={name}"
 
 
+def main():
+    run_command(baseline, alone, choose, rates, stack, tuning, refine, best)
+
+
 if __name__ == "__main__":
-    run_command(__doc__, baseline, alone, choose, rates, stack, tuning, refine, best)
+    run_script(main)

@@ -1,18 +1,17 @@
 """The ladder: three recipes at five sizes, each trained on 20 tokens a parameter.
 
-    python -m config.studies.ladder tuning    24 random trials of each recipe at size 2x64
-    python -m config.studies.ladder beta2     another beta2, while the best tried is at an edge
-    python -m config.studies.ladder rates     the learning rate again, at the four smaller sizes
-    python -m config.studies.ladder check     the law's rate and its multiples at the largest size
-    python -m config.studies.ladder collect   writes all trials so far to out/ladder/tuning.json
-    python -m config.studies.ladder runs      the runs that are tested, without the largest size
-    python -m config.studies.ladder largest   those of the largest size
-    python -m config.studies.ladder quick     five smaller sizes, on Python's own library
+    python -m studies.ladder.ladder tuning    24 random trials of each recipe at size 2x64
+    python -m studies.ladder.ladder beta2     another beta2, while the best tried is at an edge
+    python -m studies.ladder.ladder rates     the learning rate again, at the four smaller sizes
+    python -m studies.ladder.ladder check     the law's rate and its multiples at the largest size
+    python -m studies.ladder.ladder runs      the runs that are tested, without the largest size
+    python -m studies.ladder.ladder largest   those of the largest size
+    python -m studies.ladder.ladder quick     five smaller sizes, on Python's own library
 
-All but `collect` print arguments for train.py, a line a run; ladder.sh runs them. `beta2` and
-`rates` print what the collected trials still lack, in the end nothing. All but `tuning` and
-`collect` read the trials: those in out/ladder/tuning.json, or else ours in
-config/results/ladder_tuning.json.
+These print arguments for train.py, a line a run; run.sh runs them. `beta2` and `rates` print what
+the trials still lack, in the end nothing. All but `tuning` read the trials: those in
+out/ladder/tuning.json, or else ours in studies/ladder/tuning.json. `values` prints what the trials
+found, the README's table.
 
 A trial has seed 100, which no tested run has. Trials are compared by validation loss. `tuning`
 draws learning rate, weight decay, beta2 and warm-up at random. `rates` keeps the best trial's other
@@ -21,12 +20,15 @@ these three gives a size's optimum, and a power law of the number of parameters 
 optima gives the rate of every size.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from nanolab.common import UserError, run_script
+from nanolab.study.runs import read_file
+from nanolab.study.tables import format_table
 
 RECIPES = {
     "published": "config/cloud.py",
@@ -41,7 +43,7 @@ QUICK = ("2x16", "2x24", "2x32", "2x48", "2x64")
 TUNED = "2x64"
 SEEDS = {"2x32": 5, "2x48": 5, "2x64": 5, "3x80": 2, "3x112": 3}
 N_TRIALS = 24
-COLLECTED, RECORDED = Path("out/ladder/tuning.json"), Path("config/results/ladder_tuning.json")
+COLLECTED, RECORDED = Path("out/ladder/tuning.json"), Path("studies/ladder/tuning.json")
 DRAWN = ("learning_rate", "weight_decay", "beta2", "warmup_fraction")
 
 
@@ -52,13 +54,13 @@ def parameters(size):
     return n_layer * block + (2 * 257 + 128 + 2) * n_embd
 
 
-def arguments(recipe, size, values, folder, seed=100, share=1, dataset="pypi"):
-    """For one run. share: of the 20 tokens a parameter."""
+def arguments(recipe, size, values, folder, seed=100, fraction=1, dataset="pypi"):
+    """For one run. fraction: of the 20 tokens a parameter."""
     n_layer, n_head, n_embd = SIZES[size]
     tuned = " ".join(f"--{key}={value:.4g}" for key, value in values.items())
     return (f"{RECIPES[recipe]} config/ladder.py --dataset={dataset} --name={recipe} "
             f"--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd} {tuned} --seed={seed} "
-            f"--max_tokens={round(20 * parameters(size) * share)} --out_dir={folder}")
+            f"--max_tokens={round(20 * parameters(size) * fraction)} --out_dir={folder}")
 
 
 def log_uniform(rng, low, high):
@@ -107,21 +109,21 @@ def rates():
                 yield rate_trial(recipe, size, 2.0 ** step * best_trial(recipe)["learning_rate"])
 
 
-def rate_trial(recipe, size, rate, share=1):
+def rate_trial(recipe, size, rate, fraction=1):
     return arguments(recipe, size, {**best_trial(recipe), "learning_rate": rate},
                      f"out/ladder/rates/{recipe}/{size}/{best_trial(recipe)['beta2']}_{rate:.4g}"
-                     f"{'_short' * (share < 1)}", share=share)
+                     f"{'_short' * (fraction < 1)}", fraction=fraction)
 
 
 def check():
     """Half, once and twice the law's rate at the largest size, with a quarter of its tokens. By
     these the best for the modern recipe is at the edge, so it has trials with all of them too."""
-    wide, wider = (0.5, 1, 2), (0.25, 0.5, 1, 2)
-    for recipe, share, multiples in (("published", 0.25, wide), ("modern", 0.25, wide),
-                                     ("modern", 1, wider)):
+    few, more = (0.5, 1, 2), (0.25, 0.5, 1, 2)
+    for recipe, fraction, multiples in (("published", 0.25, few), ("modern", 0.25, few),
+                                     ("modern", 1, more)):
         for multiple in multiples:
             rate = multiple * rate_law(recipe)(parameters(LARGEST))
-            yield rate_trial(recipe, LARGEST, rate, share)
+            yield rate_trial(recipe, LARGEST, rate, fraction)
 
 
 def runs():
@@ -155,15 +157,19 @@ def tuned(recipe, size):
     return {**best_trial(recipe), "learning_rate": rate_law(recipe)(parameters(size))}
 
 
-def read_trials(stage, recipe, size):
-    """The trials of `tuning` or `rates` that had all their tokens."""
+def read_trials(stage, recipe, size, fraction=1):
+    """The trials of `tuning` or `rates` that had this fraction of their tokens: their options, and
+    val_loss."""
     file = COLLECTED if COLLECTED.exists() else RECORDED
-    found = [each for each in json.loads(file.read_text()) if each["share"] == 1 and
-             (each["stage"], each["recipe"], each["size"]) == (stage, recipe, size)]
+    shape, tokens = SIZES[size], round(20 * parameters(size) * fraction)
+    found = [{**run["config"], "val_loss": math.inf if run["val_loss"] is None else run["val_loss"]}
+             for run in read_file(file)
+             if run["name"] == recipe and run["path"].startswith(f"out/ladder/{stage}/")
+             and tuple(run["config"][key] for key in ("n_layer", "n_head", "n_embd")) == shape
+             and run["config"]["max_tokens"] == tokens]
     if stage == "tuning" and not found:
-        sys.exit(f"{file} has no trials of {recipe}: run `tuning`, then `collect`")
-    return [{**each, "val_loss": math.inf if each["val_loss"] is None else each["val_loss"]}
-            for each in found]
+        raise UserError(f"{file} has no trials of {recipe}: run those of `tuning` first")
+    return found
 
 
 def best_trial(recipe):
@@ -193,8 +199,8 @@ def best_rate(recipe, size):
     best = min(losses, key=losses.get, default=0)
     steps = [best - 1, best, best + 1]
     if not losses.keys() >= set(steps):
-        sys.exit(f"the best learning rate of {recipe} at {size} is not between two others yet: "
-                 "run `rates`, then `collect`, until `rates` prints nothing")
+        raise UserError(f"the best learning rate of {recipe} at {size} is not between two others "
+                        "yet: run the trials of `rates` until it prints nothing")
     a, b, _ = np.polyfit(steps, [losses[step] for step in steps], 2)
     return best_trial(recipe)["learning_rate"] * 2 ** (-b / (2 * a))
 
@@ -206,32 +212,31 @@ def rate_law(recipe):
     return lambda n: math.exp(constant + slope * math.log(n))
 
 
-def collect():
-    """Writes every trial that has ended: what it drew, its share of the tokens, validation loss."""
-    names = {shape: size for size, shape in SIZES.items()}
-    trials = []
-    for path in [*sorted(Path("out/ladder/tuning").rglob("summary.json")),
-                 *sorted(Path("out/ladder/rates").rglob("summary.json"))]:
-        config = json.loads(path.with_name("config.json").read_text())
-        size = names[config["n_layer"], config["n_head"], config["n_embd"]]
-        summary = json.loads(path.read_text())
-        trials.append({"stage": path.parts[2], "recipe": config["name"], "size": size,
-                       **{key: config[key] for key in DRAWN},
-                       "share": round(config["max_tokens"] / 20 / parameters(size), 3),
-                       "val_loss": summary["final_val_loss"], "seconds": summary["seconds"]})
-    if not trials:
-        sys.exit("no trial has ended: run those of `tuning` first")
-    COLLECTED.write_text("[\n" + ",\n".join(map(json.dumps, trials)) + "\n]\n")
+def values():
+    header = ["recipe", "weight decay", "beta2", "warm-up",
+              *(f"best rate at {size}" for size in LADDER), f"law's rate at {LARGEST}"]
+    rows = [header]
+    for recipe in RECIPES:
+        best = best_trial(recipe)
+        found = [best_rate(recipe, size) for size in LADDER]
+        found.append(rate_law(recipe)(parameters(LARGEST)))
+        rows.append([recipe, f"{best['weight_decay']:.3g}", f"{best['beta2']:g}",
+                     f"{best['warmup_fraction']:g}", *(f"{rate:.4f}" for rate in found)])
+    yield format_table(rows, markdown=True)
 
 
-def run_command(description, *functions):
+def run_command(*functions):
     """Calls the function that the command line names, and prints the lines that it yields."""
     commands = {each.__name__: each for each in functions}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
-        sys.exit(f"{description}\nname one of {', '.join(commands)}")
-    for line in commands[sys.argv[1]]() or ():
+        raise UserError(f"name one of {', '.join(commands)}", exit_code=2)
+    for line in commands[sys.argv[1]]():
         print(line)
 
 
+def main():
+    run_command(tuning, beta2, rates, check, runs, largest, quick, values)
+
+
 if __name__ == "__main__":
-    run_command(__doc__, tuning, beta2, rates, check, collect, runs, largest, quick)
+    run_script(main)

@@ -1,154 +1,192 @@
-"""Scaling: how fast the loss falls with a model's size, and what that predicts of a larger one.
+"""How fast the loss falls with a model's size, what that predicts of a larger one, and with which
+fraction of another recipe's tokens a recipe reaches its loss.
 
-A ladder is recipes (runs of one name) at several sizes, where tokens grow with parameters. A size
-is a shape, n_layer x n_embd. It counts as many parameters as the largest model of that shape has:
-recipes differ by a few per cent, in their position embeddings for instance.
+    python -m studies.ladder.scaling RESULTS... [--against NAMES...] [--target N] [--markdown]
+
+RESULTS as for study.py. A ladder is recipes (runs of one name) at several sizes, where tokens grow
+with parameters. A size is a shape, n_layer x n_embd. It counts as many parameters as the largest
+model of that shape has: recipes differ by a few per cent, in their position embeddings for
+instance. Each recipe has a power law over the smaller sizes, which predicts the largest.
 """
 
+import itertools
 import math
 
 import numpy as np
-import scipy
+from scipy.special import fdtrc
 
-from nanolab import stats, study
-from nanolab.common import UserError
+from nanolab.common import UserError, argument_parser, run_script
+from nanolab.plots import new_figure, save_figure
+from nanolab.study import stats
+from nanolab.study.runs import losses_by_seed, read_runs, relevant_options, settings
+from nanolab.study.tables import (format_interval, format_number, format_p, format_table,
+                                  mean_group_losses)
 
 N_SAMPLES = 1000  # of the bootstrap
 
 
-def analyse(runs, baseline, target=None):
-    """The ladder of each recipe, its power law, and its token share against the baseline's.
+def analyse(runs, against, target=None):
+    """The laws of all recipes, and their differences and token fractions to each recipe in `against`.
 
     target: a number of parameters whose loss to predict. None: the largest size, which the laws
     then leave out, so that its losses test them. -> a dict. Raises UserError.
     """
-    cells = collect_cells(runs)  # {(name, parameters, tokens): runs}
+    cells = collect_cells(runs)
     names = sorted({name for name, _, _ in cells})
-    if baseline not in names:
-        raise UserError(f"--scaling compares with a recipe named --baseline; there are "
+    if unknown := set(against) - set(names):
+        raise UserError(f"no recipe is named '{min(unknown)}' (from --against); there are "
                         f"{', '.join(names)}")
-    budgets = {}  # of each size: the most tokens that the baseline has
-    for name, size, tokens in cells:
-        if name == baseline:
-            budgets[size] = max(tokens, budgets.get(size, 0))
-    sizes = sorted(budgets)
-    largest = target or sizes[-1]
-    fitted = [size for size in sizes if size < largest]
+    full = {cell[:2]: cell for cell in sorted(cells)}  # (name, size): the one with the most tokens
+    sizes = [size for name, size in full if name == against[0]]
+    target = target or sizes[-1]
+    fitted = [size for size in sizes if size < target]
     if len(fitted) < 4:
-        raise UserError(f"a power law has three unknowns, so it needs at least 4 sizes below the "
-                        f"one it predicts; {baseline} has {len(fitted)} below {largest:,}")
-    same_text = sample_means(cells, other_text=False)
-    samples = sample_means(cells, other_text=True)
-    recipes, shares = [], []
-    for name in names:
-        full = {size: (name, size, budgets[size]) for size in sizes
-                if (name, size, budgets[size]) in cells}
-        if set(fitted) <= full.keys():
-            recipes.append(fit_recipe(name, full, fitted, largest, cells, same_text))
-        if name != baseline:
-            shares += token_shares(name, baseline, budgets, cells, samples)
-    slopes = trends(shares)
-    for row in shares:
-        del row["samples"]
-    return {"baseline": baseline, "fitted": fitted, "target": largest, "recipes": recipes,
-            "without_law": sorted({*names} - {recipe["name"] for recipe in recipes}),
-            "shares": shares, "trends": slopes}
+        raise UserError("a power law has three unknowns, so it needs at least 4 sizes below the "
+                        f"one it predicts; {against[0]} has {len(fitted)} below {target:,}")
+    sds, warnings = noise(cells)
+    same_text, samples = (sample_means(cells, sds, with_text) for with_text in (False, True))
+    pairs = [(name, other, size) for other in against for name, size in full
+             if name != other and (other, size) in full]
+    return {"fitted": fitted, "target": target, "warnings": warnings,
+            "losses": [{"cell": cell, "losses": losses_by_seed(cells[cell])}
+                       for cell in full.values()],
+            "laws": [fit_recipe(name, full, fitted, target, cells, sds, same_text)
+                     for name in names if all((name, size) in full for size in fitted)],
+            "differences": [{"name": name, "against": other, "parameters": size,
+                             **stats.compare_means(losses_by_seed(cells[full[name, size]]),
+                                                   losses_by_seed(cells[full[other, size]]))}
+                            for name, other, size in pairs],
+            "fractions": [fraction for name, other, size in pairs
+                       if (fraction := token_fraction(name, full[other, size], cells, samples))]}
 
 
 def collect_cells(runs):
     """-> {(name, parameters of the size, training tokens): runs}. Raises UserError."""
-    for run in runs:
-        if not (run.get("parameters") and run.get("trained_tokens")):
-            raise UserError("--scaling needs each run's parameters and trained_tokens, as eval.py "
-                            f"--json writes them; {run['name']} lacks them")
     largest = {}
     for run in runs:
+        if not (run.get("parameters") and run.get("trained_tokens")):
+            raise UserError("a ladder needs each run's parameters and trained_tokens; "
+                            f"{run['name']} lacks them")
         largest[shape(run)] = max(run["parameters"], largest.get(shape(run), 0))
     cells = {}
     for run in runs:
         key = run["name"], largest[shape(run)], run["trained_tokens"]
         cells.setdefault(key, []).append(run)
     for (name, size, tokens), members in cells.items():
-        if len({study.relevant_options(run) for run in members}) > 1:
+        if len({frozenset(relevant_options(run).items()) for run in members}) > 1:
             raise UserError(f"the runs of {name} with {size:,} parameters and {tokens:,} tokens "
-                            "differ in their options, so they are not one recipe; --ckpt must name "
-                            "those of one recipe only, or they need names of their own")
+                            "differ in their options, so they are not one recipe")
     return cells
 
 
 def shape(run):
-    options = study.settings(run)
+    options = settings(run)
     return options["n_layer"], options["n_embd"]
 
 
 def mean(runs):
-    return float(np.mean(list(study.by_seed(runs).values())))
+    return float(np.mean(list(losses_by_seed(runs).values())))
 
 
-def sample_means(cells, other_text):
-    """N_SAMPLES draws of each cell's mean loss: {cell: array}.
+def noise(cells):
+    """-> {cell: (SD of one run, its degrees of freedom)}, warnings.
 
-    The noise of the seeds is Student's, with the standard deviation that the recipe's cells have in
-    common and its degrees of freedom. other_text: test documents are drawn anew too, the same for
-    all cells. Raises UserError if no cell of a recipe has two seeds.
+    The cells of a recipe share one SD, but for a cell whose own is larger than that of the others
+    (F test at 5 %, corrected for the recipe's cells). Raises UserError if a recipe shows no noise.
+    """
+    sds, warnings = {}, []
+    for recipe in sorted({name for name, *_ in cells}):
+        mine = {cell: list(losses_by_seed(runs).values()) for cell, runs in cells.items()
+                if cell[0] == recipe}
+        squares = {cell: (float(np.var(losses)) * len(losses), len(losses) - 1)
+                   for cell, losses in mine.items() if len(losses) > 1}
+        total, df = np.sum(list(squares.values()), axis=0) if squares else (0, 0)
+        if not df:
+            raise UserError(f"nothing shows the noise of {recipe}: at one size or more it needs "
+                            "two runs with different seeds")
+        sds.update(dict.fromkeys(mine, (math.sqrt(total / df), df)))
+        for cell, (square, own_df) in squares.items():
+            if own_df < df:
+                rest = (total - square) / (df - own_df)
+                f = square / own_df / rest
+                if len(squares) * fdtrc(own_df, df - own_df, f) < 0.05:
+                    sds[cell] = math.sqrt(square / own_df), own_df
+                    warnings.append(
+                        f"{recipe} with {cell[1]:,} parameters and {cell[2]:,} tokens has an SD of "
+                        f"{sds[cell][0]:.4f}, its other cells {math.sqrt(rest):.4f} (F = {f:.1f}). "
+                        "Its intervals use its own.")
+    return sds, warnings
+
+
+def sample_means(cells, sds, with_text):
+    """N_SAMPLES draws of each cell's mean loss: {cell: array}. The noise of the seeds is Student's.
+
+    with_text: the test documents are resampled, too, the same for all cells.
     """
     rng = np.random.default_rng(0)
     means = {cell: np.full(N_SAMPLES, mean(runs)) for cell, runs in cells.items()}
-    _, sizes = study.group_losses([run for runs in cells.values() for run in runs])
-    if other_text and sizes:  # results of before have no losses of groups
-        drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
-        weights = drawn * sizes / (drawn @ sizes)[:, None]  # (N_SAMPLES, groups)
-        means = {cell: weights @ study.group_losses(runs)[0] for cell, runs in cells.items()}
-    for name in sorted({name for name, *_ in cells}):
-        mine = {cell: list(study.by_seed(runs).values()) for cell, runs in cells.items()
-                if cell[0] == name}
-        df = sum(len(losses) - 1 for losses in mine.values())
-        if not df:
-            raise UserError(f"nothing shows the noise of {name}: at one size or more it needs two "
-                            "runs with different seeds")
-        squares = sum(np.var(losses) * len(losses) for losses in mine.values())
-        sd = np.sqrt(squares / rng.chisquare(df, N_SAMPLES))  # as far as df tell it
-        for cell, losses in mine.items():
-            means[cell] = means[cell] + sd / len(losses) ** 0.5 * rng.standard_normal(N_SAMPLES)
+    _, sizes = mean_group_losses([run for runs in cells.values() for run in runs])
+    if with_text and sizes:
+        counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
+        weights = counts * sizes / (counts @ sizes)[:, None]  # (N_SAMPLES, groups)
+        means = {cell: weights @ mean_group_losses(runs)[0] for cell, runs in cells.items()}
+    pools = {}  # cells with a common SD have a common error in it
+    for cell, runs in sorted(cells.items()):
+        sd, df = sds[cell]
+        scale = pools.setdefault((cell[0], sd, df), sd * np.sqrt(df / rng.chisquare(df, N_SAMPLES)))
+        means[cell] = means[cell] + (scale / math.sqrt(len(losses_by_seed(runs)))
+                                     * rng.standard_normal(N_SAMPLES))
     return means
 
 
-def fit_recipe(name, full, fitted, target, cells, samples):
-    """The power law of one recipe over the fitted sizes, and what it predicts for the target."""
-    losses = [mean(cells[full[size]]) for size in fitted]
-    law = fit_power_law(fitted, losses)
-    laws = []
-    for draw in np.array([samples[full[size]] for size in fitted]).T:
-        try:
-            laws.append(fit_power_law(fitted, draw, law))
-        except UserError:  # losses that no law fits: see interval()
-            laws.append(dict.fromkeys(law, math.nan))
-    predictions = np.array([loss_at(each, target) for each in laws])
+def fit_recipe(name, full, fitted, target, cells, sds, samples):
+    """The power law of one recipe over the fitted sizes, and what it predicts for the target.
+
+    null: what a line through the last two sizes predicts, on logarithmic axes. Raises UserError.
+    """
+    chosen = [full[name, size] for size in fitted]
+    losses = np.array([mean(cells[cell]) for cell in chosen])
+    law = fit_power_laws(fitted, losses)
+    if math.isnan(law["gain"]):
+        raise UserError(f"no power law fits the losses of {name}: they do not fall with size")
+    draws = fit_power_laws(fitted, np.array([samples[cell] for cell in chosen]).T)
+    predictions = loss_at(draws, target)
+    slope = math.log(losses[-1] / losses[-2]) / math.log(fitted[-1] / fitted[-2])
+    errors = [sds[cell][0] / math.sqrt(len(losses_by_seed(cells[cell]))) for cell in chosen]
     result = {"name": name, "law": law, "predicted": loss_at(law, target),
-              "law_intervals": {key: interval([each[key] for each in laws])
-                                for key in ("floor", "gain", "exponent")},
-              "losses": [{"parameters": size, "tokens": cell[2], "loss": mean(cells[cell]),
-                          "n": len(study.by_seed(cells[cell]))} for size, cell in full.items()]}
-    if target in full:  # the noise of its own seeds is part of the interval
-        result["measured"] = mean(cells[full[target]])
-        predictions = predictions + samples[full[target]] - result["measured"]
-    result["predicted_interval"] = interval(predictions)
-    return result
+              "null": losses[-1] * (target / fitted[-1]) ** slope,
+              "lack_of_fit": lack_of_fit(fitted, losses, errors, sds[chosen[-1]][1])}
+    if (name, target) in full:  # the noise of its own seeds is part of the interval
+        result["measured"] = mean(cells[full[name, target]])
+        predictions = predictions + samples[full[name, target]] - result["measured"]
+    return {**result, "interval": interval(predictions)}
 
 
-def fit_power_law(sizes, losses, start=None):
-    """Least squares of loss = floor + gain (N / N of the smallest size)^-exponent. -> a dict"""
-    x = np.array(sizes) / sizes[0]
-    low, high = min(losses), max(losses)
-    start = start or {"floor": 0.5 * low, "gain": high - 0.5 * low, "exponent": 0.3}
-    bounds = [0, 0, 0.01], [low, 10 * high, 3]
-    try:
-        (floor, gain, exponent), _ = scipy.optimize.curve_fit(
-            lambda x, floor, gain, exponent: floor + gain * x ** -exponent, x, losses,
-            np.clip([start[key] for key in ("floor", "gain", "exponent")], *bounds), bounds=bounds)
-    except (RuntimeError, ValueError):  # no convergence; a loss or a size that is not positive
-        raise UserError(f"no power law fits the losses {losses} of {sizes} parameters") from None
-    return {"floor": float(floor), "gain": float(gain), "exponent": float(exponent),
+def fit_power_laws(sizes, losses, errors=1.0):
+    """Least squares of loss = floor + gain (N / N of the smallest size)^-exponent, floor >= 0.
+
+    losses: (..., sizes), of as many laws. errors: of each size. -> a dict of floats or arrays, NaN
+    where the losses do not fall. Floor and gain follow from the exponent, which a grid finds.
+    """
+    x, weights = np.array(sizes) / sizes[0], np.ones(len(sizes)) / np.square(errors)
+    weights = weights / weights.sum()
+    y = np.asarray(losses)[..., None, :]  # (..., exponents, sizes)
+    centre = y @ weights
+    exponents = np.geomspace(0.01, 3, 300)
+    for width in (0.02, 4e-4, 0):  # each grid lies around the best exponent of the one before
+        basis = x ** -exponents[..., None]
+        deviation = basis - (basis @ weights)[..., None]
+        gain = (deviation * y) @ weights / (deviation ** 2 @ weights)
+        floor = centre - gain * (basis @ weights)
+        gain = np.where(floor < 0, (basis * y) @ weights / (basis ** 2 @ weights), gain)
+        floor = np.maximum(floor, 0)
+        misses = (y - floor[..., None] - gain[..., None] * basis) ** 2 @ weights
+        best = np.argmin(misses, -1)[..., None]
+        law = {key: np.take_along_axis(np.broadcast_to(values, misses.shape), best, -1)
+               for key, values in (("floor", floor), ("gain", gain), ("exponent", exponents))}
+        exponents = law["exponent"] * np.linspace(1 - width, 1 + width, 101)
+    falls = law["gain"] > 0
+    return {**{key: np.where(falls, values, np.nan)[..., 0] for key, values in law.items()},
             "smallest": sizes[0]}
 
 
@@ -156,26 +194,31 @@ def loss_at(law, size):
     return law["floor"] + law["gain"] * (size / law["smallest"]) ** -law["exponent"]
 
 
-def token_shares(name, baseline, budgets, cells, samples):
-    """At each size where the recipe has two budgets or more: the share of the baseline's tokens
-    with which it reaches the baseline's loss, by a line through its losses over ln(tokens)."""
-    rows = []
-    for size, budget in sorted(budgets.items()):
-        tokens = sorted(t for other, n, t in cells if (other, n) == (name, size))
-        if len(tokens) < 2:
-            continue
-        x = np.log(np.array(tokens) / budget)
-        mine, theirs = [(name, size, t) for t in tokens], (baseline, size, budget)
-        found = crossing(x, [mean(cells[cell]) for cell in mine], mean(cells[theirs]))
-        if math.isnan(found):
-            continue
-        sampled = np.array([crossing(x, losses, target) for losses, target in
-                            zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
-        limits = interval(sampled)
-        rows.append({"name": name, "parameters": size, "share": stats.exp(found),
-                     "interval": limits and [*map(stats.exp, limits)],
-                     "beyond": bool(not x[0] <= found <= x[-1]), "samples": sampled})
-    return rows
+def lack_of_fit(sizes, losses, errors, df):
+    """The p of an F test: do the mean losses miss the law by more than the seeds explain? A small
+    one says that the loss does not follow the law. errors: standard errors of the losses."""
+    law = fit_power_laws(sizes, losses, errors)
+    misses = (losses - loss_at(law, np.array(sizes))) / errors
+    n_free = len(sizes) - (3 if law["floor"] > 0 else 2)  # a floor at its bound is not fitted
+    return float(fdtrc(n_free, df, misses @ misses / n_free))
+
+
+def token_fraction(name, theirs, cells, samples):
+    """The fraction of the tokens of another recipe's cell with which this one reaches its loss, by a
+    line through its own losses over ln(tokens). None if it has one budget, or they do not fall."""
+    other, size, budget = theirs
+    mine = sorted(cell for cell in cells if cell[:2] == (name, size))
+    if len(mine) < 2:
+        return None
+    x = np.log([tokens / budget for *_, tokens in mine])
+    found = crossing(x, [mean(cells[cell]) for cell in mine], mean(cells[theirs]))
+    if math.isnan(found):
+        return None
+    limits = interval([crossing(x, losses, loss) for losses, loss in
+                       zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
+    return {"name": name, "against": other, "parameters": size, "fraction": math.exp(found),
+            "interval": limits and [math.exp(min(limit, 700)) for limit in limits],
+            "beyond": not x[0] <= found <= x[-1]}
 
 
 def crossing(x, losses, target):
@@ -186,21 +229,113 @@ def crossing(x, losses, target):
     return x[i] + (target - losses[i]) / slope if slope < 0 else math.nan
 
 
-def trends(shares):
-    """Of each recipe with shares at three sizes or more: the exponent b of share ~ N^b."""
-    found = {}
-    for name in sorted({row["name"] for row in shares}):
-        rows = [row for row in shares if row["name"] == name]
-        if len(rows) > 2:
-            x = np.log([row["parameters"] for row in rows])
-            exponent, _ = np.polyfit(x, np.log([row["share"] for row in rows]), 1)
-            samples, _ = np.polyfit(x, [row["samples"] for row in rows], 1)
-            found[name] = {"exponent": float(exponent), "interval": interval(samples)}
-    return found
-
-
 def interval(samples):
     """The middle 95 %; None, without an end, if more than the outer 5 % are not numbers."""
     if np.isnan(samples).mean() > 0.05:
         return None
     return np.nanquantile(samples, (0.025, 0.975)).tolist()
+
+
+def format_sampled(limits, form):
+    return format_interval(limits, form) or "without an end"
+
+
+def format_analysis(result, markdown):
+    smallest = result["fitted"][0]
+    losses = [["recipe", "parameters", "tokens", "n", "test loss", "SD"]]
+    for row in result["losses"]:
+        values, (name, size, tokens) = list(row["losses"].values()), row["cell"]
+        losses.append([name, f"{size:,}", f"{tokens:,}", str(len(values)),
+                       f"{np.mean(values):.4f}", format_number(stats.sample_sd(values), ".4f")])
+    laws = [["recipe", "law", "lack of fit, p", "predicted", "95 % interval", "measured", "error",
+             "error of the line"]]
+    for each in result["laws"]:
+        law, measured = each["law"], each.get("measured")
+        floor = f"{law['floor']:.3f} + " if law["floor"] > 0 else ""
+        errors = [f"{measured / each[key] - 1:+.1%}" if measured else ""
+                  for key in ("predicted", "null")]
+        laws.append([each["name"], f"{floor}{law['gain']:.3f} (N / {smallest:,})^-"
+                     f"{law['exponent']:.3f}", format_p(each["lack_of_fit"]),
+                     f"{each['predicted']:.4f}", format_sampled(each["interval"], ".4f"),
+                     format_number(measured, ".4f"), *errors])
+    differences = [["recipe", "against", "parameters", "difference", "95 % interval"]]
+    for row in result["differences"]:
+        limits = row["p"] and stats.t_interval(row["difference"], row["error"], row["df"])
+        differences.append([row["name"], row["against"], f"{row['parameters']:,}",
+                            f"{row['difference']:+.4f}", format_interval(limits, "+.4f")])
+    fractions = [["recipe", "against", "parameters", "fraction of tokens", "95 % interval", "budgets"]]
+    fractions += [[row["name"], row["against"], f"{row['parameters']:,}", f"{row['fraction']:.3f}",
+                format_sampled(row["interval"], ".3f"), "beyond them" * row["beyond"]]
+               for row in result["fractions"]]
+    parts = [format_table(losses, markdown), "\n".join(result["warnings"]),
+             f"Laws over {len(result['fitted'])} sizes, {smallest:,} to {result['fitted'][-1]:,} "
+             f"parameters, and their predictions for {result['target']:,}. The line: through the "
+             "last two of these sizes, on logarithmic axes. The intervals cover the seeds, not a "
+             "law of another form.", format_table(laws, markdown),
+             "Differences in test loss, seed by seed. Each interval is for one test.",
+             format_table(differences, markdown)]
+    if len(fractions) > 1:
+        parts += ["With which fraction of the other recipe's tokens a recipe reaches its loss, by a "
+                  "line over ln(tokens) between its own budgets. The intervals cover the seeds "
+                  "and, where results have them, the choice of the test documents.",
+                  format_table(fractions, markdown)]
+    return "\n\n".join(filter(None, parts))
+
+
+def plot_analysis(result, path):
+    """Draws the losses over parameters with the laws, and the fractions."""
+    figure, (left, right) = new_figure(1, 2, figsize=(8.3, 4))
+    target, looks = result["target"], [("o", "#0072b2"), ("s", "#d55e00"), ("D", "black")]
+    names = dict.fromkeys(row["cell"][0] for row in result["losses"])
+    x = np.geomspace(result["fitted"][0], target * 1.1, 100)
+    for i, (name, (marker, color)) in enumerate(zip(names, itertools.cycle(looks))):
+        points = [(row["cell"][1], np.mean(list(row["losses"].values())))
+                  for row in result["losses"] if row["cell"][0] == name]
+        left.plot(*zip(*points), marker, color=color, markerfacecolor="white", label=name)
+        for law in (each for each in result["laws"] if each["name"] == name):
+            left.plot(x, loss_at(law["law"], x), color=color, linewidth=0.8)
+            left.plot([target * 1.03 ** (i + 1)] * 2, law["interval"] or (np.nan, np.nan),
+                      color=color, linewidth=2)
+    left.set_ylabel("test loss; bars: predicted")
+    pairs = dict.fromkeys((row["name"], row["against"]) for row in result["fractions"])
+    for pair, (marker, color) in zip(pairs, itertools.cycle(looks)):
+        rows = [row for row in result["fractions"] if (row["name"], row["against"]) == pair]
+        for row in rows:
+            right.plot([row["parameters"]] * 2, row["interval"] or (np.nan, np.nan), color=color,
+                       linewidth=1)
+        right.plot([row["parameters"] for row in rows], [row["fraction"] for row in rows],
+                   f"{marker}-", color=color, markerfacecolor="white", linewidth=0.8,
+                   label=" of ".join(pair) + "'s")
+    right.axhline(1, color="0.8", linewidth=0.8, zorder=0)
+    right.set_yscale("log")
+    right.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    right.set_ylabel("fraction of the tokens for the same loss")
+    for ax in (left, right):
+        ax.set_xscale("log")
+        ax.set_xticks([*result["fitted"], target],
+                      [f"{size / 1e6:.2g}M" for size in (*result["fitted"], target)])
+        ax.minorticks_off()
+        ax.set_xlabel("parameters")
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def main():
+    parser = argument_parser(__doc__)
+    parser.add_argument("results", nargs="+", metavar="RESULTS")
+    parser.add_argument("--against", nargs="+", default=["published"], metavar="NAME",
+                        help="recipes to compare with (default: published)")
+    parser.add_argument("--target", type=int, metavar="N",
+                        help="parameters of the model to predict (default: the largest measured)")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args()
+    result = analyse(read_runs(args.results)[0], args.against, args.target)
+    print(format_analysis(result, args.markdown))
+    if args.plot:
+        plot_analysis(result, args.plot)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,60 @@
+"""Makes the tables of Markdown pages anew: what the command in each marker prints.
+
+    python -m studies.update [PAGE.md ...]        default: README.md, studies/**/*.md, docs/*.md
+
+A table stands between <!-- python study.py studies/lab/results.json --markdown --> and
+<!-- end -->. Its command may draw a picture, too.
+"""
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+from nanolab.common import UserError, run_script
+
+TABLE = re.compile(r"(<!-- python (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def pages():
+    return [Path("README.md"), *sorted(Path("studies").rglob("*.md")),
+            *sorted(Path("docs").glob("*.md"))]
+
+
+def updated(text, draw=True):
+    """The text with every table made anew. draw: the pictures, too."""
+    def table(found):
+        command = found[2] if draw else re.sub(r"(--plot )?\S+\.png", "", found[2])
+        return f"{found[1]}\n{printed(command)}\n\n{found[3]}"
+    return TABLE.sub(table, text)
+
+
+def printed(command):
+    """What a command prints: a script, or -m and a module, with its arguments."""
+    words, before, output = shlex.split(command), sys.argv, io.StringIO()
+    is_module = words[0] == "-m"
+    run = runpy.run_module if is_module else runpy.run_path
+    sys.argv = words[is_module:]
+    try:
+        with contextlib.redirect_stdout(output):
+            run(sys.argv[0], run_name="__main__")
+    except SystemExit:
+        raise UserError(f"python {command} failed") from None
+    finally:
+        sys.argv = before
+    return output.getvalue().strip()
+
+
+def main():
+    for page in [Path(word) for word in sys.argv[1:]] or pages():
+        text = page.read_text()
+        if (new := updated(text)) != text:
+            page.write_text(new)
+            print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    run_script(main)
