@@ -58,11 +58,6 @@ def t_interval(mean, error, df, level=0.05):
     return [mean - half, mean + half]
 
 
-def mean_interval(values):
-    """The 95 % interval of the mean of two independent values or more."""
-    return t_interval(float(np.mean(values)), standard_error(values), len(values) - 1)
-
-
 def prediction_interval(values):
     """Where one more value would fall, 95 times in 100."""
     error = float(np.std(values, ddof=1)) * math.sqrt(1 + 1 / len(values))

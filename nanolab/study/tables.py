@@ -15,8 +15,9 @@ def compare(experiments, baseline, loss="test_loss", test=stats.compare_means):
     rows = []
     for label, runs in experiments.items():
         ours = losses_by_seed(runs, loss)
-        row = {"experiment": label, "n": len(ours), "loss": float(np.mean(list(ours.values()))),
-               "sd": stats.sample_sd(list(ours.values())), "verdict": "",
+        losses = list(ours.values())
+        row = {"experiment": label, "n": len(ours), "loss": float(np.mean(losses)),
+               "sd": stats.sample_sd(losses), "losses": losses, "verdict": "",
                "tokens": budget(runs), "tokens_per_second": mean_of(runs, "tokens_per_second"),
                "hours": (mean_of(runs, "seconds") or 0) / 3600 or None, "cost": cost_of(runs),
                "seeds_cross": any(len(set(column)) < len(ours) for column in zip(*ours))}
@@ -172,8 +173,8 @@ def format_legend(rows):
     kinds = {word.split(",")[0] for word in words}
     lines = {
         f"95 % intervals and p are corrected for the {n_tests} tests of this table (Bonferroni): "
-        f"all {n_tests} intervals hold together 95 times in 100, and p is below 0.05 where an "
-        "interval leaves out 0.": n_tests > 1,
+        "all intervals hold together 95 times in 100, and p is below 0.05 where an interval leaves "
+        "out 0.": n_tests > 1,
         "There is one test, so its interval and p are not corrected.": n_tests == 1,
         "better, worse: the interval leaves out 0. not shown: it contains 0. That does not prove "
         "that there is no effect.": n_tests,
@@ -214,7 +215,12 @@ def format_notes(rows, baseline, independent=True):
     if tested and crossed:
         lines.append(f"Some runs of {'; '.join(crossed)} have a seed in common, so they are not "
                      "independent, and the intervals are too narrow.")
-    usual = next((row["tokens"] for row in rows if row["experiment"] == baseline), None)
+    base = next((row for row in rows if row["experiment"] == baseline), None)
+    if base and base["n"] > 1 and not base["seeds_cross"]:
+        low, high = stats.prediction_interval(base["losses"])
+        lines.append(f"One more run of {baseline} would fall between {low:.4f} and {high:.4f}, 95 "
+                     "times in 100.")
+    usual = base and base["tokens"]
     others = [f"{row['experiment']}: {row['tokens']:,}" for row in rows if usual
               and row["verdict"] != "reference" and abs(row["tokens"] / usual - 1) > 0.01]
     if others:

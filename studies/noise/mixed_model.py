@@ -1,36 +1,33 @@
-"""Where the noise of a study comes from: the seed of the initial weights, or that of the loop.
+"""Where the noise of a study comes from: the seed of the initial weights, or those of the loop.
 
-    python -m studies.noise.mixed_model studies/noise/results.json [NAME] [--markdown]
+    python -m studies.noise.mixed_model RESULTS.json [--experiment NAME] [--markdown]
 
-NAME: the experiment (default: baseline). Each loss is taken for a mean, plus an effect of the seed
-of the initial weights, one of the seeds of the training loop (data order, dropout), and a rest. The
-variances of the three are estimated by REML, from all runs at once.
-
-It also compares two experiments where runs share a seed and so are not independent, as in the
-published study.
+Each loss is taken for a mean, plus an effect of the seed of the initial weights, one of the seeds
+of the training loop (data order, dropout), and a rest. REML estimates their three variances from
+all runs at once. `difference` compares two experiments by such a model, for runs that share seeds
+with each other and so are not independent.
 """
 
 import math
-import sys
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import chdtri, stdtr
 
-from nanolab.common import UserError, run_script
+from nanolab.common import UserError, argument_parser, run_script
 from nanolab.study import stats
-from nanolab.study.runs import SEEDS, group_by_experiment, losses_by_seed, read_file, settings
+from nanolab.study.runs import (SEEDS, choose_baseline, group_by_experiment, losses_by_seed,
+                                read_file, settings)
 from nanolab.study.tables import format_interval, format_table
 
 EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
 
 
 def mixed_model(losses, seeds, side=None):
-    """Fits loss = mean of its side + effect of the weights' seed + effect of the loop's seeds + rest.
+    """Fits loss = mean of its side + effect of weights' seed + effect of loop's seeds + rest.
 
-    losses: n of them. seeds: n tuples, first the weights' seed, then the loop's. side: n of 0 or 1.
-    -> a dict. An effect that the seeds do not vary, or that they cannot tell from the rest, has the
-    variance None.
+    losses: n of them. seeds: n tuples, first the weights' seed. side: n of 0 or 1. -> a dict. An
+    effect that the seeds do not vary, or cannot tell from the rest, has the variance None.
     """
     n = len(losses)
     side = np.zeros(n, int) if side is None else np.array(side)
@@ -98,15 +95,14 @@ def difference(ours, theirs):
     if result["p"] is None:
         return result
     if result["compared"].startswith("paired"):
-        gaps = {seeds: loss - theirs[seeds] for seeds, loss in ours.items() if seeds in theirs}
-        _, error, df = mean_loss(gaps)
+        _, error, df = mean_loss({seeds: loss - theirs[seeds] for seeds, loss in ours.items()
+                                  if seeds in theirs})
     else:  # a seed has no effect in common on the two sides
         seeds = [((side, first), side, *rest) for side, runs in enumerate((ours, theirs))
                  for first, *rest in runs]
-        model = mixed_model([*ours.values(), *theirs.values()], seeds,
-                            [0] * len(ours) + [1] * len(theirs))
-        _, error, df = estimate(model, [1 / len(ours)] * len(ours)
-                                + [-1 / len(theirs)] * len(theirs))
+        n, m = len(ours), len(theirs)
+        model = mixed_model([*ours.values(), *theirs.values()], seeds, [0] * n + [1] * m)
+        _, error, df = estimate(model, [1 / n] * n + [-1 / m] * m)
     p = 2 * float(stdtr(df, -abs(result["difference"]) / error))
     return {**result, "error": error, "df": df, "p": p}
 
@@ -135,40 +131,33 @@ def sources_of_noise(runs):
 def sd_interval(losses):
     """The 95 % interval of the standard deviation of independent, normally distributed values."""
     n = len(losses)
-    return [stats.sample_sd(losses) * math.sqrt((n - 1) / chdtri(n - 1, p))
-            for p in (0.025, 0.975)]
+    return [np.std(losses, ddof=1) * math.sqrt((n - 1) / chdtri(n - 1, p)) for p in (0.025, 0.975)]
 
 
 def format_noise(runs, markdown):
-    losses = losses_by_seed(runs)
-    cells = [["varies", "n", "mean", "SD", "95 % interval", "SD (population)"]]
-    for source, values in {**sources_of_noise(runs), "all runs": list(losses.values())}.items():
-        # all runs are not independent, so their SD has no such interval
-        interval = None if source == "all runs" else sd_interval(values)
-        cells.append([source, str(len(values)), f"{np.mean(values):.6f}",
-                      f"{stats.sample_sd(values):.6f}", format_interval(interval, ".4f"),
-                      f"{np.std(values):.6f}"])
+    losses, rows = losses_by_seed(runs), [["varies", "n", "mean", "SD", "95 % interval"]]
+    for source, values in sources_of_noise(runs).items():
+        rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
+                     f"{np.std(values, ddof=1):.6f}", format_interval(sd_interval(values), ".4f")])
     model = mixed_model(list(losses.values()), list(losses))
-    found = [f"{name} {math.sqrt(model[effect]):.4f}" for effect, name in EFFECTS.items()
-             if model[effect] is not None]
-    unknown = [name for effect, name in EFFECTS.items() if model[effect] is None]
-    part_of_rest = f" ({', '.join(unknown)}: not varied, or part of the rest)" if unknown else ""
-    mean, one_more = (stats.t_interval(*mean_loss(losses, n_new)) for n_new in (0, 1))
-    return "\n".join([
-        format_table(cells, markdown), "",
-        f"SD by the mixed model: {', '.join(found)}{part_of_rest}. 95 % interval of the mean: "
-        f"{format_interval(mean, '.4f')}; of one more run: {format_interval(one_more, '.4f')}."])
+    sds = [f"{name} {math.sqrt(model[effect]):.4f}" if model[effect] is not None else
+           f"{name} not varied, or part of the rest" for effect, name in EFFECTS.items()]
+    mean, one_more = (format_interval(stats.t_interval(*mean_loss(losses, n_new)), ".4f")
+                      for n_new in (0, 1))
+    return (f"{format_table(rows, markdown)}\n\nSD by the mixed model of all {len(losses)} runs: "
+            f"{', '.join(sds)}. Mean {np.mean(list(losses.values())):.6f} (95 % interval {mean}); "
+            f"one more run falls between {one_more.replace('to', 'and')}, 95 times in 100.")
 
 
 def main():
-    words = [word for word in sys.argv[1:] if word != "--markdown"]
-    if len(words) not in (1, 2):
-        raise UserError("name a results file, and the experiment if it is not baseline", 2)
-    experiments = group_by_experiment(read_file(words[0]))
-    name = words[1] if len(words) > 1 else "baseline"
-    if name not in experiments:
-        raise UserError(f"{words[0]} has no experiment {name}; it has {', '.join(experiments)}")
-    print(format_noise(experiments[name], "--markdown" in sys.argv))
+    parser = argument_parser(__doc__)
+    parser.add_argument("results", metavar="RESULTS.json")
+    parser.add_argument("--experiment", default="baseline", metavar="NAME")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    experiments = group_by_experiment(read_file(args.results))
+    name = choose_baseline(experiments, args.experiment)
+    print(format_noise(experiments[name], args.markdown))
 
 
 if __name__ == "__main__":
