@@ -1,14 +1,8 @@
-"""The model: a GPT-2-class language model with a switch for each intervention, its initialisation,
-and text generation.
+"""The model: a GPT-2-class language model with a flag for each intervention.
 
-    python model.py export out/best.pt FOLDER      for Hugging Face's transformers
-
-GPTConfig, in config/__init__.py, has the switches. Shapes in comments: B sequences, T tokens, C =
+GPTConfig, in config/__init__.py, has the flags. Shapes in comments: B sequences, T tokens, C =
 n_embd, H heads of size D = C / H, V = vocab_size.
 """
-
-if __name__ == "__main__":
-    import nanolab.ctrl_c  # first, because the other imports take seconds
 
 import math
 from functools import partial
@@ -18,11 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-from config import GPTConfig
-from nanolab.checkpoint import read_checkpoint
-from nanolab.common import UserError, argument_parser, run_script
-from nanolab.export import check_export, export, push
-from nanolab.kernels import Linear, head_loss, softcap
+from config import GPTConfig  # also for `from model import GPT, GPTConfig`
+from nanolab.head import head_loss, softcap
 
 
 def rms_norm(x):
@@ -51,9 +42,9 @@ class Rope(nn.Module):
         self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, D/2)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
-    def forward(self, x, start):
-        """x: (B, H, T, D), whose first token has position `start`."""
-        cos, sin = (table[start:start + x.shape[2]] for table in (self.cos, self.sin))
+    def forward(self, x, position):
+        """x: (B, H, T, D), whose first token is at `position`."""
+        cos, sin = (table[position:position + x.shape[2]] for table in (self.cos, self.sin))
         x1, x2 = x.chunk(2, dim=-1)
         return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).type_as(x)
 
@@ -63,76 +54,73 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.qk_norm, self.scale, self.qk_gain = config.qk_norm, None, None
-        D = config.n_embd // config.n_head
-        if isinstance(config.qk_scale, str):  # gain = start x (1 + s): weight decay pulls to start
-            per_channel = config.qk_scale.startswith("channel")
-            self.qk_gain = nn.Parameter(torch.empty(2, D) if per_channel
-                                        else torch.empty(config.n_head, 1, 1))
-            start = config.qk_scale.lstrip("abcdefghijklmnopqrstuvwxyz")
-            self.scale = float(start) / D if start else None
-        elif config.qk_scale:
-            self.scale = config.qk_scale / D
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
-        self.proj = Linear(config.n_embd, config.n_embd)
+        self.qk_norm = config.qk_norm
+        # normalised q and k have a product of at most D; None is 1 / sqrt(D)
+        self.scale = config.qk_bound * config.n_head / config.n_embd or None
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
+        self.qkv.n_split = 3  # Muon orthogonalises Q, K and V one by one
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.rope = Rope(config) if config.position == "rope" else None
-        self.value_share = nn.Parameter(torch.empty(())) if config.value_residual else None
+        self.v0_lambda = nn.Parameter(torch.empty(())) if config.value_residual else None
         self.value_embedding = None
         if config.value_embeddings and (config.n_layer - 1 - layer) % 2 == 0:  # as in nanochat
             self.value_embedding = nn.Embedding(config.vocab_size, config.n_embd)
-            self.embedding_share = nn.Parameter(torch.empty(()))
+            self.ve_lambda = nn.Parameter(torch.empty(()))
 
-    def forward(self, x, tokens, first_values=None, cache=None, start=0):
+    def forward(self, x, tokens, v0=None, cache=None, position=0):
         """(B, T, C), of tokens (B, T) -> (B, T, C), and this block's values (B, H, T, D).
 
-        first_values: the first block's, None in the first block. cache: this block's keys and
-        values, (2, B, H, block_size, D), filled up to `start`; with a start above 0, T is 1.
+        v0: the first block's values, None in the first block. cache: this block's keys and values,
+        (2, B, H, block_size, D), filled up to `position`, where the first of the tokens is; with a
+        position above 0, T is 1.
         """
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if self.qk_norm:  # rotation keeps the norm, so the order does not matter
+        if self.qk_norm:  # before or after the rotation, which keeps the norm
             q, k = rms_norm(q), rms_norm(k)
-            if self.qk_gain is not None and self.qk_gain.ndim == 2:
-                q, k = q * (1 + self.qk_gain[0]), k * (1 + self.qk_gain[1])
-            elif self.qk_gain is not None:
-                q = q * (1 + self.qk_gain)
         if self.rope is not None:
-            q, k = self.rope(q, start), self.rope(k, start)
-        if self.value_share is not None:  # mix in the first block's values; no effect in that block
-            v = v + self.value_share * ((v if first_values is None else first_values) - v)
-        if self.value_embedding is not None:  # after modded-nanogpt's 2024-12-04_ValueEmbed
-            embedded = self.value_embedding(tokens).view(B, T, self.n_head, -1).transpose(1, 2)
-            v = v + self.embedding_share * (embedded.type_as(v) - v)
-        values = v
+            q, k = self.rope(q, position), self.rope(k, position)
+        v = values = self.mix_values(v, tokens, v0)
         if cache is not None:
-            cache[:, :, :, start:start + T] = torch.stack((k, v))
-            k, v = cache[:, :, :, :start + T]
-        # a single new token, with start above 0, sees every cached key
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, scale=self.scale,
+            cache[:, :, :, position:position + T] = torch.stack((k, v))
+            k, v = cache[:, :, :, :position + T]
+        # a single new token, at a position above 0, sees every cached key
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=position == 0, scale=self.scale,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.proj(y), values
+
+    def mix_values(self, v, tokens, v0):
+        """Interpolates the values with the first block's, and with an embedding of the tokens."""
+        if self.v0_lambda is not None:  # no effect in the first block
+            v = v + self.v0_lambda * ((v if v0 is None else v0) - v)
+        if self.value_embedding is not None:  # after modded-nanogpt's 2024-12-04_ValueEmbed
+            B, H, T, D = v.shape
+            embedded = self.value_embedding(tokens).view(B, T, H, D).transpose(1, 2)
+            v = v + self.ve_lambda * (embedded.type_as(v) - v)
+        return v
 
 
 class MLP(nn.Module):
     """Hidden width 4 C. SwiGLU has three matrices, so its width is 8/3 C (a multiple of 8), for the
     same number of parameters."""
 
-    RECOMPUTE_ABOVE = 2**22  # elements, 16 MiB in float32
+    # A larger activation (in elements; 16 MiB in float32) is recomputed in the backward pass:
+    # stored, it would be a quarter of a block's memory.
+    RECOMPUTE_ABOVE = 2**22
 
     def __init__(self, config):
         super().__init__()
         gated = config.activation == "swiglu"
         width = 8 * max(round(config.n_embd / 3), 1) if gated else 4 * config.n_embd
-        self.fc = Linear(config.n_embd, 2 * width if gated else width)
-        self.proj = Linear(width, config.n_embd)
+        self.fc = nn.Linear(config.n_embd, 2 * width if gated else width)
+        self.fc.n_split = 2 if gated else 1  # Muon orthogonalises gate and value one by one
+        self.proj = nn.Linear(width, config.n_embd)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x):
         x = self.fc(x)
-        # A large activation is recomputed in the backward pass: stored, it would be a quarter of a
-        # block's memory.
         if torch.is_grad_enabled() and x.numel() > MLP.RECOMPUTE_ABOVE:
             return recompute_in_backward(self.activate_and_project, x, use_reentrant=False,
                                          preserve_rng_state=False)
@@ -151,17 +139,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, tokens, first_values=None, cache=None, start=0):
-        """(B, T, C) -> (B, T, C), and this block's attention values. The other arguments are
-        Attention's."""
-        y, values = self.attn(self.ln_1(x), tokens, first_values, cache, start)
+    def forward(self, x, tokens, v0=None, cache=None, position=0):
+        """(B, T, C) -> (B, T, C), and the attention's values. Other arguments: see Attention."""
+        y, values = self.attn(self.ln_1(x), tokens, v0, cache, position)
         x = x + self.dropout(y)
         x = x + self.dropout(self.mlp(self.ln_2(x)))
         return x, values
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer (GPT-2: Radford et al., 2019) with the published study's switches.
+    """A decoder-only transformer (GPT-2: Radford et al., 2019) with optional changes, see
+    GPTConfig.
 
     seed: for the initial weights, which depend only on it and the config.
     """
@@ -180,7 +168,7 @@ class GPT(nn.Module):
             self.x_lambdas = nn.Parameter(torch.empty(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.ln_f = NORMS[config.norm](config.n_embd, eps=1e-5)
-        self.head = Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.head.weight = self.wte.weight
         initialise(self, torch.Generator().manual_seed(seed))
@@ -195,25 +183,26 @@ class GPT(nn.Module):
         return head_loss(x.flatten(0, 1), self.head.weight, targets.flatten(),
                          self.config.logit_softcap)
 
-    def hidden_states(self, tokens, cache=None, start=0):
-        """(B, T) token ids at positions start ... start + T - 1, below block_size -> (B, T, C), the
-        head's input.
+    def hidden_states(self, tokens, cache=None, position=0):
+        """(B, T) token ids from `position` on, which end before block_size -> (B, T, C), the head's
+        input.
 
-        cache: from new_cache; holds the keys and values of the positions before `start`, and stores
-        those of `tokens`.
+        cache: from new_cache; holds the keys and values of earlier positions, and stores those of
+        `tokens`.
         """
         x = self.wte(tokens)
         if self.wpe is not None:
-            x = x + self.wpe(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+            last = position + tokens.shape[1]
+            x = x + self.wpe(torch.arange(position, last, device=tokens.device))
         if self.config.embed_norm:
             x = rms_norm(x)
         x = x0 = self.dropout(x)
-        first_values = None
+        v0 = None
         for i, block in enumerate(self.blocks):
             if self.x0_lambdas is not None:  # Jordan, modded-nanogpt's 2024-11-06_ShortcutsTweaks
                 x = self.x_lambdas[i] * x + self.x0_lambdas[i] * x0
-            x, values = block(x, tokens, first_values, None if cache is None else cache[i], start)
-            first_values = values if i == 0 else first_values
+            x, values = block(x, tokens, v0, None if cache is None else cache[i], position)
+            v0 = values if i == 0 else v0
         return self.ln_f(x)
 
     def logits(self, x):
@@ -241,23 +230,23 @@ class GPT(nn.Module):
         """Yields the next token ids of B sequences, (B,) at a time, max_new_tokens times.
 
         tokens: (B, T) prompts of any length; the model reads their last block_size tokens. Each new
-        token is read once, beside the cached keys and values. When all positions are used, the
+        token is read once, next to the cached keys and values. When all positions are used, the
         older half is dropped and the newer half read again from position 0, so a token costs about
         the same at any length.
-        temperature: 0 takes the likeliest token; top_k: sample from the k likeliest only; top_p:
-        from the likeliest that together have this probability (Holtzman et al., "The curious case
-        of neural text degeneration", 2020).
+        temperature: 0 takes the most likely token; top_k: sample from the k most likely only;
+        top_p: from the most likely that together have this probability (Holtzman et al., "The
+        curious case of neural text degeneration", 2020).
         generator: a torch.Generator on the model's device, or a list of one for each sequence.
-        Raises UserError if the logits are not finite.
+        Raises FloatingPointError if the logits are not finite.
         """
         context = tokens[:, -self.config.block_size:]
-        start = 0  # the position of the first token that is not cached
+        position = 0  # of the first token that is not cached
         cache = self.new_cache(len(tokens))
         for _ in range(max_new_tokens):
             if context.shape[1] > self.config.block_size:
-                context, start = context[:, -((self.config.block_size + 1) // 2):], 0
-            x = self.hidden_states(context[:, start:], cache, start)
-            start = context.shape[1]
+                context, position = context[:, -((self.config.block_size + 1) // 2):], 0
+            x = self.hidden_states(context[:, position:], cache, position)
+            position = context.shape[1]
             logits = self.logits(x[:, -1])  # (B, V)
             check_finite(logits)
             if temperature == 0:
@@ -274,48 +263,6 @@ class GPT(nn.Module):
         D = config.n_embd // config.n_head
         shape = (config.n_layer, 2, B, config.n_head, config.block_size, D)
         return self.wte.weight.new_empty(shape)
-
-    @classmethod
-    def from_checkpoint(cls, checkpoint):
-        """The model in eval mode, on the CPU, from what read_checkpoint takes or returned. Raises
-        UserError."""
-        if not isinstance(checkpoint, dict):
-            checkpoint = read_checkpoint(checkpoint)
-        model = cls(GPTConfig.from_options(checkpoint["config"]))
-        model.load_weights(checkpoint)
-        return model.eval()
-
-    def load_weights(self, checkpoint):
-        """Loads the weights of a checkpoint from read_checkpoint. Raises UserError."""
-        try:
-            self.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
-            raise UserError(f"{checkpoint['path']} does not fit its own config "
-                            f"({reason})") from None
-        for name, weight in self.named_parameters():
-            if not weight.isfinite().all():
-                raise UserError(f"{checkpoint['path']} has weights that are not finite ({name})")
-
-
-def check_finite(logits):
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are not finite: its weights are too large")
-
-
-def sample_token(logits, top_k, top_p, generator):
-    """(B, V) logits -> (B,) token ids. top_k, top_p, generator: as for GPT.stream."""
-    if top_k is not None:
-        logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
-    if top_p is not None and top_p < 1:
-        ordered, ids = logits.sort(descending=True)
-        probs = ordered.softmax(dim=-1)
-        likelier = probs.cumsum(dim=-1) - probs  # the probability of all likelier tokens
-        logits = ordered.masked_fill(likelier >= top_p, -math.inf).gather(-1, ids.argsort())
-    generators = generator if isinstance(generator, list) else [generator]
-    probs = logits.softmax(dim=-1).chunk(len(generators))
-    tokens = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]
-    return torch.cat(tokens).squeeze(1)
 
 
 @torch.no_grad()
@@ -340,10 +287,8 @@ def initialise(model, generator):
                 nn.init.ones_(p)
             case ["ln_1" | "ln_2" | "ln_f", "bias"]:
                 nn.init.zeros_(p)
-            case ["attn", "value_share" | "embedding_share"]:
+            case ["attn", "v0_lambda" | "ve_lambda"]:
                 p.fill_(0.5)
-            case ["attn", "qk_gain"]:
-                nn.init.zeros_(p)
             case ["x_lambdas"]:
                 nn.init.ones_(p)
             case ["x0_lambdas"]:
@@ -364,27 +309,25 @@ def initialise(model, generator):
                 nn.init.zeros_(p)
             case _:
                 raise ValueError(f"no initialisation rule matches the parameter {name}")
-        if zero_init and ".proj." in name:  # after the draw: the other weights are unchanged
+        if zero_init and ".proj." in name:  # zeroed after drawing: the other weights stay as drawn
             nn.init.zeros_(p)
 
 
-def main():
-    parser = argument_parser(__doc__)
-    parser.add_argument("command", choices=["export"])
-    parser.add_argument("checkpoint", help="such as out/best.pt")
-    parser.add_argument("folder", help="where to; it must be new or empty")
-    parser.add_argument("--push", metavar="USER/NAME",
-                        help="then upload the folder to this repository of yours on the Hugging "
-                             "Face hub, with your own token (default: nothing is sent)")
-    args = parser.parse_args()
-    check_export(args.checkpoint, args.folder, args.push)
-    checkpoint = read_checkpoint(args.checkpoint)
-    export(checkpoint, GPT.from_checkpoint(checkpoint), args.folder, args.push)
-    print(f"wrote {args.folder}: config.json, model.safetensors and a model card; read the "
-          "card before you publish it")
-    if args.push:
-        print(f"pushed to {push(args.folder, args.push)}")
+def check_finite(logits):
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights are too large")
 
 
-if __name__ == "__main__":
-    run_script(main)
+def sample_token(logits, top_k, top_p, generator):
+    """(B, V) logits -> (B,) token ids. top_k, top_p, generator: as for GPT.stream."""
+    if top_k is not None:
+        logits[logits < logits.topk(top_k).values[:, -1:]] = -math.inf
+    if top_p is not None and top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+        probs = ordered.softmax(dim=-1)
+        more_likely = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
+        logits = ordered.masked_fill(more_likely >= top_p, -math.inf).gather(-1, ids.argsort())
+    generators = generator if isinstance(generator, list) else [generator]
+    probs = logits.softmax(dim=-1).chunk(len(generators))
+    tokens = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]
+    return torch.cat(tokens).squeeze(1)

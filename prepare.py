@@ -1,7 +1,7 @@
 """Turns text into a data set.
 
     python prepare.py stdlib                 Python's own library as bytes; needs no network
-    python prepare.py pypi                   the source of the pinned packages in config/pypi.txt
+    python prepare.py pypi                   the source of the pinned packages in studies/ladder/pypi.txt
     python prepare.py fineweb                FineWeb sample-10BT as GPT-2 tokens, as published
     python prepare.py fineweb --from=FOLDER  the same from a copy, or from the published token files
     python prepare.py fineweb-edu            FineWeb-Edu sample-10BT in the same way
@@ -12,23 +12,20 @@ A data set is a folder data/NAME with train.bin, val.bin, test.bin and meta.json
 the same command again: it continues where it was.
 """
 
-if __name__ == "__main__":
-    import nanolab.ctrl_c  # first, because the other imports take seconds
-
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.corpus import (FINEWEBS, file_ranges, fineweb_files, own_files, pypi_wheels,
-                            stdlib_files, wheel_documents)
-from nanolab.token_files import DatasetWriter, dataset_lock, fingerprint, is_complete, read_meta
+                            wheel_documents)
+from nanolab.data import print_info, read_meta
+from nanolab.dataset_writer import (OWN_HELDOUT, DatasetWriter, dataset_lock, fingerprint,
+                                    is_complete, prepare_stdlib, prepare_text)
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
-PYPI = Path(__file__).parent / "config" / "pypi.txt"
-OWN_HELDOUT = 0.02  # of your own text, for val and test: half each
+PYPI = Path(__file__).parent / "studies" / "ladder" / "pypi.txt"
 
 # The options that only some sources take, with their defaults.
 FINEWEB_OPTIONS = {"from_folder": None, "train_tokens": 33_165 * 96 * 1024, "heldout": 0.01,
@@ -40,7 +37,6 @@ OPTIONS = {**dict.fromkeys(FINEWEBS, FINEWEB_OPTIONS), "stdlib": {"heldout": OWN
 def main():
     args = parse_arguments()
     if args.dataset:
-        from nanolab.data import print_info  # here, because torch takes a second
         print_info(args.data_dir, args.dataset)
         return
     folder = Path(args.data_dir, args.name)
@@ -128,13 +124,6 @@ def parse_arguments():
     return args
 
 
-def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1,
-                   heldout=OWN_HELDOUT):
-    """Python's standard library: small, on every machine, different from one version to another."""
-    prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
-                 f"the standard library of Python {sys.version.split()[0]}", heldout)
-
-
 def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
     """The Python files of pinned wheels from PyPI: the same bytes on every machine.
 
@@ -158,67 +147,6 @@ def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
                 writer.append(split, np.concatenate(tokens).astype(token_dtype(tokenizer)))
         writer.save()
         writer.finish(f"the wheels of {requirements}")
-
-
-def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=OWN_HELDOUT):
-    """The documents of `files`, split by the hash of their text. Raises UserError."""
-    stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
-    other = [heldout] if heldout != OWN_HELDOUT else []  # so that older data sets keep their plan
-    plan = fingerprint(source, stats, tokenizer, text_column, *other)
-    with dataset_lock(folder):
-        if is_complete(folder, plan):
-            return
-        ranges = [file_range for file in files for file_range in file_ranges(file)]
-        n_bytes = sum(file_range.n_bytes for file_range in ranges)
-        # Longer text files are cut: with a document above 1 %, val and test could not be 1 % each.
-        options = {"text_column": text_column, "max_length": min(max(n_bytes // 100, 2**14), 2**20)}
-        # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
-        n_tokens = n_bytes // (1 if tokenizer == "bytes" else 2) + 1
-        writer = DatasetWriter(folder, plan, tokenizer)
-        with writer.progress_bar(n_tokens) as bar:
-            if not writer.hash_limits:  # they depend on the hash of every document
-                facts = []
-                for path in writer.tokenize("text", ranges, workers, **options):
-                    with np.load(path) as shard:
-                        facts.append(shard["documents"])
-                    bar.update(int(facts[-1]["n_tokens"].sum()))
-                writer.hash_limits = choose_hash_limits(facts, heldout)
-                writer.save()
-        for path in writer.tokenize("text", ranges, 1, **options):  # these files exist by now
-            with np.load(path) as shard:
-                tokens, documents = shard["tokens"], shard["documents"]
-            # Of each document, then of each token: 0 for test, 1 for val, 2 for train.
-            split_ids = np.searchsorted(np.array(writer.hash_limits, np.uint64), documents["hash"])
-            split_ids = split_ids.repeat(documents["n_tokens"].astype(int))
-            for i, split in enumerate(("test", "val", "train")):
-                writer.append(split, tokens[split_ids == i])
-            writer.finish_shard("text", path)
-        writer.finish(source)
-
-
-def choose_hash_limits(facts, heldout):
-    """The largest hash in test and the largest in val, with documents in the order of their hash.
-
-    The first half of the share `heldout` of the bytes is test, the next half val, each at least one
-    document; equal texts stay together. So the split depends on the texts alone, not on the files
-    or their order.
-    facts: arrays of token_files.DOCUMENT, one for each shard. Raises UserError.
-    """
-    if not any(map(len, facts)):
-        raise UserError("there is no text in these files")
-    documents = np.concatenate(facts)
-    documents = documents[np.argsort(documents["hash"])]
-    hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"])
-    limits, n_done = [], 0
-    for n_reserved in (2, 1):  # documents to leave for val and train, then for train
-        target = (ends[n_done - 1] if n_done else 0) + heldout / 2 * ends[-1]
-        last = max(min(int(np.searchsorted(ends, target)), len(hashes) - 1 - n_reserved), n_done)
-        n_done = int(np.searchsorted(hashes, hashes[last], side="right"))
-        if n_done == len(hashes):
-            raise UserError(f"{len(np.unique(hashes)):,} different documents are too few to split "
-                            "into train, val and test; use more or smaller ones")
-        limits.append(int(hashes[last]))
-    return limits
 
 
 def prepare_fineweb(files, folder, tokenizer, workers, source, train_tokens, heldout, test_offset,

@@ -5,9 +5,6 @@
     python sample.py --prompt_file prompt.txt --top_p 0.9
 """
 
-if __name__ == "__main__":
-    import nanolab.ctrl_c  # first, because the other imports take seconds
-
 import codecs
 import sys
 from pathlib import Path
@@ -15,17 +12,16 @@ from pathlib import Path
 import torch
 
 from config import OPTIONS
-from model import GPT
-from nanolab.checkpoint import read_checkpoint
+from nanolab.checkpoint import load_model
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.cpu import use_enough_threads
-from nanolab.devices import pick_device
-from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, token_bytes
+from nanolab.distributed import pick_device
+from nanolab.huggingface import read_any
+from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, text_of
 
 
 def main():
     args = parse_arguments()
-    checkpoint = read_checkpoint(args.ckpt)
+    checkpoint = read_any(args.ckpt)
     vocab_size = checkpoint["config"]["vocab_size"]
     if args.top_k and args.top_k > vocab_size:
         raise UserError(f"--top_k={args.top_k} is more than the {vocab_size} tokens of {args.ckpt}")
@@ -39,21 +35,23 @@ def main():
     if prompt is None:  # weights in Hugging Face's layout come without one
         prompt = checkpoint["config"].get("sample_prompt", OPTIONS["sample_prompt"].default)
     device = pick_device(args.device)
-    model = GPT.from_checkpoint(checkpoint).to(device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as fast for one token; others would wait for a busy core
+    model = load_model(checkpoint).to(device)
 
     tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
     prompts = torch.tensor([tokens] * args.num_samples, device=device)  # (num_samples, T)
-    if device.type == "cpu":
-        with torch.no_grad():
-            use_enough_threads(lambda: model(prompts[:, -1:]))  # as much work as the next tokens
     seeds = range(args.seed, args.seed + args.num_samples)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     steps = model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                         generators)
+                         generators)  # of (num_samples,)
     if args.num_samples == 1:
-        print_stream(prompt, steps, tokenizer)
-    else:
-        print_samples(prompt, steps, tokenizer, args.num_samples)
+        print_stream(prompt, map(int, steps), tokenizer)
+        return
+    samples = torch.stack(list(steps), dim=1).tolist()  # (num_samples, max_new_tokens)
+    for i, new_tokens in enumerate(samples):
+        text = b"".join(text_of(new_tokens, tokenizer)).decode(errors="replace")
+        print(f"--- sample {i + 1}\n{prompt}{text}")
 
 
 def read_prompt(file):
@@ -69,37 +67,16 @@ def read_prompt(file):
     return text
 
 
-def print_stream(prompt, steps, tokenizer):
-    """Prints one text as it is made, up to an end-of-text token.
-
-    steps: an iterator of token ids, each (1,). A character of several tokens is printed when it is
-    complete.
-    """
+def print_stream(prompt, tokens, tokenizer):
+    """Prints one text as it is made, up to an end-of-text token. A character of several tokens is
+    printed when it is complete."""
     print(prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     try:
-        for token in steps:
-            if token.item() == tokenizer.eot_token:
-                break
-            print(decoder.decode(token_bytes(tokenizer, token.item())), end="", flush=True)
+        for part in text_of(tokens, tokenizer):
+            print(decoder.decode(part), end="", flush=True)
     finally:  # Ctrl-C ends the line too
         print(decoder.decode(b"", final=True))
-
-
-def print_samples(prompt, steps, tokenizer, num_samples):
-    """Prints several texts when all of them have ended, each up to an end-of-text token.
-
-    steps: an iterator of token ids, each (num_samples,).
-    """
-    texts, ended = [prompt.encode()] * num_samples, [False] * num_samples
-    for tokens in steps:
-        for i, token in enumerate(tokens.tolist()):
-            ended[i] |= token == tokenizer.eot_token
-            texts[i] += b"" if ended[i] else token_bytes(tokenizer, token)
-        if all(ended):
-            break
-    for i, text in enumerate(texts):
-        print(f"--- sample {i + 1}\n{text.decode(errors='replace')}")
 
 
 def parse_arguments():
@@ -117,9 +94,9 @@ def parse_arguments():
         help="sample i draws with seed + i - 1, whatever their number (default: %(default)s)")
     add("--max_new_tokens", type=int, default=200, help="default: %(default)s")
     add("--temperature", type=float, default=1.0,
-        help="0: the likeliest token (default: %(default)s)")
-    add("--top_k", type=int, help="draw from the k likeliest tokens only (default: from all)")
-    add("--top_p", type=float, help="draw from the likeliest tokens only, as many as it takes for "
+        help="0: the most likely token (default: %(default)s)")
+    add("--top_k", type=int, help="draw from the k most likely tokens only (default: from all)")
+    add("--top_p", type=float, help="draw from the most likely tokens only, as many as it takes for "
                                     "this probability (default: from all)")
     add("--seed", type=int, default=42, help="default: %(default)s")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"),

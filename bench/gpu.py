@@ -1,22 +1,17 @@
-"""Speed and memory on one GPU, in float32 (with TF32), bfloat16 and float16, as a Markdown table.
+"""What a training step reaches of what the card allows, measured in one call.
 
-    python bench/gpu.py                                     # GPT-2 small's shape, 12 x 1,024 tokens
-    python bench/gpu.py --batch_size=4 --optimizer=muon     # other flags go to train.py
+    python bench/gpu.py                        # GPT-2 small's shape, tied, 12 x 1,024 tokens a step
+    python bench/gpu.py --nanogpt=nanoGPT      # next to a copy of github.com/karpathy/nanoGPT
+    python bench/gpu.py --cards                # the limits of known cards; measures nothing
 
-Each precision is measured in a process of its own: a run of config/bench.py, the head's loss
-against what nanoGPT runs (F.cross_entropy of all logits, compiled), and the largest batch that
-fits. The first steps compile and are not timed. Close other programs first. docs/gpu.md takes the
-output as it is.
+First it times a large matrix product, attention at the model's shape, and a copy of 2 GB. From
+these rates follows the least time that a step can take (least_seconds). Then train.py runs for
+--steps steps, and nanoGPT if it is given, without biases and with GPT-2's. Prints Markdown. Close
+other programs on the GPU first. --device=cpu only tries the script, at a tiny shape.
 """
 
-import gc
-import json
-import statistics
 import sys
-import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,169 +20,137 @@ sys.path.insert(0, str(ROOT))
 import torch
 import torch.nn.functional as F
 
-import config as configuration
-import train
-from bench.shared import STEPS_NOT_TIMED, commit, log_mean, run_python
-from model import GPT, GPTConfig
-from nanolab.common import UserError, argument_parser, run_script
-from nanolab.devices import autocast, autocast_dtype, machine, pick_device, synchronize
-from nanolab.kernels import head_loss, head_loss_outside_graph, softcap
-from nanolab.memory import largest_batch_size
-from nanolab.optim import make_optimizer
+from bench.nanogpt import (describe, nanogpt_folder, print_row, run_nanogpt, run_nanolab,
+                           shape_of)
+from nanolab.common import argument_parser, run_script
+from nanolab.distributed import World, autocast_dtype, pick_device
+from nanolab.runlog import matmul_peak
 
-PRECISIONS = {"off": "float32 (TF32)", "bfloat16": "bfloat16", "float16": "float16"}  # by amp
-HEADER = ("precision", "tokens/s", "TFLOP/s", "of matrix products here", "peak memory, GiB",
-          "largest batch", "head, ms", "compiled cross-entropy, ms", "head, GiB",
-          "compiled cross-entropy, GiB")
+RATES = ("products", "attention", "its backward pass", "memory")  # TFLOP/s three times, GB/s
+# What known cards should reach. Memory: 0.85 of NVIDIA's data sheets. Products: 0.95 of the data
+# sheet on GeForce cards (152334H in modula-systems/modula PR #1, for a 3090), 0.85 on A100s (llm.c's
+# 90 minutes for 10 billion tokens on eight imply it), on Hopper as in an H200's profile, which
+# attention is from too (bench/results/gpu_h200/3_steps_and_pairs.txt). Other attention is assumed.
+CARDS = {"RTX 3090": (0.95 * 71, 55, 45, 0.85 * 936),
+         "RTX 4090": (0.95 * 165.2, 120, 100, 0.85 * 1008),
+         "A100 40 GB": (0.85 * 312, 115, 95, 0.85 * 1555),
+         "A100 80 GB": (0.85 * 312, 115, 95, 0.85 * 2039),
+         "H100 SXM": (711, 300, 230, 0.85 * 3350),
+         "H200": (711, 300, 230, 0.85 * 4800)}
+
+
+def least_seconds(shape, rates):
+    """The least time of one step of one micro-batch on a GPU in 16 bits: {part: seconds}.
+
+    shape: from shape_of; rates: as RATES. Assumed: a compiled kernel reads its inputs and writes its
+    outputs once, the head's loss is one kernel, and what a product moves is part of its rate.
+    """
+    L, C, V, T = (shape[key] for key in ("n_layer", "n_embd", "vocab_size", "block_size"))
+    N, P = shape["batch_size"] * T, V + -V % 64  # tokens; logits of one, padded
+    blocks, head = 12 * L * C * C, V * C  # weights in matrix products
+    n_parameters = blocks + head + T * C  # tied; norms and biases are 0.1 % more
+    forward = 2 * N * T * C * L  # operations of attention, half of them masked and left out
+    n_bytes = (
+        116 * N * C * L  # forward: residual and norm 24, GELU 16; backward: 32, norms 32, q k v 12
+        + 4 * N * P  # the logits in 16 bits, read; their gradient, written
+        + 6 * (blocks + head) + 6 * blocks)  # weights to 16 bits, and gradients to 32 bits
+    products, attention, attention_backward, memory = rates
+    return {"products": 6 * (blocks + head) * N / products / 1e12,
+            "attention": (forward / attention + 2.5 * forward / attention_backward) / 1e12,
+            "other kernels": n_bytes / memory / 1e9,
+            "update": 40 * n_parameters / memory / 1e9}  # AdamW 28, gradient norm 4, clipping 8
 
 
 def main():
-    precisions, flags, largest = parse_arguments()
-    figures = {}
-    for amp in precisions:
-        print(f"measuring {PRECISIONS[amp]}; the first steps compile", file=sys.stderr, flush=True)
-        figures[amp] = measure_in_new_process([*flags, f"--amp={amp}"], largest)
-    print(format_table(figures, flags))
+    args = parse_arguments()
+    on_gpu, runs = args.device == "cuda" or args.cards, {}
+    shape = shape_of("12x768-gpt2" if on_gpu else "4x128", args.batch_size, args.steps)
+    if args.cards:
+        limits = {card: least_seconds(shape, rates) for card, rates in CARDS.items()}
+    else:
+        device = pick_device(args.device)
+        rates = measure_rates(shape, World(device, autocast_dtype("auto", device)))
+        print(f"{describe(args.device)}\n\nRates here: "
+              + ", ".join(f"{name} {rate:,.4g}" for name, rate in zip(RATES, rates)) + "\n")
+        if not on_gpu:
+            print("This is a CPU. Its limit below is none: it counts what a GPU would do.\n")
+        limits = {"the limit": least_seconds(shape, rates)}
+        common = shape, on_gpu, args.device, args.data_dir
+        runs["nanolab"] = lambda: run_nanolab(*common)
+        if args.nanogpt:
+            runs["nanoGPT"] = lambda: run_nanogpt(*common, args.nanogpt, biases=False)
+            runs["nanoGPT with biases"] = lambda: run_nanogpt(*common, args.nanogpt, biases=True)
+    print_table(shape["batch_size"] * shape["block_size"], limits, runs)
 
 
-def measure_in_new_process(flags, largest):
-    job = json.dumps({"flags": flags, "largest": largest})
-    return json.loads(run_python(__file__, "--one_precision", job).splitlines()[-1])
+def print_table(n_tokens, limits, runs):
+    """n_tokens: of a step; limits: {name: parts of a step}; runs: {name: function -> figures}."""
+    parts = next(iter(limits.values()))
+    print_row("", *(f"{part}, ms" for part in parts), "step, ms", "tokens/s", "of the limit",
+              "peak memory, MB")
+    print_row("---", *["---:"] * 8)
+    for name, parts in limits.items():
+        least = sum(parts.values())
+        print_row(name, *(f"{each * 1e3:.1f}" for each in parts.values()), f"{least * 1e3:.1f}",
+                  f"{n_tokens / least:,.0f}", "", "")
+    for name, run in runs.items():
+        figures = run()
+        rate = figures["tokens_per_second"]
+        print_row(name, *[""] * 4, f"{n_tokens / rate * 1e3:.1f}", f"{rate:,.0f}",
+                  f"{rate * least / n_tokens:.2f}", f"{figures['peak_memory_mb']:,}")
 
 
-def measure(flags, largest):
-    """The figures of one precision. flags: train.py's; largest: its divisors are tried as the
-    largest batch; 0: none."""
-    config = configuration.load([str(ROOT / "config/bench.py"), *flags])
-    device = pick_device(config.device)
-    dtype = autocast_dtype(config.amp, device)
-    figures = {"machine": machine(device), **measure_training(config)}
-    free_what_is_left(device)
-    figures |= measure_head(config, device, dtype)
-    free_what_is_left(device)
-    figures["largest_batch"] = (find_largest_batch(config, device, dtype, largest) if largest
-                                else "")
-    return figures
+def measure_rates(shape, world):
+    """The card's rates in the precision that a run would choose: as RATES."""
+    T, H = shape["block_size"], shape["n_head"]
+    q, k, v, grad = torch.randn(4, shape["batch_size"], H, T, shape["n_embd"] // H,
+                                device=world.device, dtype=world.dtype).unbind()
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def attention():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    forward = shortest(attention, world)
+    both = shortest(lambda: torch.autograd.grad(attention(), inputs, grad), world)
+    flop = 2 * q.numel() * T  # of the forward pass, without those that the mask leaves out
+    n_bytes = 2 * 10**9 if world.device.type == "cuda" else 10**8
+    source, target = torch.zeros(2, n_bytes, dtype=torch.uint8, device=world.device)
+    copy = shortest(lambda: target.copy_(source), world)  # it reads and writes each byte
+    del source, target
+    products = matmul_peak(world)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # the runs need the memory
+    return (products / 1e12, flop / forward / 1e12, 2.5 * flop / (both - forward) / 1e12,
+            2 * n_bytes / copy / 1e9)
 
 
-def measure_training(config):
-    with tempfile.TemporaryDirectory() as config.out_dir:
-        train.train(config)
-        rate, mfu = (log_mean(config.out_dir, key) for key in ("tokens_per_second", "mfu"))
-        summary = json.loads(Path(config.out_dir, "summary.json").read_text())
-    flops_per_token = GPT(GPTConfig.from_options(vars(config))).flops_per_token()
-    return {"tokens_per_second": rate, "flops_per_second": rate * flops_per_token,
-            "mfu": mfu, "peak_memory": summary["peak_memory_mb"] * 2**20}
-
-
-def measure_head(config, device, dtype):
-    """Seconds and bytes of the head's loss and gradients: nanolab's, and plain cross-entropy's."""
-    n_rows, C, V = config.batch_size * config.block_size, config.n_embd, config.vocab_size
-    compiled, cap = device.type == "cuda", config.logit_softcap
-    hidden = torch.randn(n_rows, C, device=device, requires_grad=True)
-    weight = torch.randn(V, C, device=device).mul_(0.02).requires_grad_()
-    targets = torch.randint(V, (n_rows,), device=device)
-
-    def plain_loss(hidden, weight):
-        return F.cross_entropy(softcap(F.linear(hidden, weight), cap).float(), targets)
-
-    def nanolab_loss(hidden, weight):
-        if compiled:
-            return head_loss_outside_graph(hidden, weight, targets, cap, True)
-        return head_loss(hidden, weight, targets, cap)
-
-    figures = {}
-    losses = {"head": nanolab_loss,
-              "cross_entropy": torch.compile(plain_loss) if compiled else plain_loss}
-    for name, loss in losses.items():
-        seconds, n_bytes = time_loss(loss, (hidden, weight), device, dtype)
-        figures |= {f"{name}_seconds": seconds, f"{name}_bytes": n_bytes}
-    return figures
-
-
-def time_loss(loss, leaves, device, dtype):
-    """Median seconds of a forward and backward pass, and the bytes it needs beside its inputs (None
-    on a CPU)."""
-    seconds = []
-    for _ in range(STEPS_NOT_TIMED + 10):
-        for leaf in leaves:
-            leaf.grad = None
-        synchronize(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+def shortest(work, world):
+    """Seconds: the shortest of half a second's, after a warm-up."""
+    times, end = [], time.perf_counter() + 0.5
+    while len(times) < 4 or time.perf_counter() < end:
         start = time.perf_counter()
-        with autocast(dtype, device):
-            value = loss(*leaves)
-        value.backward()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    n_bytes = None
-    if device.type == "cuda":
-        n_bytes = torch.cuda.max_memory_allocated(device) - before
-    return statistics.median(seconds[STEPS_NOT_TIMED:]), n_bytes
-
-
-def find_largest_batch(config, device, dtype, largest):
-    model = GPT(GPTConfig.from_options(vars(config))).to(device)
-    compiled_model = train.compile_model(model, config, device)
-    return largest_batch_size(model, compiled_model, make_optimizer(model, config),
-                              train.open_split(config, "train"), largest, 1, device, dtype)
-
-
-def free_what_is_left(device):
-    """Compiled code, and memory that the next measurement needs."""
-    if device.type == "cuda":
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def format_table(figures, flags):
-    """A caption and a Markdown table. figures: what measure returned, by amp."""
-    where = next(iter(figures.values()))["machine"]
-    lines = [f"{where}; {date.today()}, commit {commit()}, torch {version('torch')}. "
-             f"Flags of train.py: `config/bench.py {' '.join(flags)}`", "",
-             f"| {' | '.join(HEADER)} |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
-    for amp, one in figures.items():
-        cells = (PRECISIONS[amp], f"{one['tokens_per_second']:,.0f}",
-                 f"{one['flops_per_second'] / 1e12:,.3g}", f"{one['mfu']:.1%}",
-                 in_gib(one["peak_memory"]), str(one["largest_batch"]),
-                 f"{one['head_seconds'] * 1e3:,.3g}", f"{one['cross_entropy_seconds'] * 1e3:,.3g}",
-                 in_gib(one["head_bytes"]), in_gib(one["cross_entropy_bytes"]))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def in_gib(n_bytes):
-    return "" if n_bytes is None else f"{n_bytes / 2**30:.2f}"
+        work()
+        world.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def parse_arguments():
-    """-> the precisions, flags for train.py, the largest batch to try. Raises UserError."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS),
-                        help="values of train.py's amp (default: all)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
-                        help="cpu only tries the script (default: cuda)")
+    parser.add_argument("--nanogpt", type=nanogpt_folder, metavar="PATH", help="a copy of nanoGPT")
+    parser.add_argument("--cards", action="store_true", help="print the limits of known cards")
     parser.add_argument("--batch_size", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=30, help="default: %(default)s")
-    parser.add_argument("--largest", type=int, default=5040, metavar="N",
-                        help="its divisors are tried as the largest batch; 0: none (default: "
-                        "%(default)s)")
-    args, flags = parser.parse_known_args()
-    if args.batch_size < 1 or args.largest < 0 or args.steps < 5:
-        parser.error("--batch_size must be at least 1, --largest at least 0, --steps at least 5")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA GPU here; --device=cpu tries the script without one")
-    flags = [f"--device={args.device}", f"--batch_size={args.batch_size}",
-             f"--global_batch_size={args.batch_size}", f"--max_steps={args.steps}", *flags]
-    configuration.load([str(ROOT / "config/bench.py"), *flags])  # a mistake ends the script here
-    return args.precisions, flags, args.largest
+    parser.add_argument("--steps", type=int, default=103, help="default: %(default)s")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
+                        help="default: %(default)s")
+    parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
+                        help="where the data set stdlib is, or is made (default: data)")
+    args = parser.parse_args()
+    if args.batch_size < 1 or args.steps < 5:
+        parser.error("--batch_size must be at least 1, --steps at least 5")
+    args.data_dir = args.data_dir.resolve()
+    return args
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one_precision"]:
-        print(json.dumps(measure(**json.loads(sys.argv[2]))))
-    else:
-        run_script(main)
+    run_script(main)

@@ -2,8 +2,8 @@
 
     git clone https://github.com/karpathy/nanoGPT
     python bench/nanogpt.py nanoGPT --pairs=5
-    python bench/nanogpt.py nanoGPT --device=cuda --compile=both --shapes 12x768-gpt2 \
-        --batch_size=12 --steps=60
+    python bench/nanogpt.py nanoGPT --device=cuda --compile --shapes 12x768-gpt2 --batch_size=12 \
+        --steps=103
 
 nanoGPT's side is its model.py with its own optimiser, gradient clipping and batches; nanolab's is
 `python train.py config/bench.py`. Both: no dropout, tied embeddings, AdamW, clipping at 1, and
@@ -18,100 +18,114 @@ Close other programs first: they slow down the two sides unequally.
 
 import json
 import os
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from statistics import harmonic_mean, median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
-from shared import ROOT, STEPS_NOT_TIMED, commit, log_mean, run_python
 
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.devices import machine, synchronize
+from nanolab.distributed import World, machine
 from nanolab.memory import peak_memory
+from nanolab.plots import read_log
 
-SHAPES = {
-    "4x128": dict(n_layer=4, n_head=4, n_embd=128, vocab_size=257, block_size=64, batch_size=12,
-                  max_steps=400),
-    "6x384": dict(n_layer=6, n_head=6, n_embd=384, vocab_size=257, block_size=256, batch_size=8,
-                  max_steps=20),
-    "6x384-gpt2": dict(n_layer=6, n_head=6, n_embd=384, vocab_size=50257, block_size=256,
-                       batch_size=8, max_steps=12),
-    "12x768-gpt2": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257, block_size=1024,
-                        batch_size=2, max_steps=6),
-}
+STEPS_NOT_TIMED = 3  # they allocate and compile
+OPTIONS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch_size", "max_steps")
+SHAPES = {"4x128": (4, 4, 128, 257, 64, 12, 400), "6x384": (6, 6, 384, 257, 256, 8, 20),
+          "6x384-gpt2": (6, 6, 384, 50257, 256, 8, 12),
+          "12x768-gpt2": (12, 12, 768, 50257, 1024, 2, 6)}
 
 
 def main():
     args = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    conditions = describe_conditions(args)
+    conditions = (f"threads: {args.threads}; {describe(args.device)}; pairs: {args.pairs}, "
+                  f"{'both' if args.compile else 'neither'} compiled")
     print(f"{conditions}\n", flush=True)
-    if not (args.data_dir / "stdlib/meta.json").exists():
-        run_python("prepare.py", "stdlib", f"--data_dir={args.data_dir}")
-    shapes = {name: shape_of(name, args) for name in args.shapes}
+    shapes = {name: shape_of(name, args.batch_size, args.steps) for name in args.shapes}
     pairs = {name: [] for name in shapes}
     for i in range(args.pairs):
         for name, shape in shapes.items():
-            pair = run_pair(shape, i, args)
-            pairs[name].append(pair)
-            print(f"pair {i + 1}, {name}: nanoGPT {pair['nanogpt']['tokens_per_second']:,.0f} "
-                  f"tokens/s, nanolab {pair['nanolab']['tokens_per_second']:,.0f}",
-                  file=sys.stderr, flush=True)
-    print(format_table(shapes, pairs))
+            common = shape, args.compile, args.device, args.data_dir
+            sides = {"nanolab": lambda: run_nanolab(*common),  # the first run makes its tokens
+                     "nanogpt": lambda: run_nanogpt(*common, args.nanogpt, args.biases)}
+            order = list(sides)[::-1] if i % 2 else list(sides)  # each side is first in turn
+            pairs[name].append({side: sides[side]() for side in order})
+            print(f"pair {i + 1}, {name}: " + ", ".join(
+                f"{side} {figures['tokens_per_second']:,.0f} tokens/s"
+                for side, figures in pairs[name][-1].items()), file=sys.stderr, flush=True)
+    print_row("job", "nanoGPT, tokens/s", "nanolab, tokens/s", "ratio, lowest to highest pair",
+              "peak memory, MB: nanoGPT", "nanolab", "ratio")
+    print_row("---", *["---:"] * 6)
+    for name, shape in shapes.items():
+        print_pairs(shape, pairs[name])
     if args.json:
         content = {"conditions": conditions, "shapes": shapes, "pairs": pairs}
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def shape_of(name, args):
-    given = {"max_steps": args.steps, "batch_size": args.batch_size}
-    return SHAPES[name] | {key: value for key, value in given.items() if value}
+def describe(device):
+    """What a reader needs to judge the figures or to repeat them."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
+                            capture_output=True, text=True).stdout.strip() or "unknown"
+    return (f"{date.today()}, commit {commit}, torch {version('torch')}; "
+            f"{machine(World(torch.device(device), None))}; `python {' '.join(sys.argv)}`")
 
 
-def run_pair(shape, i, args):
-    """One run of each side; which is first alternates from pair to pair. -> {side: figures}"""
-    sides = {"nanogpt": lambda: run_nanogpt(shape, args.compile != "none", args),
-             "nanolab": lambda: run_nanolab(shape, args.compile == "both", args)}
-    order = list(sides)[::-1] if i % 2 else list(sides)
-    return {side: sides[side]() for side in order}
+def shape_of(name, batch_size, steps):
+    """The options of one of SHAPES. A batch_size or steps of 0: its own."""
+    shape = dict(zip(OPTIONS, SHAPES[name]))
+    return shape | {"batch_size": batch_size or shape["batch_size"],
+                    "max_steps": steps or shape["max_steps"]}
 
 
-def run_nanolab(shape, compiled, args):
-    """-> tokens per second, peak memory in MB, share of the speed of matrix products."""
+def run_python(*command):
+    """Runs one of the scripts. -> what it prints. Raises UserError if it fails."""
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        last_line = (result.stderr.strip().splitlines() or ["no message; out of memory?"])[-1]
+        raise UserError(f"python {' '.join(map(str, command[:2]))} ... failed "
+                        f"(exit code {result.returncode}): {last_line}")
+    return result.stdout
+
+
+def run_nanolab(shape, compiled, device, data_dir):
+    """-> {tokens per second, peak memory in MB}"""
     flags = [f"--{key}={value}" for key, value in shape.items()]
     with tempfile.TemporaryDirectory() as out_dir:
         run_python("train.py", "config/bench.py", *flags,
                    f"--global_batch_size={shape['batch_size']}", "--tie_weights=True",
-                   "--init=gpt2", "--grad_clip=1.0", f"--device={args.device}",
-                   f"--compile={compiled}",
-                   f"--data_dir={args.data_dir}", f"--out_dir={out_dir}")
+                   "--init=gpt2", "--grad_clip=1.0", f"--device={device}", f"--compile={compiled}",
+                   f"--data_dir={data_dir}", f"--out_dir={out_dir}")
+        steps = read_log(Path(out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
         summary = json.loads(Path(out_dir, "summary.json").read_text())
-        return {"tokens_per_second": log_mean(out_dir, "tokens_per_second"),
-                "peak_memory_mb": summary["peak_memory_mb"],
-                "share_of_matmul_speed": log_mean(out_dir, "mfu")}
+    return {"tokens_per_second": harmonic_mean([step["tokens_per_second"] for step in steps]),
+            "peak_memory_mb": summary["peak_memory_mb"]}
 
 
-def run_nanogpt(shape, compiled, args):
-    """-> tokens per second, peak memory in MB."""
-    job = json.dumps({"path": str(args.nanogpt), "shape": shape, "compiled": compiled,
-                      "biases": args.biases, "tokens": str(args.data_dir / "stdlib/train.bin"),
-                      "device": args.device})
+def run_nanogpt(shape, compiled, device, data_dir, path, biases):
+    """-> {tokens per second, peak memory in MB}"""
+    job = json.dumps({"shape": shape, "compiled": compiled, "device": device, "path": str(path),
+                      "tokens": str(data_dir / "stdlib/train.bin"), "biases": biases})
     return json.loads(run_python(__file__, "--one_nanogpt_run", job).splitlines()[-1])
 
 
-def time_nanogpt(path, shape, compiled, biases, tokens, device):
+def time_nanogpt(shape, compiled, device, path, tokens, biases):
     """nanoGPT's training loop without its logging, in this process. Prints the figures as JSON."""
     sys.path.insert(0, path)
     import numpy as np
     from model import GPT, GPTConfig  # nanoGPT's
 
-    shape = dict(shape)
     B, T, n_steps = shape.pop("batch_size"), shape["block_size"], shape.pop("max_steps")
-    on_gpu = device == "cuda"
+    on_gpu, world = device == "cuda", World(torch.device(device), None)
     if on_gpu and shape["vocab_size"] == 50257:
         shape["vocab_size"] = 50304
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
@@ -131,7 +145,7 @@ def time_nanogpt(path, shape, compiled, biases, tokens, device):
     batch = get_batch()
     for step in range(n_steps):
         if step == STEPS_NOT_TIMED:
-            synchronize(torch.device(device))
+            world.synchronize()
             start = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16, enabled=on_gpu):
             _, loss = run(*batch)
@@ -140,72 +154,59 @@ def time_nanogpt(path, shape, compiled, biases, tokens, device):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    synchronize(torch.device(device))
+    world.synchronize()
     seconds = time.perf_counter() - start
     print(json.dumps({"tokens_per_second": B * T * (n_steps - STEPS_NOT_TIMED) / seconds,
-                      "peak_memory_mb": round(peak_memory(torch.device(device)) / 2**20)}))
+                      "peak_memory_mb": round(peak_memory(world.device) / 2**20)}))
 
 
-def format_table(shapes, pairs):
-    lines = ["| job | nanoGPT, tokens/s | nanolab, tokens/s | ratio, lowest to highest pair "
-             "| peak memory, MB: nanoGPT | nanolab | ratio | share of matrix-product speed |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for name, runs in pairs.items():
-        shape = shapes[name]
-        job = (f"{shape['n_layer']} x {shape['n_embd']}, vocabulary {shape['vocab_size']:,}, "
-               f"context {shape['block_size']:,}, batch {shape['batch_size']}")
-        rates = medians(runs, "tokens_per_second")
-        memory = medians(runs, "peak_memory_mb")
-        share = statistics.median(run["nanolab"]["share_of_matmul_speed"] for run in runs)
-        ratios = [run["nanolab"]["tokens_per_second"] / run["nanogpt"]["tokens_per_second"]
-                  for run in runs]
-        lines.append(f"| {job} | {rates[0]:,.0f} | {rates[1]:,.0f} "
-                     f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-                     f"| {memory[0]:,.0f} | {memory[1]:,.0f} | {memory[1] / memory[0]:.2f} "
-                     f"| {share:.0%} |")
-    return "\n".join(lines)
+def print_pairs(shape, runs):
+    job = (f"{shape['n_layer']} x {shape['n_embd']}, vocabulary {shape['vocab_size']:,}, "
+           f"context {shape['block_size']:,}, batch {shape['batch_size']}")
+    (theirs, ours), (their_mb, our_mb) = (
+        [median(run[side][key] for run in runs) for side in ("nanogpt", "nanolab")]
+        for key in ("tokens_per_second", "peak_memory_mb"))
+    ratios = [run["nanolab"]["tokens_per_second"] / run["nanogpt"]["tokens_per_second"]
+              for run in runs]
+    print_row(job, f"{theirs:,.0f}", f"{ours:,.0f}",
+              f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+              f"{their_mb:,.0f}", f"{our_mb:,.0f}", f"{our_mb / their_mb:.2f}")
 
 
-def medians(runs, key):
-    """Over the pairs: nanoGPT's and nanolab's."""
-    return [statistics.median(run[side][key] for run in runs) for side in ("nanogpt", "nanolab")]
+def print_row(*cells):
+    """A row of a Markdown table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def describe_conditions(args):
-    """The caption: what a reader needs to judge the figures or to repeat them."""
-    compiled = {"none": "neither compiled", "nanogpt": "nanoGPT compiled, nanolab not",
-                "both": "both compiled"}[args.compile]
-    return (f"{machine(torch.device(args.device))}, threads: {args.threads}; {date.today()}, "
-            f"commit {commit()}, torch {version('torch')}; pairs: {args.pairs}, {compiled}. "
-            f"Command: `python {' '.join(sys.argv)}`")
+def nanogpt_folder(word):
+    """A copy of nanoGPT that the user names. Raises UserError."""
+    if not Path(word, "model.py").is_file():
+        raise UserError(f"there is no model.py in {word}; "
+                        "git clone https://github.com/karpathy/nanoGPT")
+    return Path(word).resolve()
 
 
 def parse_arguments():
     parser = argument_parser(__doc__)
-    parser.add_argument("nanogpt", type=Path, metavar="PATH_OF_NANOGPT",
+    parser.add_argument("nanogpt", type=nanogpt_folder, metavar="PATH_OF_NANOGPT",
                         help="a copy of github.com/karpathy/nanoGPT")
     parser.add_argument("--pairs", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES),
                         help="default: all")
-    parser.add_argument("--compile", choices=("none", "nanogpt", "both"), default="none",
-                        help="which side torch.compile compiles (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for both sides")
     parser.add_argument("--biases", action="store_true", help="nanoGPT has GPT-2's biases too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
                         help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--steps", type=int, help="steps of a run (default: by shape)")
-    parser.add_argument("--batch_size", type=int, help="sequences of a step (default: by shape)")
+    parser.add_argument("--steps", type=int, default=0, help="of a run (default: by shape)")
+    parser.add_argument("--batch_size", type=int, default=0, help="default: by shape")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
                         help="where the data set stdlib is, or is made (default: data)")
     parser.add_argument("--json", metavar="FILE", help="write the figures of every run")
     args = parser.parse_args()
-    args.nanogpt, args.data_dir = args.nanogpt.resolve(), args.data_dir.resolve()
-    at_least_1 = [args.pairs, args.threads, 1 if args.batch_size is None else args.batch_size]
-    if min(at_least_1) < 1 or args.steps is not None and args.steps < 5:
+    if min(args.pairs, args.threads, args.batch_size or 1) < 1 or (args.steps or 5) < 5:
         parser.error("--pairs, --threads and --batch_size must be at least 1, --steps at least 5")
-    if not (args.nanogpt / "model.py").is_file():
-        raise UserError(f"there is no model.py in {args.nanogpt}; "
-                        "git clone https://github.com/karpathy/nanoGPT")
+    args.data_dir = args.data_dir.resolve()
     return args
 
 

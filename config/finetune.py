@@ -4,7 +4,7 @@
 #     python train.py config/finetune.py --init_from=gpt2 --dataset=mine
 #     python sample.py --ckpt out/finetune
 #
-# A folder that model.py exported, or out/best.pt of a run, does as well as gpt2; for byte-level
+# An exported folder, or out/best.pt of a run, does as well as gpt2; for byte-level
 # weights, prepare the text with --tokenizer=bytes. The shape is the weights' own. What the values
 # rest on:
 # - learning_rate: a tenth of what such a model was trained with, so that it adapts to the text

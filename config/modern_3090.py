@@ -1,4 +1,4 @@
-# config/overnight_3090.py with the published budget: 3.26 billion tokens, 6,219 steps, 20 hours on
+# config/overnight_3090.py with the published budget: 3.26 billion tokens, 6,219 steps, 18 hours on
 # one RTX 3090 by the same arithmetic. Nobody has run it at this size. Published to compare with:
 # test loss 3.538161 and 3.548880 (config/local_3090.py), with the same tokens.
 #

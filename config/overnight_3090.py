@@ -19,15 +19,14 @@
 # Newton-Schulz steps for twelve, rope over the whole head from base 10,000 for half the head from
 # 1,024, attention scaled by 0.088 for 0.12, no bias in the head, which starts at random for zero.
 #
-# Time. 854.4 MFLOP a token x 1.704e9 tokens = 1.456e18, at 55 % of 71 TFLOP/s (docs/gpu.md) 10.4
-# hours, 45,700 tokens/s; 26 validations of 1.97 million tokens, forward only, 0.1 hours; Muon, 1.63
-# TFLOP a step, 0.04 hours. 12 hours need 40,000 tokens/s. The published run on this card had 22,300
-# (40.6 hours for 3.26e9), at which this one takes 21. Where a night is too short, give fewer steps:
-# T3's README has 0.0091 for 200 steps fewer, so --max_steps=2450, 12 hours at 30,000 tokens/s,
-# would cost 0.04 or somewhat more.
+# Time, a prediction. 51,000 tokens/s, 0.75 of the card's limit (docs/gpu.md), make 9.3 hours; 26
+# validations of 1.97 million tokens, forward only, 0.1 hours. 12 hours need 40,000 tokens/s. The
+# published run on this card had 22,421, at which this one takes 21 hours. Where a night is too
+# short, give fewer steps: T3's README has 0.0091 for 200 steps fewer, so --max_steps=2450, 12 hours
+# at 30,000 tokens/s, would cost 0.04 or somewhat more.
 #
-# Memory. 16 sequences: 9.9 GiB by count_training_memory (16 bytes for each of 162,231,552 parameters
-# are 2.4 of it), and about 1 GiB while the head runs: 11 of 24 GiB.
+# Memory, a prediction: 10 of 24 GB. An H200 took 5.7 GB for 12 sequences and tied weights, before
+# the head's loss moved into the compiled graph (docs/gpu.md).
 
 name = "overnight_3090"
 out_dir = "out/overnight_3090"

@@ -2,18 +2,24 @@
 
 import argparse
 import contextlib
+import functools
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import warnings
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 
-if sys.platform == "win32":  # has neither fcntl nor SIGHUP
+if sys.platform == "win32":  # has no SIGHUP
     sys.exit("nanolab runs on Linux and macOS; on Windows, use it inside WSL")
 
 OUT_OF_MEMORY = "out of memory: a smaller batch, number of samples or model needs less"
@@ -40,19 +46,20 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
     if_interrupted: the line after Ctrl-C; if_failed: what to add when the operating system fails (a
     full disk, no permission).
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that has only ASCII shows the rest as \xe9
-            stream.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends that of nanolab.ctrl_c
+    for stream in (sys.stdout, sys.stderr):  # a terminal that has only ASCII shows the rest as \xe9
+        stream.reconfigure(errors="backslashreplace")
     try:
-        if not all(map(is_text_utf8, sys.argv)):
-            raise UserError("the command line has bytes that are not UTF-8 text", exit_code=2)
+        for word in sys.argv:
+            word.encode()
         main()
     except UserError as error:
         stop(error.exit_code, error, error.each_rank)
+    except UnicodeEncodeError:  # bytes that are not text became surrogates
+        stop(2, "the command line has bytes that are not UTF-8 text", each_rank=False)
     except MemoryError:
         stop(1, OUT_OF_MEMORY, each_rank=True)
+    except FloatingPointError as error:
+        stop(1, error, each_rank=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough; avoid an error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -65,29 +72,6 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
         stop(1, "another process of this run has ended", each_rank=True)
     except KeyboardInterrupt:
         stop(130, if_interrupted, each_rank=True)
-
-
-class OutputThatMayFail:
-    """Stands for sys.stdout or sys.stderr in a long run, which shall not end because a disk is full
-    or a reader has gone: from the first error on, its output goes nowhere."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        self.attempt(lambda: self.stream.write(text))
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, output):
-        try:
-            output()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
 
 
 def stop(exit_code, message, each_rank):
@@ -116,21 +100,47 @@ def is_out_of_memory(error):
         "out of memory", "can't allocate memory", "Storage size calculation overflowed"))
 
 
-def is_text_utf8(text):
-    """Whether UTF-8 can write it: bytes of the command line that are not text become surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+class OutputThatMayFail:
+    """Stands for sys.stdout or sys.stderr in a long run: after the first write error, as on a full
+    disk or a terminal that is gone, output is discarded and training continues."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            function(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
-def parse_json(text):
-    """json.loads. ValueError for all that is wrong; nesting too deep is a RecursionError there."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+class StopSignal:
+    """Turns Ctrl-C, SIGTERM and SIGHUP (the terminal is gone) into a request to stop after the
+    current step, on which the ranks then agree.
+
+    A second Ctrl-C ends the process at once. A repeated SIGTERM is ignored; use SIGKILL. Under
+    nohup, SIGHUP stays ignored.
+    """
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.request)
+
+    def request(self, number, frame):
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def argument_parser(description):
@@ -148,6 +158,48 @@ def describe(error):
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def utc_now():
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def git(*words):
+    """What a git command prints in this repository; None without git."""
+    try:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@functools.cache
+def code_state():
+    """The code of this process: its commit, whether the tree differs from that (both None without
+    git), and the SHA-256 of the .py files that a run uses. The first call is the one that counts.
+    """
+    files = [ROOT / "config/__init__.py", ROOT / "model.py", *sorted(ROOT.glob("nanolab/*.py")),
+             ROOT / "train.py"]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
+    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "*.py")
+    return {"commit": commit, "changed": None if changes is None else bool(changes),
+            "sha256": digest.hexdigest()}
+
+
+def code_diff():
+    """The .py files of a changed tree against its commit, new ones included, as text."""
+    new = (git("ls-files", "--others", "--exclude-standard", "--", "*.py") or "").splitlines()
+    files = (f"--- /dev/null\n+++ b/{name}\n{(ROOT / name).read_text(errors='replace')}"
+             for name in new)
+    return "\n".join(filter(None, [git("diff", "HEAD", "--", "*.py"), *files])) + "\n"
+
+
+def versions():
+    return {"python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
+
+
 def format_duration(seconds):
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
@@ -155,8 +207,16 @@ def format_duration(seconds):
     return f"{seconds:.1f} seconds"
 
 
+def parse_json(text):
+    """json.loads. ValueError for all that is wrong; nesting too deep is a RecursionError there."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_atomically(path, content):
-    """Writes a file, of text (in UTF-8) or bytes, whole or not at all."""
+    """Writes a file of text (in UTF-8) or bytes, completely or not at all."""
     unfinished = Path(f"{path}.unfinished")
     unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(unfinished, path)
@@ -166,7 +226,7 @@ def load_tensors(path, mmap=False):
     """What torch.save wrote to a file, tensors on the CPU. Only tensors and plain values are
     loaded; no code runs.
 
-    mmap: leave the tensors on disk until they are used, without a check of them. Raises UserError.
+    mmap: leave the tensors on disk until they are used, without checking them. Raises UserError.
     """
     import torch  # here, because the tokenising processes start faster without it
     try:
@@ -198,11 +258,9 @@ def reachable(host, seconds=1.2):
     answered = threading.Event()
 
     def connect():
-        try:
+        with contextlib.suppress(OSError):
             socket.create_connection((host, 443), timeout=seconds).close()
             answered.set()
-        except OSError:
-            pass
 
     threading.Thread(target=connect, daemon=True).start()
     return answered.wait(seconds)

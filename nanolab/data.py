@@ -1,4 +1,7 @@
-"""Token files to batches."""
+"""What a data set is: meta.json read, token files to batches.
+
+torch is imported where it is used: without it, the processes of prepare.py start faster.
+"""
 
 import functools
 import hashlib
@@ -6,11 +9,77 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from nanolab.common import UserError
-from nanolab.token_files import CHUNK_BYTES, NANOGPT, read_meta
-from nanolab.tokenizer import get_tokenizer
+from nanolab.common import UserError, parse_json
+from nanolab.corpus import FINEWEBS
+from nanolab.tokenizer import get_tokenizer, guess_tokenizer
+
+UNFINISHED = "nanolab_unfinished"  # the subfolder of a data set that is being made
+NANOGPT = "nanoGPT's prepare.py"  # the source of a data set that nanoGPT made
+CHUNK_BYTES = 2**24  # of a token file; meta.json has the SHA-256 of each chunk
+
+
+def read_meta(data_dir, dataset, vocab_size=0):
+    """meta.json of a data set. -> dict. Raises UserError.
+
+    vocab_size: needed for a data set that nanoGPT made, which is only train.bin and val.bin.
+    """
+    if not dataset:
+        raise UserError("these weights belong to no data set of nanolab: choose one with --dataset")
+    if "/" in dataset or dataset in (".", ".."):
+        raise UserError(f"the data set's name '{dataset}' is a path; name the folder that it is in "
+                        "with --data_dir")
+    folder = Path(data_dir, dataset)
+    path = folder / "meta.json"
+    try:
+        meta = parse_json(path.read_text())
+        if meta["dtype"] not in ("uint16", "uint32") or type(meta["tokenizer"]) is not str or not (
+                0 < meta["vocab_size"] <= 2**32 and meta["splits"]["train"]["sha256"]):
+            raise ValueError
+        for facts in meta["splits"].values():
+            if [type(facts["tokens"]), type(facts["sha256"]),
+                    type(facts.get("chunks", []))] != [int, str, list]:
+                raise ValueError
+        keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
+        return {key: meta[key] for key in keys}
+    except FileNotFoundError:
+        present = {file.name for file in folder.glob("*")}
+        if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
+            return nanogpt_meta(folder, vocab_size)
+        state = "is unfinished" if folder.is_dir() else "is not there"
+        has_own_name = dataset in ("stdlib", "pypi", *FINEWEBS)
+        source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={dataset}"
+        option = "" if data_dir == "data" else f" --data_dir={data_dir}"
+        raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source}"
+                        f"{option}, or give the folder it is in with --data_dir") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged or not nanolab's; "
+                        f"delete {folder} and make it again with prepare.py") from None
+
+
+def nanogpt_meta(folder, vocab_size):
+    """What meta.json would be for the uint16 files of nanoGPT's prepare.py.
+
+    They have up to 17 GB, so only the size, the first and the last MiB of each are hashed.
+    """
+    if not vocab_size:
+        raise UserError(f"{folder} has token files as nanoGPT makes them, without meta.json and "
+                        "test split: train.py reads them with --vocab_size=N (50257 for GPT-2's "
+                        "tokens), eval.py needs another --dataset")
+    splits = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        size = path.stat().st_size
+        if size % 2:
+            raise UserError(f"{path} has {size:,} bytes, so it holds no uint16 tokens "
+                            "as nanoGPT makes them")
+        with open(path, "rb") as file:
+            digest = hashlib.sha256(b"%d" % size + file.read(2**20))
+            file.seek(max(size - 2**20, 0))
+            digest.update(file.read())
+        splits[split] = {"tokens": size // 2, "sha256": digest.hexdigest()}
+    return {"tokenizer": guess_tokenizer(vocab_size), "vocab_size": vocab_size, "dtype": "uint16",
+            "eot_id": None, "splits": splits, "source": NANOGPT, "plan": None}
 
 
 class TokenDataset:
@@ -102,6 +171,7 @@ class TokenDataset:
         if windows.max() >= self.vocab_size:
             raise UserError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of "
                             f"{self.vocab_size}; {self.advice}")
+        import torch
         windows = torch.from_numpy(windows)
         if torch.device(device).type == "cuda":
             windows = windows.pin_memory()  # so that the copy is asynchronous

@@ -1,16 +1,25 @@
-"""GPT-2 in Hugging Face's layout: read from a folder or the hub, and its names for the way out."""
+"""GPT-2 in Hugging Face's layout: weights in, from a folder or the hub, and a checkpoint out.
 
+    python -m nanolab.huggingface export out/best.pt FOLDER
+"""
+
+import json
 import os
+import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from config import parse
-from nanolab.common import UserError, load_tensors, parse_json, reachable
-from nanolab.tokenizer import (GPT2_VOCABULARY_SHA256, UNKNOWN, get_tokenizer, guess_tokenizer,
-                               vocabulary_sha256)
+from config import OPTIONS
+from nanolab.checkpoint import CHECKPOINT_FORMAT, load_model, read_checkpoint
+from nanolab.common import (UserError, argument_parser, describe, load_tensors, parse_json,
+                            reachable, run_script)
+from nanolab.options import check
+from nanolab.tokenizer import (END_OF_TEXT, GPT2_VOCABULARY_SHA256, UNKNOWN, get_tokenizer,
+                               gpt2_vocabulary_files, guess_tokenizer, vocabulary_sha256)
 
 # OpenAI's weights are openai-community/NAME on the hub. Each revision has model.safetensors.
 OPENAI_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -40,6 +49,22 @@ HF_NAMES = {"h.": "blocks.", "c_attn.": "qkv.", "c_proj.": "proj.", "c_fc.": "fc
 TRANSPOSED = ("qkv.weight", "proj.weight", "fc.weight")  # GPT-2's Conv1D stores (in, out)
 
 
+def read_any(source):
+    """What read_checkpoint returns, of any weights: a file that train.py saved, or its run's
+    folder; a folder in Hugging Face's layout; or one of OpenAI's names, such as gpt2, which is
+    downloaded once. Raises UserError."""
+    path = Path(source)
+    if path.is_file() or Path(path, "best.pt").is_file():
+        return read_checkpoint(path)
+    if path.is_dir():
+        return read_hugging_face(path, source)
+    if str(source) in OPENAI_REVISIONS:
+        return read_hugging_face(download_openai(str(source)), source)
+    names = ", ".join(OPENAI_REVISIONS)
+    hint = f"; OpenAI's weights are {names}" if str(source).startswith("gpt") else ""
+    raise UserError(f"there is no checkpoint {source}{hint}")
+
+
 def download_openai(name):
     """Downloads OpenAI's weights into the hub's cache, unless they are there. -> the folder.
 
@@ -63,7 +88,7 @@ def download_openai(name):
 
 
 def read_hugging_face(folder, source):
-    """Reads config.json and the weights. -> what read_checkpoint returns, without "format".
+    """Reads config.json and the weights. -> what read_checkpoint returns.
 
     folder: a Path; source: the name that the user gave, for messages and tables. Nothing is known
     of the training: step, tokens and seconds are 0, dataset and seed are None.
@@ -72,7 +97,7 @@ def read_hugging_face(folder, source):
     hf_config = read_hf_config(folder)
     options = from_hf_config(hf_config, folder)
     run = {"name": Path(source).resolve().name, "dataset": None, "data_dir": "data", "seed": None}
-    return {"path": str(source),
+    return {"path": str(source), "format": CHECKPOINT_FORMAT,
             "model": from_hf_state_dict(read_weights(folder), options["tie_weights"]),
             "config": {**run, **options},
             "tokenizer": find_tokenizer(folder, hf_config),
@@ -109,7 +134,8 @@ def from_hf_config(hf_config, folder):
                "dropout": hf_config.get("resid_pdrop", 0.1),
                "qkv_bias": True,
                "tie_weights": hf_config.get("tie_word_embeddings", True)}
-    return {key: parse(key, value, f"{folder}/config.json") for key, value in options.items()}
+    return {key: check(OPTIONS[key], value, f"{folder}/config.json")
+            for key, value in options.items()}
 
 
 def read_weights(folder):
@@ -203,3 +229,104 @@ def to_hf_state_dict(model):
         if name.endswith("c_attn.weight") and not model.config.qkv_bias:
             hf_weights[name.replace("weight", "bias")] = torch.zeros(3 * model.config.n_embd)
     return hf_weights
+
+
+# --- out
+
+# GPT-2 can express any value of these. init and zero_init are about the random start only.
+GPT2_OPTIONS = {*(our_key for our_key, _ in HF_SHAPE.values()),
+                "dropout", "qkv_bias", "tie_weights", "init", "zero_init"}
+
+
+def export(checkpoint, model, folder):
+    """Writes weights, config, tokenizer and a short model card, all of them or nothing, as
+    transformers reads a GPT2LMHeadModel.
+
+    checkpoint: from read_checkpoint; model: its GPT; folder: new or empty. Raises UserError.
+    """
+    tokenizer, folder = checkpoint["tokenizer"], Path(folder)
+    check_expressible(model.config, checkpoint["path"])
+    card = CARD.format(title=folder.name, name=checkpoint["config"]["name"],
+                       n_parameters=model.num_params(), dataset=checkpoint["config"]["dataset"],
+                       tokens=checkpoint["tokens"], tokenizer=tokenizer)
+    files = {"config.json": as_json(to_hf_config(model.config, tokenizer)),
+             "generation_config.json": as_json(end_of_text_ids(tokenizer)),
+             "README.md": card.encode(),
+             **tokenizer_files(tokenizer, model.config.block_size)}
+    write_folder(folder, files, to_hf_state_dict(model))
+
+
+CARD = """---
+library_name: transformers
+tags: [gpt2, nanolab]
+---
+
+# {title}
+
+A GPT-2 of {n_parameters:,} parameters, trained with nanolab as the run `{name}` on {tokens:,}
+{tokenizer} tokens of `{dataset}`. It continues text; it follows no instructions.
+"""
+
+
+def check_expressible(config, source):
+    """Raises UserError if an option, such as your own intervention, is not GPT-2's."""
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if option.name not in GPT2_OPTIONS and value != option.default:
+            raise UserError(f"{source} has {option.name}={value!r}, "
+                            f"which transformers' GPT-2 cannot express")
+
+
+def write_folder(folder, files, weights):
+    """files: {name: bytes}. The folder gets its name when everything is in it."""
+    unfinished = Path(f"{folder}.nanolab_unfinished")  # a name that is ours alone
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        for name, content in files.items():
+            (unfinished / name).write_bytes(content)
+        save_file(weights, unfinished / "model.safetensors", metadata={"format": "pt"})
+        # save_file lets only the owner read its file
+        shutil.copymode(unfinished / "config.json", unfinished / "model.safetensors")
+        os.replace(unfinished, folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} could not be written ({describe(error)})") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def as_json(value):
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def tokenizer_files(tokenizer, block_size):
+    """-> {name: bytes} for transformers' AutoTokenizer, which reads GPT-2's tokenizer only."""
+    if tokenizer != "gpt2":
+        return {}
+    get_tokenizer("gpt2")  # downloads the vocabulary if it is not here
+    merges, vocabulary = (path.read_bytes() for path in gpt2_vocabulary_files())
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size,
+              **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)}
+    return {"merges.txt": merges, "vocab.json": vocabulary,
+            "tokenizer_config.json": as_json(config)}
+
+
+def main():
+    parser = argument_parser(__doc__)
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("checkpoint", help="such as out/best.pt")
+    parser.add_argument("folder", help="where to; it must be new or empty")
+    args = parser.parse_args()
+    source, folder = Path(args.checkpoint), Path(args.folder)
+    is_run = Path(source, "best.pt").is_file()
+    if source.is_dir() and not is_run or str(source) in OPENAI_REVISIONS:
+        raise UserError(f"{source} is no file that train.py saved, such as out/best.pt")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there and not empty; choose another folder, or remove it")
+    checkpoint = read_checkpoint(source)
+    export(checkpoint, load_model(checkpoint), folder)
+    print(f"wrote {folder}; to publish it: hf upload USER/NAME {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

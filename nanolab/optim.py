@@ -1,48 +1,40 @@
-"""Which optimiser updates which parameter, and at which rate; Muon; cautious weight decay; the mean
-of a run's last weights."""
+"""Which optimiser updates which parameter, and at which rate; Muon; cautious weight decay."""
 
-import copy
 import math
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
+from torch import nn
 
-from nanolab.cpu import map_parts
-from nanolab.devices import autocast_dtype, begin_read
+from nanolab.distributed import autocast_dtype, map_matrices
 
 
 def make_optimizer(model, config):
-    """AdamW for all parameters; or, with optimizer='muon' or 'normuon', Muon for the matrices in
-    the blocks and AdamW for the rest.
+    """AdamW for all parameters; or, with optimizer='muon' or 'normuon', Muon for the weights of the
+    linear layers in the blocks and AdamW for the rest.
 
     decay='all': every parameter decays, as published; 'matrices': only 2-D weights, not biases and
     norms. Parameters that are treated alike form one group; its "lr_scale" is for
-    set_learning_rate.
+    set_learning_rate. Raises ValueError for a parameter or an optimizer that no rule covers.
     """
+    if config.optimizer not in ("adamw", "muon", "normuon"):
+        raise ValueError(f"make_optimizer has no rule for optimizer={config.optimizer!r}")
     uses_muon = config.optimizer != "adamw"
     adamw_decay = config.adamw_weight_decay
     if adamw_decay is None:
         adamw_decay = config.weight_decay
+    lr_scale = {"embedding": config.embedding_lr, "head": config.head_lr,
+                "scalar": config.scalar_lr, "matrix": 1.0}
     muon_groups, adamw_groups = {}, {}
-    for name, p in model.named_parameters():
-        kind = parameter_kind(name, p)
+    for p, module in parameters_with_modules(model):
+        kind = kind_of_parameter(p, module, model)
         if uses_muon and kind == "matrix":
-            # how many matrices one weight holds: Q, K and V; SwiGLU's gate and value
-            is_swiglu = name.endswith("fc.weight") and config.activation == "swiglu"
-            n_split = 3 if name.endswith("qkv.weight") else 2 if is_swiglu else 1
+            n_split = getattr(module, "n_split", 1)  # matrices in one weight, such as Q, K and V
             group = {"params": [], "n_split": n_split}
             muon_groups.setdefault(n_split, group)["params"].append(p)
         else:
-            scale = {"embedding": config.embedding_lr, "head": config.head_lr,
-                     "scalar": config.scalar_lr, "matrix": 1.0}[kind]
             decay = adamw_decay if config.decay == "all" or p.ndim >= 2 else 0.0
-            group = {"params": [], "weight_decay": decay, "lr_scale": scale}
-            adamw_groups.setdefault((scale, decay), group)["params"].append(p)
-    groups = [*muon_groups.values(), *adamw_groups.values()]
-    owned = [id(p) for group in groups for p in group["params"]]
-    all_params = sorted(id(p) for p in model.parameters())
-    assert sorted(owned) == all_params, "each parameter has exactly one owner"
+            group = {"params": [], "weight_decay": decay, "lr_scale": lr_scale[kind]}
+            adamw_groups.setdefault((lr_scale[kind], decay), group)["params"].append(p)
 
     adamw_class = CautiousAdamW if config.cautious_decay else torch.optim.AdamW
     adamw = adamw_class(list(adamw_groups.values()), lr=config.learning_rate, eps=config.eps,
@@ -54,14 +46,24 @@ def make_optimizer(model, config):
     return MuonAdamW(muon, adamw)
 
 
-def parameter_kind(name, p):
-    """'embedding' (of tokens, positions, values; a tied head too), 'head', 'scalar' (fewer than two
-    dimensions) or 'matrix'."""
-    if p.ndim < 2 or name.endswith("qk_gain"):
+def parameters_with_modules(model):
+    """[(parameter, the module that has it)], in the order of model.parameters()."""
+    found = {p: module for module in reversed(list(model.modules()))
+             for p in module.parameters(recurse=False)}
+    return [(p, found[p]) for p in model.parameters()]
+
+
+def kind_of_parameter(p, module, model):
+    """'scalar' (fewer than two dimensions), 'embedding' (of tokens, positions, values; a tied head
+    too), 'head' or 'matrix', by the type of its module. Raises ValueError for any other."""
+    if p.ndim < 2:
         return "scalar"
-    module = name.split(".")[-2]
-    embeddings = ("wte", "wpe", "value_embedding")
-    return "embedding" if module in embeddings else "head" if module == "head" else "matrix"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.Linear):
+        return "head" if module is model.head else "matrix"
+    raise ValueError(f"kind_of_parameter has no rule for a parameter of the shape {tuple(p.shape)} "
+                     f"in a {type(module).__name__}")
 
 
 def set_learning_rate(optimizer, lr):
@@ -69,31 +71,53 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr * group.get("lr_scale", 1.0)  # older checkpoints and Muon have none
 
 
-QUEUES_ADAMW = ("cuda",)  # device types on which AdamW is queued before a step's wait
+def count_steps(config):
+    tokens_per_step = config.global_batch_size * config.block_size
+    return config.max_steps or math.ceil(config.max_tokens / tokens_per_step)
 
 
-def step_if_finite(optimizer, numbers, finite):
-    """Updates the weights, unless a number is not finite. -> the numbers, read from the device: a
-    step's one wait for it.
+def learning_rate_at(step, max_steps, config):
+    """The learning rate of step 0 ... max_steps - 1.
 
-    numbers: (n,); finite: whether all are, (), on the same device. On CUDA, AdamW is queued before
-    the wait, so that the GPU has work until the next forward pass is queued. It leaves the update
-    out by itself where `found_inf` is 1, as under torch's GradScaler. Muon and CautiousAdamW step
-    after the wait.
+    Linear warm-up from 1e-5 of the peak over the first warmup_fraction of the steps. Then
+    'constant' stays; 'cosine' falls along half a cosine; 'wsd' stays, then falls linearly over the
+    last cooldown_fraction of the steps (Hu et al., "MiniCPM", 2024; Haegele et al., "Scaling laws
+    and compute-optimal training beyond fixed training durations", 2024). Both reach min_lr_ratio x
+    peak at the last step. The published runs (part 32e) chained torch's LinearLR and
+    CosineAnnealingLR, which would reach it one step later: at 33,165 steps the rates differ by at
+    most 1.2e-4 of themselves. Raises ValueError for a schedule that no rule covers.
     """
-    optimizers = getattr(optimizer, "optimizers", [optimizer])
-    read = begin_read(numbers)
-    early = [each for each in optimizers
-             if type(each) is torch.optim.AdamW and numbers.device.type in QUEUES_ADAMW]
-    for adamw in early:
-        adamw.found_inf = 1 - finite.float()
-        adamw.step()
-    values = read()
-    if all(map(math.isfinite, values)):
-        for each in optimizers:
-            if each not in early:
-                each.step()
-    return values
+    lr, min_lr = config.learning_rate, config.learning_rate * config.min_lr_ratio
+    warmup_steps = int(config.warmup_fraction * max_steps + 1e-9)  # 1e-9: 0.29 * 100 is 28.99...
+    match config.schedule:
+        case "constant":
+            min_lr, coeff = 0.0, 1.0
+        case "cosine":
+            progress = (step - warmup_steps) / max(max_steps - 1 - warmup_steps, 1)
+            coeff = 0.5 * (1 + math.cos(math.pi * progress))
+        case "wsd":
+            cooldown_steps = max(int(config.cooldown_fraction * max_steps + 1e-9), 1)
+            coeff = min((max_steps - 1 - step) / cooldown_steps, 1.0)
+        case _:
+            raise ValueError(f"learning_rate_at has no rule for schedule={config.schedule!r}")
+    if step < warmup_steps:
+        return lr * (1e-5 + (1 - 1e-5) * step / warmup_steps)
+    return min_lr + (lr - min_lr) * coeff
+
+
+def is_averaged(step, max_steps, config):
+    """Whether tail_average averages the weights after this step, 0 ... max_steps - 1 (Izmailov et
+    al., "Averaging weights leads to wider optima", 2018; at the end of a run with a decaying rate:
+    modded-nanogpt's records/track_3_optimization, #45)."""
+    n_steps = max(int(config.tail_average * max_steps + 1e-9), 1)
+    return config.tail_average > 0 and step >= max_steps - n_steps
+
+
+@torch.no_grad()
+def average_weights(average, model, n):
+    """Makes the mean of the weights after n - 1 steps that after n. Not torch's AveragedModel,
+    which copies n to the GPU, and so waits for it."""
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 / n)
 
 
 class MuonAdamW:
@@ -161,7 +185,7 @@ class Muon(torch.optim.Optimizer):
                 stack = torch.stack([directions[i] for i in same])
                 matrices = stack.view(len(same) * group["n_split"], -1, shape[1])
                 scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-                matrices = orthogonalise(matrices)
+                matrices = map_matrices(newton_schulz, matrices)
                 if self.normalise:
                     matrices = normalise_neurons(matrices, [self.state[p] for p in these])
                 updates = list(matrices.reshape(stack.shape))
@@ -220,21 +244,6 @@ def normalise_neurons(matrices, states, beta2=0.95):
     return normalised * (norms / new_norms.clamp(min=1e-10))
 
 
-def orthogonalise(matrices):
-    """newton_schulz of (n, rows, columns) matrices. Each rank does its share, and all get all; on
-    one rank, the threads of a CPU share them."""
-    if not dist.is_initialized():
-        parts = map_parts(newton_schulz, matrices)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    world_size, rank = dist.get_world_size(), dist.get_rank()
-    share = math.ceil(len(matrices) / world_size)
-    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * world_size - len(matrices)))
-    mine = newton_schulz(padded[rank * share:(rank + 1) * share]).contiguous()
-    gathered = mine.new_empty(padded.shape)
-    dist.all_gather_single(gathered, mine)
-    return gathered[:len(matrices)]
-
-
 def newton_schulz(matrices):
     """Approximates the orthogonal factor of each matrix: (n, rows, columns), U S V' -> about U V'.
 
@@ -250,41 +259,3 @@ def newton_schulz(matrices):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-class TailAverage:
-    """The mean of the weights after each step of a run's tail, its last tail_average x max_steps
-    (Izmailov et al., "Averaging weights leads to wider optima", 2018; at the end of a run with a
-    decaying rate: modded-nanogpt's records/track_3_optimization, #45).
-
-    A second model holds it, from the start of the run, so that memory does not run out late.
-    n_averaged: how many steps' weights are in it; 0 before the tail.
-    """
-
-    def __init__(self, model, config, max_steps):
-        n_steps = max(int(config.tail_average * max_steps + 1e-9), 1) if config.tail_average else 0
-        self.model, self.first_step, self.n_averaged = model, max_steps - n_steps, 0
-        self.mean = copy.deepcopy(model).requires_grad_(False) if n_steps else model
-
-    @torch.no_grad()
-    def update(self, step):
-        """After every step; `step` counts the steps done."""
-        self.n_averaged = self.n_averaged + 1 if step > self.first_step else 0
-        if self.n_averaged:
-            torch._foreach_lerp_(list(self.mean.parameters()), list(self.model.parameters()),
-                                 1 / self.n_averaged)
-
-    def state_dict(self):
-        """A checkpoint's entries. "model" has the weights to use; inside the tail they are the
-        mean, and "training_model" has those to go on from."""
-        entries = {"model": self.mean.state_dict(), "training_model": self.model.state_dict()}
-        if not self.n_averaged:
-            entries = {"model": self.model.state_dict()}
-        return {**entries, "averaged_steps": self.n_averaged}
-
-    def load_state_dict(self, checkpoint):
-        """From what state_dict returned, or a checkpoint that is older than this class."""
-        self.n_averaged = checkpoint.get("averaged_steps", 0)
-        if self.n_averaged:
-            self.mean.load_state_dict(checkpoint["model"])
-        self.model.load_state_dict(checkpoint.get("training_model", checkpoint["model"]))

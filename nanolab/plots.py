@@ -1,6 +1,11 @@
-"""A run's log, read and drawn. No torch; matplotlib is imported at the first picture."""
+"""What a run looks like: its log read, loss.png, and report.html, which has it all on one page.
 
+matplotlib is imported at the first picture: every process of train.py imports this file.
+"""
+
+import base64
 import gc
+import html
 import io
 from pathlib import Path
 
@@ -10,7 +15,7 @@ from nanolab.common import UserError, parse_json
 
 
 def read_entries(path):
-    """All lines of log.jsonl, as dicts. None: a number that was not finite."""
+    """All lines, as dicts. None: a number that was not finite."""
     return [parse_json(line) for line in Path(path).read_text().splitlines()]
 
 
@@ -38,7 +43,8 @@ def smooth(losses):
 def plot_run(train, val, config):
     """Draws a run's loss, learning rate and gradient norm over its tokens. -> a PNG file, bytes
 
-    train, val: as read_log returns them.
+    train, val: as read_log returns them. The grey band has a bin for about every pixel, from its
+    smallest to its largest value, so that no spike is lost.
     """
     tokens, losses = millions_of_tokens(train), series(train, "loss")
     n, means = smooth(losses)
@@ -46,10 +52,11 @@ def plot_run(train, val, config):
                                                height_ratios=(4, 1, 1))
 
     per_bin = plot_band(top, tokens, losses)
-    top.collections[-1].set_label(f"training, smallest to largest of {per_bin} steps"
-                                  if per_bin > 1 else "training, each step")
-    top.plot(tokens[n // 2:][:len(means)], means, color="black", linewidth=1.4,
-             label=f"training, mean of the {n} steps around")
+    top.collections[-1].set_label(f"training, range of {per_bin} steps" if per_bin > 1
+                                  else "training, each step")
+    if n > 1:
+        top.plot(tokens[n // 2:][:len(means)], means, color="black", linewidth=1.4,
+                 label=f"training, mean of {n} steps")
     top.plot(millions_of_tokens(val), series(val, "val_loss"), "o", color="black",
              markerfacecolor="white", label="validation")
     measured = [entry for entry in val if entry["val_loss"] is not None]
@@ -86,8 +93,7 @@ def plot_run(train, val, config):
 
 
 def plot_band(ax, x, y, n_bins=800):
-    """Fills from the smallest to the largest y of each bin: about a pixel each, so that no value
-    is lost among its neighbours. -> values in each bin"""
+    """Fills from the smallest to the largest y of each bin. -> values in each bin"""
     per_bin = -(-len(y) // n_bins)
     starts = np.arange(0, len(y), per_bin)
     ax.fill_between(x[starts], np.fmin.reduceat(y, starts), np.fmax.reduceat(y, starts),
@@ -130,3 +136,49 @@ def save_figure(figure, path, dpi=150):
     finally:
         plt.close(figure)
         gc.collect()  # its cycles hold megabytes, and a training loop hardly starts the collector
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { margin-bottom: 0; overflow-wrap: anywhere } img { max-width: 100% }
+th, td { text-align: left; padding-right: 1.5rem; vertical-align: top; font-weight: normal }
+pre { background: #f5f5f5; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
+"""
+
+
+def format_report(options, summary, entries, png, status, is_running):
+    """report.html: one file, without network, that shows what a run was and how it went.
+
+    options, summary: {name: value}; entries: of the log; png: the chart, bytes; is_running: a
+    browser then loads the page again every ten seconds.
+    """
+    title = html.escape(options["name"])
+    reload = '<meta http-equiv="refresh" content="10">' if is_running else ""
+    losses = {f"step {entry['step']:,}": entry["val_loss"] for entry in having("val_loss", entries)}
+    samples = "".join(f"<p>After step {entry['step']:,}:</p><pre>{html.escape(entry['sample'])}"
+                      "</pre>\n" for entry in reversed(having("sample", entries)))
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{reload}
+<title>{title}: {status}</title><style>{STYLE}</style></head>
+<body>
+<h1>{title}</h1>
+<p>A training run of nanolab: {status}.</p>
+<p><img alt="Loss, learning rate and gradient norm over the training tokens"
+src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>
+{html_table(summary)}
+<h2>Validation loss, nats per token</h2>
+{html_table(losses)}
+<h2>Samples</h2>
+{samples or "<p>None were drawn (--sample_every).</p>"}
+<h2>Options</h2>
+{html_table(options)}
+</body>
+</html>
+"""
+
+
+def html_table(rows):
+    lines = (f"<tr><th>{html.escape(str(left))}</th><td>{html.escape(str(right))}</td></tr>"
+             for left, right in rows.items())
+    return "\n".join(["<table>", *lines, "</table>"])

@@ -114,13 +114,15 @@ def encode(tokenizer, text):
     return np.append(tokens, np.uint32(tokenizer.eot_token))
 
 
-def token_bytes(tokenizer, token):
-    """The text of one token id, as UTF-8; of an id that the tokenizer does not have, a sign that
-    says so."""
-    try:
-        return tokenizer.decode_single_token_bytes(token)
-    except KeyError:  # a model's vocab_size may exceed the tokenizer's
-        return "\N{REPLACEMENT CHARACTER}".encode()
+def text_of(tokens, tokenizer):
+    """Yields the text of each token id, as UTF-8 bytes, up to an end-of-text token."""
+    for token in tokens:
+        if token == tokenizer.eot_token:
+            return
+        try:
+            yield tokenizer.decode_single_token_bytes(token)
+        except KeyError:  # a model's vocab_size may exceed the tokenizer's
+            yield "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def token_dtype(tokenizer):

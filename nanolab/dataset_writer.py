@@ -25,76 +25,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from nanolab.common import UserError, parse_json, write_atomically
-from nanolab.corpus import FINEWEBS, documents, group_into_shards
-from nanolab.tokenizer import encode, get_tokenizer, guess_tokenizer, token_dtype
+from nanolab.corpus import documents, file_ranges, group_into_shards, stdlib_files
+from nanolab.data import CHUNK_BYTES, UNFINISHED, read_meta
+from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
-UNFINISHED = "nanolab_unfinished"
-NANOGPT = "nanoGPT's prepare.py"  # the source of a data set that nanoGPT made
-CHUNK_BYTES = 2**24  # of a token file; meta.json has the SHA-256 of each chunk
 DOCUMENT = np.dtype([("n_tokens", "u8"), ("n_bytes", "u8"), ("hash", "u8")])
-
-
-def read_meta(data_dir, dataset, vocab_size=0):
-    """meta.json of a data set. -> dict. Raises UserError.
-
-    vocab_size: needed for a data set that nanoGPT made, which is only train.bin and val.bin.
-    """
-    if not dataset:
-        raise UserError("these weights belong to no data set of nanolab: choose one with --dataset")
-    if "/" in dataset or dataset in (".", ".."):
-        raise UserError(f"the data set's name '{dataset}' is a path; name the folder that it is in "
-                        "with --data_dir")
-    folder = Path(data_dir, dataset)
-    path = folder / "meta.json"
-    try:
-        meta = parse_json(path.read_text())
-        if meta["dtype"] not in ("uint16", "uint32") or type(meta["tokenizer"]) is not str or not (
-                0 < meta["vocab_size"] <= 2**32 and meta["splits"]["train"]["sha256"]):
-            raise ValueError
-        for facts in meta["splits"].values():
-            if [type(facts["tokens"]), type(facts["sha256"]),
-                    type(facts.get("chunks", []))] != [int, str, list]:
-                raise ValueError
-        keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
-        return {key: meta[key] for key in keys}
-    except FileNotFoundError:
-        present = {file.name for file in folder.glob("*")}
-        if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
-            return nanogpt_meta(folder, vocab_size)
-        state = "is unfinished" if folder.is_dir() else "is not there"
-        has_own_name = dataset in ("stdlib", "pypi", *FINEWEBS)
-        source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={dataset}"
-        option = "" if data_dir == "data" else f" --data_dir={data_dir}"
-        raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source}"
-                        f"{option}, or give the folder it is in with --data_dir") from None
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path} is damaged or not nanolab's; "
-                        f"delete {folder} and make it again with prepare.py") from None
-
-
-def nanogpt_meta(folder, vocab_size):
-    """What meta.json would be for the uint16 files of nanoGPT's prepare.py.
-
-    They have up to 17 GB, so only the size, the first and the last MiB of each are hashed.
-    """
-    if not vocab_size:
-        raise UserError(f"{folder} has token files as nanoGPT makes them, without meta.json and "
-                        "test split: train.py reads them with --vocab_size=N (50257 for GPT-2's "
-                        "tokens), eval.py needs another --dataset")
-    splits = {}
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        size = path.stat().st_size
-        if size % 2:
-            raise UserError(f"{path} has {size:,} bytes, so it holds no uint16 tokens "
-                            "as nanoGPT makes them")
-        with open(path, "rb") as file:
-            digest = hashlib.sha256(b"%d" % size + file.read(2**20))
-            file.seek(max(size - 2**20, 0))
-            digest.update(file.read())
-        splits[split] = {"tokens": size // 2, "sha256": digest.hexdigest()}
-    return {"tokenizer": guess_tokenizer(vocab_size), "vocab_size": vocab_size, "dtype": "uint16",
-            "eot_id": None, "splits": splits, "source": NANOGPT, "plan": None}
 
 
 def fingerprint(*parts):
@@ -118,6 +53,77 @@ def is_complete(folder, plan):
                         "options); delete that folder, or choose another --name")
     print(f"{folder} is there already")
     return True
+
+
+OWN_HELDOUT = 0.02  # of your own text, for val and test: half each
+
+
+def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1,
+                   heldout=OWN_HELDOUT):
+    """Python's standard library: small, on every machine, different from one version to another."""
+    prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
+                 f"the standard library of Python {sys.version.split()[0]}", heldout)
+
+
+def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=OWN_HELDOUT):
+    """The documents of `files`, split by the hash of their text. Raises UserError."""
+    stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
+    other = [heldout] if heldout != OWN_HELDOUT else []  # so that older data sets keep their plan
+    plan = fingerprint(source, stats, tokenizer, text_column, *other)
+    with dataset_lock(folder):
+        if is_complete(folder, plan):
+            return
+        ranges = [file_range for file in files for file_range in file_ranges(file)]
+        n_bytes = sum(file_range.n_bytes for file_range in ranges)
+        # Longer text files are cut: with a document above 1 %, val and test could not be 1 % each.
+        options = {"text_column": text_column, "max_length": min(max(n_bytes // 100, 2**14), 2**20)}
+        # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
+        n_tokens = n_bytes // (1 if tokenizer == "bytes" else 2) + 1
+        writer = DatasetWriter(folder, plan, tokenizer)
+        with writer.progress_bar(n_tokens) as bar:
+            if not writer.hash_limits:  # they depend on the hash of every document
+                facts = []
+                for path in writer.tokenize("text", ranges, workers, **options):
+                    with np.load(path) as shard:
+                        facts.append(shard["documents"])
+                    bar.update(int(facts[-1]["n_tokens"].sum()))
+                writer.hash_limits = choose_hash_limits(facts, heldout)
+                writer.save()
+        for path in writer.tokenize("text", ranges, 1, **options):  # these files exist by now
+            with np.load(path) as shard:
+                tokens, documents = shard["tokens"], shard["documents"]
+            # Of each document, then of each token: 0 for test, 1 for val, 2 for train.
+            split_ids = np.searchsorted(np.array(writer.hash_limits, np.uint64), documents["hash"])
+            split_ids = split_ids.repeat(documents["n_tokens"].astype(int))
+            for i, split in enumerate(("test", "val", "train")):
+                writer.append(split, tokens[split_ids == i])
+            writer.finish_shard("text", path)
+        writer.finish(source)
+
+
+def choose_hash_limits(facts, heldout):
+    """The largest hash in test and the largest in val, with documents in the order of their hash.
+
+    The first half of the share `heldout` of the bytes is test, the next half val, each at least one
+    document; equal texts stay together. So the split depends on the texts alone, not on the files
+    or their order.
+    facts: arrays of token_files.DOCUMENT, one for each shard. Raises UserError.
+    """
+    if not any(map(len, facts)):
+        raise UserError("there is no text in these files")
+    documents = np.concatenate(facts)
+    documents = documents[np.argsort(documents["hash"])]
+    hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"])
+    limits, n_done = [], 0
+    for n_reserved in (2, 1):  # documents to leave for val and train, then for train
+        target = (ends[n_done - 1] if n_done else 0) + heldout / 2 * ends[-1]
+        last = max(min(int(np.searchsorted(ends, target)), len(hashes) - 1 - n_reserved), n_done)
+        n_done = int(np.searchsorted(hashes, hashes[last], side="right"))
+        if n_done == len(hashes):
+            raise UserError(f"{len(np.unique(hashes)):,} different documents are too few to split "
+                            "into train, val and test; use more or smaller ones")
+        limits.append(int(hashes[last]))
+    return limits
 
 
 class DatasetWriter:
