@@ -31,7 +31,7 @@ SAME_EXPERIMENT = {*NOT_RECORDED, "seed", *SEEDS, "batch_size", "threads", "devi
                    "eval_every", "save_every", "save_weights", "log_every", "sample_every",
                    "sample_prompt"}
 
-FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started", "ended")
+FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started", "ended", "code")
 NUMBERS = ("test_loss", "val_loss", "seconds", "tokens_per_second", "parameters", "trained_tokens")
 
 
@@ -87,6 +87,7 @@ def read_run(checkpoint, validation):
     facts = {"path": checkpoint, **{key: summary[key] for key in FACTS if key in summary}}
     if validation:
         config = read_json(path.with_name("config.json"))
+        config.pop("code", None)  # it is no option
         return checked({"name": config.get("name"), "dataset": config.get("dataset"), **facts,
                         "config": config, "val_loss": summary.get("best_val_loss")}, checkpoint)
     try:
