@@ -7,14 +7,15 @@ A table stands between <!-- python study.py studies/lab/results.json --markdown 
 """
 
 import contextlib
+import importlib
 import io
 import re
-import runpy
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
-from nanolab.common import UserError, run_script
+from nanolab.common import run_script
 
 TABLE = re.compile(r"(<!-- python (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -35,17 +36,14 @@ def updated(text, draw=True):
 def printed(command):
     """What a command prints: a script, or -m and a module, with its arguments."""
     words, before, output = shlex.split(command), sys.argv, io.StringIO()
-    is_module = words[0] == "-m"
-    run = runpy.run_module if is_module else runpy.run_path
-    sys.argv = words[is_module:]
+    sys.argv = words[words[0] == "-m":]
     try:
         with contextlib.redirect_stdout(output):
-            run(sys.argv[0], run_name="__main__")
-    except SystemExit:
-        raise UserError(f"python {command} failed") from None
+            importlib.import_module(sys.argv[0].removesuffix(".py")).main()
     finally:
         sys.argv = before
-    return output.getvalue().strip()
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 99)
+                     for line in output.getvalue().strip().splitlines())
 
 
 def main():

@@ -158,7 +158,7 @@ def format_heading(rows, baseline, loss):
     """The sentence above the table."""
     start = f"{'Validation' if loss == 'val_loss' else 'Test'} loss in nats per token, best first"
     if not baseline:
-        return f"{start}. Nothing is compared: --baseline names an experiment."
+        return f"{start}."
     sd = next(row["sd"] for row in rows if row["experiment"] == baseline)
     over_seeds = "" if sd is None else f", whose SD over seeds is {sd:.4f}"
     n_tests = sum("low" in row for row in rows)
@@ -172,6 +172,7 @@ def format_legend(rows):
     words = {row["verdict"] for row in rows} | {row.get("compared", "") for row in rows}
     kinds = {word.split(",")[0] for word in words}
     lines = {
+        "Nothing is compared: --baseline names an experiment.": words == {""},
         f"95 % intervals and p are corrected for the {n_tests} tests of this table (Bonferroni): "
         "all intervals hold together 95 times in 100, and p is below 0.05 where an interval leaves "
         "out 0.": n_tests > 1,

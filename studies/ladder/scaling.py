@@ -46,8 +46,8 @@ def analyse(runs, against, target=None):
     sds, warnings = noise(cells)
     same_text, samples = (sample_means(cells, sds, with_text) for with_text in (False, True))
     losses = {cell: losses_by_seed(runs) for cell, runs in cells.items()}
-    pairs = [(full[name, size], full[other, size]) for other in against for name, size in full
-             if name != other and (other, size) in full]
+    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(against)
+             for name, size in full if name not in against[:i + 1] and (other, size) in full]
     return {"fitted": fitted, "target": target, "warnings": warnings,
             "losses": {cell: losses[cell] for cell in full.values()},
             "laws": [fit_recipe([full[name, size] for size in fitted], full.get((name, target)),
