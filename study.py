@@ -29,7 +29,7 @@ def main():
     compared = [run for run in runs if has_loss(run, loss)]
     missing = format_missing(runs, loss, unmeasured, unfinished)
     if not compared:
-        raise UserError("; ".join(missing))
+        raise UserError("; ".join(missing) or f"{' '.join(args.runs)}: no runs")
     check_data(compared, args.validation)
     experiments = group_by_experiment(compared)
     baseline = choose_baseline(experiments, args.baseline)

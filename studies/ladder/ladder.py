@@ -20,6 +20,7 @@ these three gives a size's optimum, and a power law of the number of parameters 
 optima gives the rate of every size.
 """
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -45,6 +46,9 @@ SEEDS = {"2x32": 5, "2x48": 5, "2x64": 5, "3x80": 2, "3x112": 3}
 N_TRIALS = 24
 COLLECTED, RECORDED = Path("out/ladder/tuning.json"), Path("studies/ladder/tuning.json")
 DRAWN = ("learning_rate", "weight_decay", "beta2", "warmup_fraction")
+
+
+read_once = functools.cache(read_file)  # every run asks for the trials
 
 
 def parameters(size):
@@ -163,7 +167,7 @@ def read_trials(stage, recipe, size, fraction=1):
     file = COLLECTED if COLLECTED.exists() else RECORDED
     shape, tokens = SIZES[size], round(20 * parameters(size) * fraction)
     found = [{**run["config"], "val_loss": math.inf if run["val_loss"] is None else run["val_loss"]}
-             for run in read_file(file)
+             for run in read_once(file)
              if run["name"] == recipe and run["path"].startswith(f"out/ladder/{stage}/")
              and tuple(run["config"][key] for key in ("n_layer", "n_head", "n_embd")) == shape
              and run["config"]["max_tokens"] == tokens]

@@ -29,7 +29,7 @@ tune() {  # until the trials lack nothing
 
 measure() {  # NAME CHECKPOINTS...
   python eval.py --ckpt ${*:2}
-  python study.py ${*:2} --baseline published --json "out/$1.json"
+  python study.py ${*:2} --json "out/$1.json"
 }
 
 if [ "${1:-}" = --quick ]; then
