@@ -66,9 +66,11 @@ def plot_curves(experiments, baseline, path):
                         color="black" if each == baseline else LOOK["better"][0])
     for ax in axes.flat[len(labels):]:
         ax.set_visible(False)
+    for ax in axes.flat[max(len(labels) - n_columns, 0):len(labels)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     late = np.concatenate([losses[len(losses) // 10:] for each in curves.values()
                            for _, losses in each])
-    axes.flat[0].set_ylim(np.nanmin(late) - 0.1, np.nanquantile(late, 0.98) + 0.2)
+    axes.flat[0].set_ylim(np.nanmin(late) - 0.2, np.nanquantile(late, 0.98) + 0.2)
     figure.supxlabel("training tokens, millions", fontsize=10)
     figure.supylabel("loss: lines training, circles validation", fontsize=10)
     save_figure(figure, path)

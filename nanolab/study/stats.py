@@ -48,7 +48,7 @@ def standard_error(values):
 
 
 def add_errors(error, df, other, other_df):
-    """-> the standard error of a sum of independent parts, and Satterthwaite's degrees of freedom"""
+    """-> the standard error of a sum of independent parts, Satterthwaite's degrees of freedom"""
     both = math.hypot(error, other)
     return both, both ** 4 / (error ** 4 / df + other ** 4 / other_df) if both else 1
 

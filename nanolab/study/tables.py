@@ -91,7 +91,7 @@ def mean_of(runs, key):
 
 
 def cost_of(runs):
-    """The mean cost in US$; or the words of a file written by hand, such as "35 to 42"; or None."""
+    """The mean cost in US$; or the words of a file written by hand, as "35 to 42"; or None."""
     words = [run["cost"] for run in runs if isinstance(run.get("cost"), str)]
     return words[0] if words else mean_of(runs, "cost")
 
@@ -99,8 +99,8 @@ def cost_of(runs):
 def format_table(rows, markdown=False):
     """The text of a table. rows: lists of cells, the header first.
 
-    Columns without a value are left out. Columns of numbers, after the first column, are aligned to
-    the right.
+    Columns without a value are left out. Columns of numbers, but the first, are aligned to the
+    right.
     """
     columns = [column for column in zip(*rows) if any(column[1:])]
     lines, rule = [[] for _ in rows], []
@@ -133,14 +133,15 @@ def format_comparison(rows, markdown=False, all_columns=False, beside=None):
     column."""
     title, other_rows = beside or ("", [])
     theirs = {row["experiment"]: row.get("difference") for row in other_rows}
-    cells = [["experiment", "n", "loss", "SD", "difference", "95 % interval", "p", "verdict", title,
-              "if test set resampled", "compared", "same seed", "tokens/s", "hours", "US$"]]
+    cells = [["experiment", "n", "loss", "SD", "difference", "95 % interval", "p", "verdict",
+              title, "if test set resampled", "compared", "same seed", "tokens/s", "hours", "US$"]]
     for row in rows:
         same_seed = row["gaps"][0] if len(row.get("gaps", ())) == 1 else None
         cost = row["cost"] or ""
         cells.append([row["experiment"], str(row["n"]),
                       f"{row['loss']:{'.6f' if all_columns else '.4f'}}",
-                      format_number(row["sd"], ".6f"), format_number(row.get("difference"), "+.4f"),
+                      format_number(row["sd"], ".6f"),
+                      format_number(row.get("difference"), "+.4f"),
                       format_interval((row["low"], row["high"]) if "low" in row else None, "+.4f"),
                       format_p(row.get("p_corrected")), row["verdict"],
                       format_number(theirs.get(row["experiment"]), "+.4f"),
@@ -174,8 +175,8 @@ def format_legend(rows):
     lines = {
         "Nothing is compared: --baseline names an experiment.": words == {""},
         f"95 % intervals and p are corrected for the {n_tests} tests of this table (Bonferroni): "
-        "all intervals hold together 95 times in 100, and p is below 0.05 where an interval leaves "
-        "out 0.": n_tests > 1,
+        "all intervals hold together 95 times in 100, and p is below 0.05 where an interval "
+        "leaves out 0.": n_tests > 1,
         "There is one test, so its interval and p are not corrected.": n_tests == 1,
         "better, worse: the interval leaves out 0. not shown: it contains 0. That does not prove "
         "that there is no effect.": n_tests,
@@ -183,8 +184,8 @@ def format_legend(rows):
         "bit.": "not exercised" in words,
         "reference: differs in more than its options, so it is not tested.": "reference" in words,
         "Experiments with common seeds are compared seed by seed (paired).": "paired" in kinds,
-        "Without common seeds: Welch's test; if a side has one or two runs, Student's, which takes "
-        "both sides to vary alike.": "unpaired" in kinds,
+        "Without common seeds: Welch's test; if a side has one or two runs, Student's, which "
+        "takes both sides to vary alike.": "unpaired" in kinds,
         "One run a side shows no noise, so nothing can be tested: run more seeds.":
             "one run each" in words,
         "Where nothing varies over the seeds, nothing can be tested.":

@@ -2,7 +2,7 @@
 
     python -m studies.flags.flags baseline  the ladder's own runs that the others are compared with
     python -m studies.flags.flags alone     every flag, at 2x32 and 2x48, five seeds
-    python -m studies.flags.flags choose    what helped, by out/flags_*.json, or else by our results
+    python -m studies.flags.flags choose    what helped, by out/flags_*.json, or by our results
     python -m studies.flags.flags rates     what helped ours, together, at 2x64: three rates
     python -m studies.flags.flags stack     the same at the modern recipe's rate, five seeds
     python -m studies.flags.flags tuning    the stack with values of its own: 24 random trials
@@ -10,8 +10,8 @@
     python -m studies.flags.flags best      the best of all these, five seeds
 
 All but `choose` print arguments for train.py, a line a run; run.sh runs them. Every run has 20
-tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern recipe
-at its size (studies/ladder/ladder.py), and those of `rates` half, once and twice its learning rate.
+tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern
+recipe at its size (studies/ladder/ladder.py); those of `rates` have half, once and twice its rate.
 `tuning` draws what the ladder drew for its recipes, from the same ranges. `refine` and `best` read
 the trials in out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
 

@@ -18,4 +18,5 @@ study() {
 
 study | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
 python eval.py --ckpt out/lab/*/*/best.pt
-python study.py out/lab --beside studies/published/results.json --json out/lab.json --plot out/lab.png
+python study.py out/lab --beside studies/published/results.json --json out/lab.json \
+  --plot out/lab.png

@@ -14,10 +14,10 @@ out/ladder/tuning.json, or else ours in studies/ladder/tuning.json. `values` pri
 found, the README's table.
 
 A trial has seed 100, which no tested run has. Trials are compared by validation loss. `tuning`
-draws learning rate, weight decay, beta2 and warm-up at random. `rates` keeps the best trial's other
-values, and halves or doubles its rate until the best lies between two others. A parabola through
-these three gives a size's optimum, and a power law of the number of parameters through the four
-optima gives the rate of every size.
+draws learning rate, weight decay, beta2 and warm-up at random. `rates` keeps the best trial's
+other values, and halves or doubles its rate until the best lies between two others. A parabola
+through these three gives a size's optimum, and a power law of the number of parameters through the
+four optima gives the rate of every size.
 """
 
 import functools
@@ -166,7 +166,7 @@ def read_trials(stage, recipe, size, fraction=1):
     val_loss."""
     file = COLLECTED if COLLECTED.exists() else RECORDED
     shape, tokens = SIZES[size], round(20 * parameters(size) * fraction)
-    found = [{**run["config"], "val_loss": math.inf if run["val_loss"] is None else run["val_loss"]}
+    found = [{**run["config"], "val_loss": run["val_loss"] or math.inf}  # None: it diverged
              for run in read_once(file)
              if run["name"] == recipe and run["path"].startswith(f"out/ladder/{stage}/")
              and tuple(run["config"][key] for key in ("n_layer", "n_head", "n_embd")) == shape

@@ -3,11 +3,11 @@
 # Needs `python prepare.py pypi`, once. Writes out/ladder/, out/ladder_*.json and out/ladder.png.
 # Run it again after an interruption: finished runs are not repeated.
 #
-#     bash studies/ladder/run.sh           the runs, with the values that the trials found: those in
-#                                          out/ladder/tuning.json, or else ours
+#     bash studies/ladder/run.sh           the runs, with the values that the trials found: those
+#                                          in out/ladder/tuning.json, or else ours
 #     bash studies/ladder/run.sh --tune    the trials first, then the runs with what they find
-#     bash studies/ladder/run.sh --quick   five smaller sizes on Python's library, untuned: 7 minutes
-#                                          on 2 cores of an Intel Xeon; shows the machinery only
+#     bash studies/ladder/run.sh --quick   five smaller sizes on Python's library, untuned, in 7
+#                                          minutes on 2 cores of an Intel Xeon: the machinery only
 set -euo pipefail
 export OMP_NUM_THREADS=1
 

@@ -6,7 +6,7 @@
 #     bash studies/modern/run.sh core       together, and one thing changed: 35 runs, 17 minutes
 #     bash studies/modern/run.sh sizes      two widths, two budgets: 45 runs, 24 minutes for 40
 #     bash studies/modern/run.sh wide       width 192, each recipe at its own rate: 15 runs
-#     bash studies/modern/run.sh trials     how those rates were found: seed 100, by validation loss
+#     bash studies/modern/run.sh trials     how these rates were found: seed 100, validation loss
 #
 # Times: 2 cores of an AMD EPYC. Writes out/lab_*/ and out/modern_*.json; prints the tables.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart, in a folder of its own: two to four minutes on 2 CPU cores. Writes out/quickstart.
+# The quickstart in out/quickstart: two to four minutes on 2 CPU cores.
 set -euo pipefail
 
 python train.py config/quickstart.py --resume --out_dir=out/quickstart
