@@ -1,9 +1,9 @@
 """Finds runs, reads what is on record of them, and groups them into experiments.
 
 A run is a dict: its name, test_loss or val_loss, its options in "config", and what else is known.
-A results file has a list of runs: {"runs": [...]}, or just the list. Options that all its runs share
-may stand once, at the top: {"options": {...}, "runs": [...]}. A file written by hand may have the
-options next to the name. A run with "reference" is shown and not tested: more than its options
+A results file has a list of runs: {"runs": [...]}, or just the list. Options that all its runs
+share may stand once, at the top: {"options": {...}, "runs": [...]}. A file written by hand may have
+the options next to the name. A run with "reference" is shown and not tested: more than its options
 differ.
 """
 

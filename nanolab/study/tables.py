@@ -1,5 +1,7 @@
 """Compares the experiments of a study, and writes the table and its sentences."""
 
+import math
+
 import numpy as np
 
 from nanolab.study import stats
@@ -51,9 +53,9 @@ def add_verdicts(rows):
             row["seeds_needed"] = stats.seeds_to_show(row["difference"], row["error"],
                                                       len(row["gaps"]), level)
         if row["text_error"] is not None:
-            both = stats.add_errors(row["error"], row["df"], row["text_error"],
-                                    row["n_groups"] - 1)
-            row["resampled"] = stats.t_interval(row["difference"], *both, level)
+            _, text = stats.t_interval(0, row["text_error"], row["n_groups"] - 1, level)
+            half = math.hypot((high - low) / 2, text)  # so never below that of the seeds alone
+            row["resampled"] = [row["difference"] - half, row["difference"] + half]
     for row in rows:
         if not row["verdict"] and "compared" in row:
             is_equal = row["compared"].startswith("equal")
