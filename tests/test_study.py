@@ -145,6 +145,13 @@ def test_the_effect_and_the_seeds_that_would_show_it(rows_of):
     assert needed == min(n for n, effect in powers.items() if effect <= 0.09)
     assert f"mine: {needed}." in printed
 
+    n = stats.seeds_to_show(0.1, 0.05, 5, 0.05)  # one gap has the SD 0.05 sqrt(5)
+    powers = []
+    for more in (n - 1, n):
+        gaps = np.random.default_rng(2).normal(0.1, 0.05 * math.sqrt(5), (20_000, more))
+        powers.append(np.mean(scipy.stats.ttest_1samp(gaps, 0, axis=1).pvalue < 0.05))
+    assert powers[0] < 0.8 < powers[1] + 0.005
+
 
 def test_one_more_run(rows_of):
     losses = draws(5, 3.6, 0.01, 3)
