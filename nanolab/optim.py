@@ -251,7 +251,7 @@ def newton_schulz(matrices):
     """Approximates the orthogonal factor of each matrix: (n, rows, columns), U S V' -> about U V'.
 
     Five Newton-Schulz iterations with Jordan's coefficients bring the singular values to between
-    0.7 and 1.2. They run in 16 bits where the device computes in them.
+    0.68 and 1.2. They run in 16 bits where the device computes in them.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
