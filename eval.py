@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from nanolab.checkpoint import checkpoint_file
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.data import read_meta
 from nanolab.distributed import end_distributed, init_distributed
@@ -47,8 +48,9 @@ def find_checkpoints(words):
         if not matches:
             raise UserError(f"nothing matches '{word}'")
         for match in matches:
-            runs = sorted(Path(match).rglob("best.pt")) if Path(match).is_dir() else []
-            found += map(str, runs or [match])
+            runs = {file.parent for name in ("best.pt", "last.pt")
+                    for file in Path(match).rglob(name)}
+            found += map(str, map(checkpoint_file, sorted(runs) or [match]))
     return list(dict.fromkeys(found))
 
 
