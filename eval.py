@@ -114,8 +114,8 @@ def parse_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--ckpt", nargs="+", default=["out/best.pt"],
-        help="checkpoints, runs' folders, folders of runs, globs in quotes, gpt2, gpt2-medium, ... "
-             "or a folder in Hugging Face's layout (default: out/best.pt)")
+        help="checkpoints, nanoGPT's too, runs' folders, folders of runs, globs in quotes, a folder "
+             "in Hugging Face's layout, or gpt2, gpt2-medium, ... (default: out/best.pt)")
     add("--json", metavar="FILE", help="write the results, for study.py")
     add("--batch_size", type=int, default=16, help="windows at a time (default: %(default)s)")
     add("--dataset", help="default: the one the checkpoint was trained on")
