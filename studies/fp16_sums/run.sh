@@ -19,7 +19,7 @@ study() {  # learning rate and tokens: those of studies/ladder
     for precision in fp16_sums float16 bfloat16; do
       echo $precision config/modern.py config/ladder.py $shape --weight_decay=0.09209 --beta2=0.99 \
         --warmup_fraction=0 --name=$precision --seed=$seed --threads=1 \
-        --out_dir=out/fp16_sums/$size/$precision/$seed
+        --out_dir=out/fp16_sums/$size/$precision/$seed --resume
     done
   done
 }
@@ -30,6 +30,6 @@ for what in products gradients; do
   [ -f $file ] || { python -m studies.fp16_sums.emulate $what > $file.part; mv $file.part $file; }
   python -m studies.fp16_sums.emulate show $file
 done
-study | xargs -P "${JOBS:-2}" -I{} sh -c 'python -m studies.fp16_sums.emulate {} --resume'
+study | xargs -P "${JOBS:-2}" -L 1 python -m studies.fp16_sums.emulate
 python eval.py --ckpt out/fp16_sums/$size/*/*/best.pt
 python study.py out/fp16_sums/$size --baseline float16 --json out/fp16_sums_$size.json
