@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model
 import nanolab.head
@@ -130,6 +132,35 @@ def test_a_graph_break_is_seen(monkeypatch, stop):
     compiled, _ = compile_to_graphs(GPT(small_gpt_config(n_layer=1)))
     with pytest.raises(TorchDynamoException):
         compiled(*small_batch())
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the operators that make a tensor of at least the logits' size."""
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.n += any(isinstance(x, torch.Tensor) and x.numel() >= 64 * V
+                      for x in tree_leaves(results))
+        return results
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_model_makes_no_logits_beside_its_heads(monkeypatch, copies):
+    """Nothing of the logits' size but within HeadLoss, of which the next test counts the bytes; a
+    copy would be seen."""
+    force_gpu_head(monkeypatch)
+    gpt, (tokens, targets) = GPT(small_gpt_config(n_layer=1)), small_batch()
+    if copies:
+        monkeypatch.setattr(GPT, "hidden_states", lambda self, tokens, states=GPT.hidden_states: (
+            states(self, tokens) + 0 * self.logits(states(self, tokens)).mean()))
+    hidden = gpt.hidden_states(tokens).detach().flatten(0, 1).requires_grad_()
+    with LargeTensors() as head:
+        HeadLoss.apply(hidden, gpt.head.weight, targets.flatten(), 0.0, torch.float32,
+                       True).backward()
+    with LargeTensors() as whole:
+        gpt(tokens, targets).backward()
+    assert (whole.n == head.n) == (not copies)
 
 
 def test_bytes_kernels_and_memory():
