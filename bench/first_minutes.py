@@ -42,7 +42,7 @@ VARIANTS = {
     "V5 6 sequences": (["--batch_size=6", "--global_batch_size=48"], {}),
     "V5 24 sequences": (["--batch_size=24", "--global_batch_size=48"], {}),
     "V5 48 sequences": (["--batch_size=48", "--global_batch_size=48"], {}),
-    "V6 overnight": (["config/overnight_3090.py", "--batch_size=16", "--global_batch_size=64",
+    "V6 overnight": (["config/overnight_3090.py", "--batch_size=32", "--global_batch_size=64",
                       "--dataset=stdlib", "--vocab_size=50257", "--save_every=0"], {}),
     "V7 float16": (["--amp=float16"], {}),
     "V7 16-bit sums": (["--amp=float16", "--fp16_sums"], {}),
