@@ -26,7 +26,7 @@ import torch
 
 from bench.gpu import RATES, least_seconds, measure_rates
 from bench.nanogpt import describe, nanogpt_folder, print_row, run_nanogpt, shape_of
-from nanolab.common import argument_parser, run_script, write_atomically
+from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.distributed import World, autocast_dtype, pick_device
 from nanolab.plots import read_log
 
@@ -95,11 +95,11 @@ def main():
         nanogpt = {"nanoGPT": False, "nanoGPT with biases": True}
     for turn in (1, 2):
         for name in [*variants, *nanogpt]:
-            if name in nanogpt:
+            try:
                 row = run_nanogpt(dict(shape), on_gpu, args.device, args.data_dir, args.nanogpt,
-                                  nanogpt[name])
-            else:
-                row = run(name, args.steps)
+                                  nanogpt[name]) if name in nanogpt else run(name, args.steps)
+            except UserError as error:
+                row = {"error": str(error)}
             record["rows"].append({"variant": name, "turn": turn, **row})
             write_atomically(args.json, json.dumps(record, indent=1) + "\n")
             print_figures(name, row, limit, turn)

@@ -92,7 +92,7 @@ def loss_and_gradient(logits, targets, V, cap):
     # not x.logsumexp: in this form torch.compile finds maximum and sum in one pass over a row
     top = x.amax(-1, keepdim=True)
     log_sum_exp = top + (x - top).exp().sum(-1, keepdim=True).log()
-    # not a gather, which would be a second kernel
+    # not a gather: it would be part of the next kernel, and the logits would be kept until then
     target_logits = torch.where(token == targets, x, 0).sum(-1, keepdim=True)
     grad = (x - log_sum_exp).exp() - (token == targets).float()
     if cap:

@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_cross_entropys(monkeypatch, head, chunks, precis
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             loss = apply(hidden, weight, targets, cap, dtype, True)
-        assert sizes == chunks and max(x.numel() for x in kept) <= 320 * C
+        assert sizes == chunks and sum(x.numel() for x in kept) <= (N + 320) * C
         sizes.clear()
         assert loss.item() == pytest.approx(plain.item(), rel=tolerance)
         grads = torch.autograd.grad(loss * scale, (hidden, weight))
@@ -160,6 +160,7 @@ def test_the_model_makes_no_logits_beside_its_heads(monkeypatch, copies):
                        True).backward()
     with LargeTensors() as whole:
         gpt(tokens, targets).backward()
+    assert head.n == 12  # in eager code; one more would be a copy
     assert (whole.n == head.n) == (not copies)
 
 
