@@ -12,8 +12,8 @@
 # predicted. For other cards, --dry_run says; 8 H100s (limit 516,929) would take 18 minutes, 4 A100s
 # twice as long. To fill another hour, give another --max_steps.
 #
-# Batch: 8 processes x 4 micro-steps x 16 sequences, memory as on a 3090 (10 GB predicted). So 1, 2,
-# 4, 16 or 32 GPUs are the same run too.
+# Batch: 8 processes x 2 micro-steps x 32 sequences, with the memory of config/overnight_3090.py, 18
+# GB predicted. 1, 2, 4 or 16 GPUs make the same run.
 
 from config.modern_3090 import *
 
