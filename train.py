@@ -79,7 +79,7 @@ def train(config, on_step=lambda step, model: None):
     log = RunLog(config, meta, state, max_steps, model, clock, world)
     saver = CheckpointSaver(
         config.out_dir, partial(pack, config, meta, state, model, average, optimizer, scaler),
-        start.best_val_loss, enabled=world.rank == 0 and config.save_weights)
+        start.best_val_loss, config.on_save, enabled=world.rank == 0 and config.save_weights)
     stop = StopSignal()
     batches = micro_batches(train_data, config, batch_size, state.step, world)
 
