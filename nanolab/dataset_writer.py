@@ -25,7 +25,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from nanolab.common import UserError, parse_json, write_atomically
-from nanolab.corpus import documents, file_ranges, group_into_shards, stdlib_files
+from nanolab.corpus import (cut_at_line_ends, documents, file_ranges, format_counts,
+                            group_into_shards, is_records, locate, own_texts, stdlib_files,
+                            undressed)
 from nanolab.data import CHUNK_BYTES, UNFINISHED, read_meta
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
@@ -55,67 +57,142 @@ def is_complete(folder, plan):
     return True
 
 
-OWN_HELDOUT = 0.02  # of your own text, for val and test: half each
+HELDOUT = 0.02  # of stdlib and of much text, for val and test: half each
+OWN_TEXT_RULES = 2  # the second set of rules by which your own text is read, cut and split
 
 
-def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1,
-                   heldout=OWN_HELDOUT):
-    """Python's standard library: small, on every machine, different from one version to another."""
-    prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
-                 f"the standard library of Python {sys.version.split()[0]}", heldout)
+def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1, heldout=HELDOUT):
+    """Python's standard library: small, on every machine, different from one version to another.
+
+    Results on it are published, so its bytes are stored, cut and hashed as they always were.
+    """
+    files, source = stdlib_files(), f"the standard library of Python {sys.version.split()[0]}"
+    other = [heldout] if heldout != HELDOUT else []  # so that older data sets keep their plan
+    plan = fingerprint(source, file_stats(files), tokenizer, "text", *other)
+    ranges = all_ranges(files)
+    max_length = min(max(sum(r.n_bytes for r in ranges) // 100, 2**14), 2**20)
+    split = functools.partial(cut_at_line_ends, max_length=max_length)
+    write_splits(Path(data_dir, name), plan, tokenizer, {"text": ranges}, workers, source, heldout,
+                 {}, split=split)
 
 
-def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=OWN_HELDOUT):
-    """The documents of `files`, split by the hash of their text. Raises UserError."""
-    stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
-    other = [heldout] if heldout != OWN_HELDOUT else []  # so that older data sets keep their plan
-    plan = fingerprint(source, stats, tokenizer, text_column, *other)
+def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=None, given=None,
+                 facts=None):
+    """Your own documents, split by the hash of their text. Raises UserError.
+
+    heldout: the fraction for val and test, half each; None: see default_heldout. given: {split:
+    files} of val, of test or of both, if they are not to come from `files`. facts: for meta.json.
+    """
+    groups = {**(given or {}), "text": files}
+    stats = {group: file_stats(files) for group, files in groups.items()}
+    plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_TEXT_RULES)
+    ranges = {group: all_ranges(files) for group, files in groups.items()}
+    n_bytes = sum(r.n_bytes for r in ranges["text"])
+    heldout = heldout or default_heldout(n_bytes)
+    limit = size = 2**20  # longer texts would take much memory
+    if len(groups) < 3:
+        # A text longer than val is cut: into eighths of val, but not into less than about a window
+        # of tokens, unless val is not much more than that.
+        size = int(min(max(heldout / 16 * n_bytes, min(2**12, n_bytes / 200)), size)) + 1
+        limit = min(max(heldout / 2 * n_bytes, size), limit)
+    split = functools.partial(own_texts, limit=limit, size=size)
+    write_splits(folder, plan, tokenizer, ranges, workers, source, heldout, facts or {},
+                 split=split, text_column=text_column, is_own=True)
+
+
+def file_stats(files):
+    return [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
+
+
+def all_ranges(files):
+    return [file_range for file in files for file_range in file_ranges(file)]
+
+
+def default_heldout(n_bytes):
+    """1 % each for val and test; of less than 26 MB more, up to 5 %, so that each has 256 KiB: about
+    60 windows of 1,024 GPT-2 tokens."""
+    return min(max(HELDOUT, 2 * 2**18 / max(n_bytes, 1)), 0.1)
+
+
+def write_splits(folder, plan, tokenizer, ranges, workers, source, heldout, facts, **options):
+    """ranges: {"text": [FileRange]}, to be split by the hash of the documents, and those of val and
+    test if they are given. options: of tokenize_shard."""
     with dataset_lock(folder):
         if is_complete(folder, plan):
             return
-        ranges = [file_range for file in files for file_range in file_ranges(file)]
-        n_bytes = sum(file_range.n_bytes for file_range in ranges)
-        # Longer text files are cut: with a document above 1 %, val and test could not be 1 % each.
-        options = {"text_column": text_column, "max_length": min(max(n_bytes // 100, 2**14), 2**20)}
+        n_bytes = sum(r.n_bytes for group in ranges.values() for r in group)
         # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
         n_tokens = n_bytes // (1 if tokenizer == "bytes" else 2) + 1
         writer = DatasetWriter(folder, plan, tokenizer)
+        hashed = [split for split in ("test", "val") if split not in ranges]
         with writer.progress_bar(n_tokens) as bar:
-            if not writer.hash_limits:  # they depend on the hash of every document
-                facts = []
-                for path in writer.tokenize("text", ranges, workers, **options):
-                    with np.load(path) as shard:
-                        facts.append(shard["documents"])
-                    bar.update(int(facts[-1]["n_tokens"].sum()))
-                writer.hash_limits = choose_hash_limits(facts, heldout)
-                writer.save()
-        for path in writer.tokenize("text", ranges, 1, **options):  # these files exist by now
+            if writer.hash_limits is None:  # they depend on the hash of every document
+                tokenize_all(writer, ranges, workers, hashed, heldout, facts, bar, options)
+        given = np.load(writer.given_file)
+        for group in ranges:
+            for path in writer.tokenize(group, ranges[group], 1, **options):  # they exist by now
+                with np.load(path) as shard:
+                    tokens, documents = shard["tokens"], shard["documents"]
+                splits, ids = [group], np.zeros(len(documents), int)
+                if group == "text":
+                    splits = [*hashed, "train"]
+                    ids = split_ids(documents, writer.hash_limits)
+                    ids[np.isin(documents["hash"], given)] = -1  # in none
+                ids = ids.repeat(documents["n_tokens"].astype(int))
+                for i, split in enumerate(splits):
+                    writer.append(split, tokens[ids == i])
+                writer.finish_shard(group, path)
+        writer.finish(source, **writer.facts)
+
+
+def tokenize_all(writer, ranges, workers, hashed, heldout, facts, bar, options):
+    """Tokenises all shards, then chooses the splits: sets the writer's hash_limits and facts."""
+    documents, counts = {}, Counter()
+    for group in ranges:
+        parts = []
+        for path in writer.tokenize(group, ranges[group], workers, **options):
             with np.load(path) as shard:
-                tokens, documents = shard["tokens"], shard["documents"]
-            # Of each document, then of each token: 0 for test, 1 for val, 2 for train.
-            split_ids = np.searchsorted(np.array(writer.hash_limits, np.uint64), documents["hash"])
-            split_ids = split_ids.repeat(documents["n_tokens"].astype(int))
-            for i, split in enumerate(("test", "val", "train")):
-                writer.append(split, tokens[split_ids == i])
-            writer.finish_shard("text", path)
-        writer.finish(source)
+                parts.append(shard["documents"])
+                counts.update(null=int(shard["n_null"]), empty=int(shard["n_empty"]))
+            bar.update(int(parts[-1]["n_tokens"].sum()))
+        documents[group] = np.concatenate([np.empty(0, DOCUMENT), *parts])
+        if not len(documents[group]):
+            raise UserError(f"there is no text in the files for {group.replace('text', 'train')}")
+    text = documents.pop("text")
+    given = np.concatenate([np.empty(0, "u8"), *(each["hash"] for each in documents.values())])
+    is_given = np.isin(text["hash"], given)
+    counts["in val or test"] = int(is_given.sum())
+    text = text[~is_given]
+    writer.hash_limits = choose_hash_limits(text, heldout, len(hashed))
+    np.save(writer.given_file, given)
+    writer.facts = {**facts, "documents_left_out": counts}
+    writer.save()
+    if +counts:
+        print(f"documents left out: {format_counts(+counts)}")
+    n_bytes = np.bincount(split_ids(text, writer.hash_limits), text["n_bytes"])
+    shares = (n_bytes / n_bytes.sum())[:-1]
+    if shares.max(initial=0) > 1.5 * heldout / 2:
+        parts = " and ".join(f"{split} {share:.1%}" for split, share in zip(hashed, shares))
+        print(f"note: {parts} of the text instead of {heldout / 2:.1%}: the documents are long; use "
+              "more text or another --heldout")
 
 
-def choose_hash_limits(facts, heldout):
+def split_ids(documents, hash_limits):
+    return np.searchsorted(np.array(hash_limits, np.uint64), documents["hash"])
+
+
+def choose_hash_limits(documents, heldout, n_splits=2):
     """The largest hash in test and the largest in val, with documents in the order of their hash.
 
     The first half of the share `heldout` of the bytes is test, the next half val, each at least one
     document; equal texts stay together. So the split depends on the texts alone, not on the files
-    or their order.
-    facts: arrays of token_files.DOCUMENT, one for each shard. Raises UserError.
+    or their order. n_splits: 1 if only one of the two is wanted, 0 if none.
+    documents: an array of DOCUMENT. Raises UserError.
     """
-    if not any(map(len, facts)):
-        raise UserError("there is no text in these files")
-    documents = np.concatenate(facts)
     documents = documents[np.argsort(documents["hash"])]
     hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"])
     limits, n_done = [], 0
-    for n_reserved in (2, 1):  # documents to leave for val and train, then for train
+    for n_reserved in range(n_splits, 0, -1):  # documents to leave for the splits after, and train
         target = (ends[n_done - 1] if n_done else 0) + heldout / 2 * ends[-1]
         last = max(min(int(np.searchsorted(ends, target)), len(hashes) - 1 - n_reserved), n_done)
         n_done = int(np.searchsorted(hashes, hashes[last], side="right"))
@@ -145,6 +222,8 @@ class DatasetWriter:
         self.n_shards = Counter(progress.get("n_shards"))
         self.n_tokens = Counter(progress.get("n_tokens"))
         self.hash_limits = progress.get("hash_limits")  # of a split by hash, once they are known
+        self.facts = progress.get("facts", {})  # for meta.json, known at that time
+        self.given_file = self.unfinished / "given.npy"  # hashes of documents that train must lack
         self.save()
 
     def read_progress(self):
@@ -156,7 +235,7 @@ class DatasetWriter:
     def save(self):
         """Saves the progress. What was appended since the last save is overwritten after a kill."""
         progress = {"plan": self.plan, "n_shards": self.n_shards, "n_tokens": self.n_tokens,
-                    "hash_limits": self.hash_limits}
+                    "hash_limits": self.hash_limits, "facts": self.facts}
         write_atomically(self.progress_file, json.dumps(progress))
 
     def progress_bar(self, n_tokens):
@@ -176,16 +255,16 @@ class DatasetWriter:
         return tqdm(total=n_tokens, initial=done, unit="tok", unit_scale=True, desc="tokenising",
                     disable=None)
 
-    def tokenize(self, group, ranges, workers, text_column="text", max_length=2**20):
+    def tokenize(self, group, ranges, workers, **options):
         """Tokenises the shards that are not in the splits yet. Yields the file of each, in order.
 
-        max_length: of a document in a text file, in characters. Raises UserError.
+        options: of tokenize_shard. Raises UserError.
         """
         # The plan is in the names: a process of a killed run may still write a shard of another.
         prefix = self.unfinished / f"{self.plan[:8]}-{group}"
         shards = group_into_shards(ranges)
         paths = [Path(f"{prefix}-{i:06d}.npz") for i in range(len(shards))]
-        function = functools.partial(tokenize_shard, self.tokenizer, text_column, max_length)
+        function = functools.partial(tokenize_shard, self.tokenizer, **options)
         first = self.n_shards[group]
         yield from map_in_processes(function, paths[first:], shards[first:], workers)
 
@@ -202,7 +281,7 @@ class DatasetWriter:
         self.save()
         path.unlink()
 
-    def finish(self, source):
+    def finish(self, source, **facts):
         """Moves the splits to their places and writes meta.json, which completes the data set."""
         tokenizer, splits = get_tokenizer(self.tokenizer), {}
         for split in ("train", "val", "test"):
@@ -214,7 +293,8 @@ class DatasetWriter:
                     "numpy": np.__version__}
         meta = {"tokenizer": self.tokenizer, "vocab_size": tokenizer.n_vocab,
                 "dtype": token_dtype(tokenizer).name, "eot_id": tokenizer.eot_token,
-                "splits": splits, "source": source, "plan": self.plan, "versions": versions}
+                "splits": splits, "source": source, "plan": self.plan, "versions": versions,
+                **facts}
         write_atomically(self.folder / "meta.json", json.dumps(meta, indent=1))
         shutil.rmtree(self.unfinished)
 
@@ -260,29 +340,37 @@ def exit_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def tokenize_shard(tokenizer_name, text_column, max_length, path, shard):
+def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, is_own=False):
     """Tokenises a list of FileRange into an .npz file, unless it is there already. -> its path
 
-    It has the tokens (n,) and of each document its DOCUMENT (m,). Raises UserError.
+    It has the tokens (n,), of each document its DOCUMENT (m,), and the numbers of texts that are
+    null or empty. split: a function of a text that returns its documents; None: it is one. is_own:
+    see corpus.documents. Raises UserError.
     """
     if path.exists():
         return path
-    tokenizer = get_tokenizer(tokenizer_name)
+    tokenizer, n_left_out = get_tokenizer(tokenizer_name), Counter()
     tokens, facts = [np.empty(0, np.uint32)], []
     for file_range in shard:
-        for text in documents(file_range, text_column, max_length):
-            try:
-                data = text.encode()
-            except (AttributeError, UnicodeEncodeError):  # a number, or half a surrogate pair
-                raise UserError(f"{file_range.path} has a '{text_column}' that is not text: "
-                                f"{str(text)[:60]!r}") from None
-            if data:  # an empty document teaches nothing
-                tokens.append(encode(tokenizer, text))
-                digest = hashlib.blake2b(data, digest_size=8).digest()
-                facts.append((len(tokens[-1]), len(data), int.from_bytes(digest, "big")))
+        for place, text in documents(file_range, text_column, is_own):
+            if text is None or not (text.strip() if is_own else text):
+                n_left_out["null" if text is None else "empty"] += 1
+                continue
+            for document in split(text) if split else [text]:
+                try:
+                    tokens.append(encode(tokenizer, document))
+                except UserError as error:
+                    if not is_records(file_range.path):
+                        place = text.count("\n", 0, text.find(document))
+                    raise UserError(f"{locate(file_range, place)}: {error}") from None
+                plain = (undressed(document) if is_own else document).encode()
+                digest = hashlib.blake2b(plain, digest_size=8).digest()
+                facts.append((len(tokens[-1]), len(document.encode()),
+                              int.from_bytes(digest, "big")))
     temporary = path.with_suffix(f".{os.getpid()}")
     with open(temporary, "wb") as file:
         np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),
-                 documents=np.array(facts, DOCUMENT))
+                 documents=np.array(facts, DOCUMENT), n_null=n_left_out["null"],
+                 n_empty=n_left_out["empty"])
     os.replace(temporary, path)
     return path
