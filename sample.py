@@ -16,7 +16,8 @@ from nanolab.checkpoint import load_model
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.distributed import pick_device
 from nanolab.huggingface import read_any
-from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, text_of
+from nanolab.tokenizer import (END_OF_TEXT, UNKNOWN, encode_prompt, get_tokenizer, kind_of,
+                               text_of)
 
 
 def main():
@@ -26,7 +27,7 @@ def main():
     if args.top_k and args.top_k > vocab_size:
         raise UserError(f"--top_k={args.top_k} is more than the {vocab_size} tokens of {args.ckpt}")
     if args.tokenizer not in (None, checkpoint["tokenizer"]) and checkpoint["tokenizer"] != UNKNOWN:
-        raise UserError(f"{args.ckpt} reads {checkpoint['tokenizer']} tokens; "
+        raise UserError(f"{args.ckpt} reads {kind_of(checkpoint['tokenizer'])} tokens; "
                         f"leave out --tokenizer={args.tokenizer}")
     tokenizer = get_tokenizer(args.tokenizer or checkpoint["tokenizer"])
     prompt = args.prompt
@@ -39,7 +40,7 @@ def main():
         torch.set_num_threads(1)  # as fast for one token; others would wait for a busy core
     model = load_model(checkpoint).to(device)
 
-    tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
+    tokens = encode_prompt(tokenizer, prompt, vocab_size)
     prompts = torch.tensor([tokens] * args.num_samples, device=device)  # (num_samples, T)
     seeds = range(args.seed, args.seed + args.num_samples)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]

@@ -6,6 +6,7 @@ The shards depend on the files alone, not on the number of processes that will r
 
 import contextlib
 import glob
+import itertools
 import mmap
 import os
 import re
@@ -61,16 +62,15 @@ def own_files(source, left_out=None):
     files, by suffix or reason.
     """
     path, left_out = Path(source), Counter() if left_out is None else left_out
-    matches = [path] if path.exists() else expand(str(source))
+    matches = {path} if path.exists() else expand(str(source))
     found = {file for match in matches
              for file in (files_below(match) if match.is_dir() else [match])}
     suffixes = set(READABLE)
     if path.is_file() or path.suffix and not path.is_dir():
         suffixes |= {path.suffix.lower()} - TABLES
-    asks_for_hidden = is_hidden(path.name) and not path.is_dir()
     files = {}
     for file in sorted(found):
-        if is_hidden(file.name) and not asks_for_hidden:
+        if is_hidden(file.name) and file not in matches:
             left_out["hidden"] += 1
         elif not file.is_file():
             left_out["broken link"] += 1
@@ -90,12 +90,14 @@ def own_files(source, left_out=None):
 
 
 def expand(pattern):
-    """glob.glob, whose ** would miss linked folders or walk a loop of links. -> [Path]"""
-    if "**" not in pattern.split("/"):
-        return [Path(match) for match in glob.glob(pattern)]
-    start, _, end = pattern.partition("**")
-    return [file for folder in glob.glob(start or ".") for file in files_below(folder)
-            if file.match(end.lstrip("/") or "*")]
+    """glob.glob, whose ** would miss linked folders or walk a loop of links. -> {Path}"""
+    matches = [Path(match) for match in glob.glob(pattern)]
+    if "**" in pattern.split("/"):
+        start, _, end = pattern.partition("**")
+        matches = [file for folder in glob.glob(start or ".") for file in files_below(folder)
+                   if file.match(end.lstrip("/") or "*")]
+    asks_for_hidden = is_hidden(Path(pattern).name)
+    return {match for match in matches if is_hidden(match.name) == asks_for_hidden}
 
 
 def files_below(folder):
@@ -250,7 +252,7 @@ def documents(file_range, text_column="text", is_own=False):
     """Yields (place, text) of a range: the whole of a text file's; of records each, None where it
     is null. Raises UserError.
 
-    The place is what `locate` turns into a line or row. is_own: your own text, not a published data
+    The place is what `locate` turns into a line or row; None of a text file. is_own: your own text, not a published data
     set, loses its BOMs, and text files have "\n" for any line end.
     """
     path = file_range.path
@@ -259,7 +261,7 @@ def documents(file_range, text_column="text", is_own=False):
     else:
         text = read_text(file_range)
         text = re.sub("\r\n?", "\n", text.replace("\ufeff", "")) if is_own else text
-        values = json_values(text, file_range, text_column) if is_records(path) else [(0, text)]
+        values = json_values(text, file_range, text_column) if is_records(path) else [(None, text)]
     for place, value in values:
         try:
             # a .parquet file may store text as bytes without the label that it is text
@@ -329,17 +331,24 @@ def json_values(text, file_range, text_column):
     check_column(file_range.path, text_column, columns or [text_column])
 
 
+LEFT_OPEN = {}  # the row group that this process read last, from where it stopped
+
+
 def parquet_rows(file_range, text_column):
-    file = open_parquet(file_range.path)
-    check_column(file_range.path, text_column, file.schema_arrow.names)
-    row = 0
-    for batch in file.iter_batches(256, row_groups=[file_range.row_group], columns=[text_column]):
-        first = max(file_range.start - row, 0)
-        chosen = batch.column(0)[first:max(file_range.stop - row, 0)]
-        yield from enumerate(chosen.to_pylist(), row + first)
-        row += len(batch)
-        if row >= file_range.stop:
+    path, start, stop, _, group, _ = file_range
+    row, batches = LEFT_OPEN.pop((path, group, text_column), (stop, None))
+    if row > start:  # else the rows before would be decoded again for each range of the group
+        file = open_parquet(path)
+        check_column(path, text_column, file.schema_arrow.names)
+        row, batches = 0, file.iter_batches(256, row_groups=[group], columns=[text_column])
+    for batch in batches:
+        first = max(start - row, 0)
+        yield from enumerate(batch.column(0)[first:max(stop - row, 0)].to_pylist(), row + first)
+        if row + len(batch) > stop:
+            LEFT_OPEN.clear()
+            LEFT_OPEN[path, group, text_column] = row, itertools.chain([batch], batches)
             return
+        row += len(batch)
 
 
 def check_column(path, text_column, columns):
@@ -371,8 +380,9 @@ def own_texts(text, limit, size):
 def cut(text, size):
     """Yields the text in pieces of about `size` to 2 `size` bytes.
 
-    Of the lines that may end a piece, one before a blank line does, and of several that with the
-    lowest checksum: so a copy is cut at the same places, in another dress and after other text.
+    Of the lines that may end a piece, a blank one does, and of several that with the lowest
+    checksum of the text before: so a copy is cut at the same places, in another dress or after
+    other text.
     """
     n = size // 4 + 1  # characters, which have up to 4 bytes each
     words = re.compile(f"(?s).{{1,{n}}}(?:\\s|\\Z)|.{{1,{n}}}")
@@ -380,10 +390,10 @@ def cut(text, size):
              for unit in ([line] if n_bytes(line) <= size else words.findall(line))]
     plain = [undressed(unit).encode() for unit in units]
     ends, keys = np.cumsum([len(each) for each in plain]), []
-    checksum = 0
+    recent = b""
     for each in plain:
-        checksum = zlib.crc32(each) if each else checksum
-        keys.append(checksum + 2**32 * bool(each))  # a blank line is lower than any other
+        recent = (recent + each)[-200:]  # more than a line: some come again and again
+        keys.append(zlib.crc32(recent) + 2**32 * bool(each))  # blank lines are the lowest
     first = done = 0
     while ends[-1] - done > 2 * size:
         low, high = np.searchsorted(ends, [done + size, done + 2 * size])
@@ -416,7 +426,8 @@ def open_parquet(path, only_footer=False):
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
     try:
-        return ParquetFile(open_on_hub(path, only_footer) if path.startswith("hf://") else path)
+        file = open_on_hub(path, only_footer) if path.startswith("hf://") else path
+        return ParquetFile(file, pre_buffer=False, buffer_size=2**16)  # not a row group at once
     except ArrowInvalid as error:
         raise UserError(f"{path} is damaged or no .parquet file "
                         f"({str(error).splitlines()[0]})") from None

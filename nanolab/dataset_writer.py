@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from nanolab.common import UserError, parse_json, write_atomically
 from nanolab.corpus import (cut_at_line_ends, documents, file_ranges, format_counts,
-                            group_into_shards, is_records, locate, own_texts, stdlib_files,
-                            undressed)
+                            group_into_shards, locate, own_texts, stdlib_files, undressed)
 from nanolab.data import CHUNK_BYTES, UNFINISHED, read_meta
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
@@ -91,9 +90,10 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
     heldout = heldout or default_heldout(n_bytes)
     limit = size = 2**20  # longer texts would take much memory
     if len(groups) < 3:
-        # A text longer than val is cut: into eighths of val, but not into less than about a window
-        # of tokens, unless val is not much more than that.
-        size = int(min(max(heldout / 16 * n_bytes, min(2**12, n_bytes / 200)), size)) + 1
+        # A text longer than val is cut. A piece has an eighth of val or more: at least the 4 KB of a
+        # window, but no more than half a percent of all text.
+        pieces = max(heldout / 16 * n_bytes, 2**12)
+        size = int(min(pieces, max(n_bytes / 200, 100), size))
         limit = min(max(heldout / 2 * n_bytes, size), limit)
     split = functools.partial(own_texts, limit=limit, size=size)
     write_splits(folder, plan, tokenizer, ranges, workers, source, heldout, facts or {},
@@ -156,13 +156,13 @@ def tokenize_all(writer, ranges, workers, hashed, heldout, facts, bar, options):
                 counts.update(null=int(shard["n_null"]), empty=int(shard["n_empty"]))
             bar.update(int(parts[-1]["n_tokens"].sum()))
         documents[group] = np.concatenate([np.empty(0, DOCUMENT), *parts])
-        if not len(documents[group]):
-            raise UserError(f"there is no text in the files for {group.replace('text', 'train')}")
     text = documents.pop("text")
     given = np.concatenate([np.empty(0, "u8"), *(each["hash"] for each in documents.values())])
-    is_given = np.isin(text["hash"], given)
-    counts["in val or test"] = int(is_given.sum())
-    text = text[~is_given]
+    text, n_before = text[~np.isin(text["hash"], given)], len(text)
+    counts["in val or test"] = n_before - len(text)
+    for split, each in {**documents, "train": text}.items():
+        if not len(each):
+            raise UserError(f"there is no text for {split}")
     writer.hash_limits = choose_hash_limits(text, heldout, len(hashed))
     np.save(writer.given_file, given)
     writer.facts = {**facts, "documents_left_out": counts}
@@ -360,7 +360,7 @@ def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, 
                 try:
                     tokens.append(encode(tokenizer, document))
                 except UserError as error:
-                    if not is_records(file_range.path):
+                    if place is None:
                         place = text.count("\n", 0, text.find(document))
                     raise UserError(f"{locate(file_range, place)}: {error}") from None
                 plain = (undressed(document) if is_own else document).encode()
