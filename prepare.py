@@ -72,8 +72,8 @@ def parse_arguments():
     parser = argument_parser(__doc__)
     path = os.path.expanduser  # the shell leaves the ~ of --data_dir=~/x as it is
     parser.add_argument("source", type=path,
-                        help="stdlib, pypi, fineweb, fineweb-edu, or a file, folder or glob of .txt "
-                             ".md .jsonl .parquet; or info")
+                        help="stdlib, pypi, fineweb, fineweb-edu, or a file, folder or glob of "
+                             ".txt .md .jsonl .parquet; or info")
     parser.add_argument("dataset", nargs="?", metavar="NAME", help="of the data set, after info")
     parser.add_argument("--name", help="the data set's folder in data_dir; default: as the source")
     parser.add_argument("--data_dir", default="data", type=path)
@@ -145,7 +145,8 @@ def prepare_own(args, folder):
     if not files:
         raise UserError(f"'{args.source}' has nothing that --val and --test do not have")
     n_files = len(files) + sum(map(len, given.values()))
-    print(f"{n_files:,} files read; left out: {format_counts(left_out) or 'none'}")
+    print(f"{n_files:,} file{'s' if n_files > 1 else ''} read; left out: "
+          f"{format_counts(left_out) or 'none'}")
     names = [os.path.relpath(file, args.source) for file in files]
     split_names = [name for name in names if SPLIT_WORDS & set(re.split(r"[\W\d_]+", name.lower()))]
     if split_names and len(files) > 1 and not given:

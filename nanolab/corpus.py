@@ -32,26 +32,21 @@ READABLE = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # in a fol
 RECORDS = (".jsonl", ".ndjson", ".json")  # a JSON object a line
 TABLES = {".csv", ".tsv"}  # as text they would be mostly commas and quotes
 SHARD_BYTES = 4 * 2**20
-LINE_END = "\n"
-# Between the documents of a text file. The end of its line belongs to it.
-MARKER = re.escape(END_OF_TEXT) + "(?:\r?\n)?"
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")  # soft hyphens, joiners, BOMs
+MARKER = re.escape(END_OF_TEXT) + "(?:\r?\n)?"  # of your own text: between two documents
+# Soft hyphens, joiners, marks of direction, variants of emoji, BOMs.
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
 # What prepare.py calls them: a title, and the repository on the hub.
 FINEWEBS = {"fineweb": ("FineWeb", "HuggingFaceFW/fineweb"),
             "fineweb-edu": ("FineWeb-Edu", "HuggingFaceFW/fineweb-edu")}
 
 
 class FileRange(NamedTuple):
-    """Bytes start ... stop - 1 of a file, or of a .parquet file rows of one row group.
-
-    Both bounds mean the first document that begins there or later; see `bounds`.
-    """
+    """Bytes start ... stop - 1 of a file; of a .parquet file, rows of one row group."""
     path: str
     start: int
     stop: int
     n_bytes: float  # how much text this is, about
     row_group: int | None = None
-    delimiter: str = LINE_END  # a regular expression: what a document ends with
 
 
 def own_files(source, left_out=None):
@@ -90,14 +85,17 @@ def own_files(source, left_out=None):
 
 
 def expand(pattern):
-    """glob.glob, whose ** would miss linked folders or walk a loop of links. -> {Path}"""
-    matches = [Path(match) for match in glob.glob(pattern)]
-    if "**" in pattern.split("/"):
-        start, _, end = pattern.partition("**")
-        matches = [file for folder in glob.glob(start or ".") for file in files_below(folder)
-                   if file.match(end.lstrip("/") or "*")]
-    asks_for_hidden = is_hidden(Path(pattern).name)
-    return {match for match in matches if is_hidden(match.name) == asks_for_hidden}
+    """The matches of a glob, hidden ones if it asks for them. -> {Path}
+
+    glob.glob's ** would miss linked folders or enter a loop of links, and a folder may be "[1]".
+    """
+    is_deep = "**" in pattern.split("/")
+    start, end = pattern.split("**", 1) if is_deep else os.path.split(pattern)
+    folders = [start or "."] if os.path.isdir(start or ".") else glob.glob(os.path.join(start, ""))
+    asks_for_hidden = is_hidden(os.path.basename(pattern))
+    return {file for folder in folders
+            for file in (files_below(folder) if is_deep else Path(folder).iterdir())
+            if file.match(end.strip("/") or "*") and is_hidden(file.name) == asks_for_hidden}
 
 
 def files_below(folder):
@@ -214,26 +212,26 @@ def fineweb_files(folder, repository):
 
 
 def file_ranges(path):
-    """The whole file, about 4 MiB a range; of a .parquet file, row groups or equal parts of them.
-    -> [FileRange]"""
+    """The whole file in ranges of about 4 MiB, which end where a line ends or, in a text file with
+    markers, a document. -> [FileRange]"""
     if is_parquet(path):
-        metadata = open_parquet(path, only_footer=True).metadata
-        return [file_range for i in range(metadata.num_row_groups)
-                for file_range in row_ranges(path, i, metadata.row_group(i))]
-    size, delimiter = os.path.getsize(path), LINE_END
-    if size > SHARD_BYTES and not is_records(path):
-        with open(path, "rb") as file:
-            n_markers = file.read(SHARD_BYTES).count(END_OF_TEXT.encode())
-        delimiter = MARKER if n_markers > 1 else LINE_END
-    bounds = [(start, min(start + SHARD_BYTES, size)) for start in range(0, size, SHARD_BYTES)]
-    return [FileRange(path, start, stop, stop - start, None, delimiter) for start, stop in bounds]
-
-
-def row_ranges(path, i, group):
-    n = min(max(group.total_byte_size // SHARD_BYTES, 1), max(group.num_rows, 1))
-    starts = [group.num_rows * k // n for k in range(n + 1)]
-    return [FileRange(path, *rows, group.total_byte_size / n, i)
-            for rows in zip(starts, starts[1:])]
+        ranges, metadata = [], open_parquet(path, only_footer=True).metadata
+        for i in range(metadata.num_row_groups):
+            n_rows, n_bytes = metadata.row_group(i).num_rows, metadata.row_group(i).total_byte_size
+            n = max(n_bytes // SHARD_BYTES, 1)
+            rows = sorted({n_rows * k // n for k in range(n + 1)})
+            ranges += [FileRange(path, *each, n_bytes / n, i) for each in zip(rows, rows[1:])]
+        return ranges
+    bounds = {0, size := os.path.getsize(path)}
+    if size > SHARD_BYTES:
+        with (open(path, "rb") as file,
+              mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data):
+            has_markers = data[:SHARD_BYTES].count(END_OF_TEXT.encode()) > 1
+            end = re.compile(MARKER.encode() if has_markers and not is_records(path) else b"\n")
+            ends = (end.search(data, i - 1) for i in range(SHARD_BYTES, size, SHARD_BYTES))
+            bounds |= {end.end() for end in ends if end}
+    bounds = sorted(bounds)
+    return [FileRange(path, *each, each[1] - each[0]) for each in zip(bounds, bounds[1:])]
 
 
 def group_into_shards(ranges):
@@ -249,17 +247,16 @@ def group_into_shards(ranges):
 
 
 def documents(file_range, text_column="text", is_own=False):
-    """Yields (place, text) of a range: the whole of a text file's; of records each, None where it
-    is null. Raises UserError.
+    """Yields (place, text): of records each, with None for a null; a text file's as one.
 
-    The place is what `locate` turns into a line or row; None of a text file. is_own: your own text, not a published data
-    set, loses its BOMs, and text files have "\n" for any line end.
+    place: for `locate`; None of a text file. is_own: your own text, not that of a published data
+    set, loses its BOMs, and the line ends of its text files become "\n". Raises UserError.
     """
     path = file_range.path
     if is_parquet(path):
         values = parquet_rows(file_range, text_column)
     else:
-        text = read_text(file_range)
+        text = read_text(path, file_range.start, file_range.stop)
         text = re.sub("\r\n?", "\n", text.replace("\ufeff", "")) if is_own else text
         values = json_values(text, file_range, text_column) if is_records(path) else [(None, text)]
     for place, value in values:
@@ -274,44 +271,28 @@ def documents(file_range, text_column="text", is_own=False):
         yield place, text.replace("\ufeff", "") if is_own and text else text
 
 
-def read_text(file_range):
-    start, stop = bounds(file_range)
-    with open(file_range.path, "rb") as file:
+def read_text(path, start, stop):
+    with open(path, "rb") as file:
         file.seek(start)
         data = file.read(stop - start)
-    bad = data.find(b"\0")  # UTF-16, or no text
+    bad = data.find(b"\0")  # as in UTF-16
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
         bad = error.start
     if bad >= 0:
-        raise UserError(f"{file_range.path} is not UTF-8 text (byte {start + bad:,}); "
+        raise UserError(f"{path} is not UTF-8 text (byte {start + bad:,}); "
                         "convert it or leave it out")
     return text
 
 
-def bounds(file_range):
-    """The bytes of the documents that begin in a range: neighbours share none. -> start, stop"""
-    def next_document(position):
-        if position == 0:
-            return 0
-        end = delimiter.search(data, position - 1)
-        return end.end() if end else len(data)
-
-    delimiter = re.compile(file_range.delimiter.encode())
-    with (open(file_range.path, "rb") as file,
-          mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data):
-        return next_document(file_range.start), next_document(file_range.stop)
-
-
 def locate(file_range, place):
     """"FILE, line 31" or "FILE, row 31", of a place that `documents` gave."""
-    path = file_range.path
+    path, start = file_range.path, file_range.start
     if is_parquet(path):
         metadata = open_parquet(path, only_footer=True).metadata
         before = sum(metadata.row_group(i).num_rows for i in range(file_range.row_group))
         return f"{path}, row {before + place + 1:,}"
-    start = bounds(file_range)[0]
     with open(path, "rb") as file:
         before = sum(file.read(min(2**20, start - i)).count(b"\n") for i in range(0, start, 2**20))
     return f"{path}, line {before + place + 1:,}"
@@ -335,7 +316,7 @@ LEFT_OPEN = {}  # the row group that this process read last, from where it stopp
 
 
 def parquet_rows(file_range, text_column):
-    path, start, stop, _, group, _ = file_range
+    path, start, stop, _, group = file_range
     row, batches = LEFT_OPEN.pop((path, group, text_column), (stop, None))
     if row > start:  # else the rows before would be decoded again for each range of the group
         file = open_parquet(path)
@@ -371,7 +352,7 @@ def own_texts(text, limit, size):
     """Yields the documents of a text: those between markers, and cut if one has more than `limit`
     bytes. size: see `cut`."""
     for document in re.split(MARKER, text):
-        if n_bytes(undressed(document)) > limit:
+        if len(undressed(document).encode()) > limit:
             yield from cut(document, size)
         elif document.strip():
             yield document
@@ -380,24 +361,20 @@ def own_texts(text, limit, size):
 def cut(text, size):
     """Yields the text in pieces of about `size` to 2 `size` bytes.
 
-    Of the lines that may end a piece, a blank one does, and of several that with the lowest
-    checksum of the text before: so a copy is cut at the same places, in another dress or after
-    other text.
+    It is cut at blank lines, or else at other line ends: of several, where the checksum of the text
+    before is lowest. So a copy is cut at the same places, in another dress or after other text.
     """
-    n = size // 4 + 1  # characters, which have up to 4 bytes each
-    words = re.compile(f"(?s).{{1,{n}}}(?:\\s|\\Z)|.{{1,{n}}}")
-    units = [unit for line in text.splitlines(keepends=True)
-             for unit in ([line] if n_bytes(line) <= size else words.findall(line))]
+    n = size // 4 + 1  # characters of a longer line, up to 4 bytes each
+    units = re.findall(f"(?s)[^\n]{{0,{size}}}\n|.{{1,{n}}}(?:\\s|\\Z)|.{{1,{n}}}", text)
     plain = [undressed(unit).encode() for unit in units]
-    ends, keys = np.cumsum([len(each) for each in plain]), []
-    recent = b""
-    for each in plain:
-        recent = (recent + each)[-200:]  # more than a line: some come again and again
-        keys.append(zlib.crc32(recent) + 2**32 * bool(each))  # blank lines are the lowest
+    ends, keys, recent = np.cumsum([len(each) for each in plain]), [], b""
+    for unit, each in zip(units, plain):
+        recent = (recent + each)[-200:]  # more than a line: some lines come again and again
+        keys.append(zlib.crc32(recent) + 2**32 * (bool(each) + (not unit.endswith("\n"))))
     first = done = 0
     while ends[-1] - done > 2 * size:
         low, high = np.searchsorted(ends, [done + size, done + 2 * size])
-        last = low + int(np.argmin(keys[low:high]))
+        last = low + int(np.argmin(keys[low:max(high, low + 1)]))
         yield "".join(units[first:last + 1])
         first, done = last + 1, ends[last]
     yield "".join(units[first:])
@@ -407,10 +384,6 @@ def undressed(text):
     """A text without what differs between copies of it: white space and line ends, invisible
     characters, and which of Unicode's forms a character has."""
     return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
-
-
-def n_bytes(text):
-    return len(text.encode())
 
 
 def is_records(path):

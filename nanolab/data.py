@@ -66,7 +66,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def nanogpt_vocabulary(path):
-    """The size and the tokenizer that meta.pkl of a data set of nanoGPT's gives. Raises UserError."""
+    """The vocabulary's size and tokenizer, from nanoGPT's meta.pkl. Raises UserError."""
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()

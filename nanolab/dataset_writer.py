@@ -57,149 +57,124 @@ def is_complete(folder, plan):
 
 
 HELDOUT = 0.02  # of stdlib and of much text, for val and test: half each
-OWN_TEXT_RULES = 2  # the second set of rules by which your own text is read, cut and split
+OWN_RULES = 2  # the second set of rules by which your own text is read, cut and split
 
 
 def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1, heldout=HELDOUT):
-    """Python's standard library: small, on every machine, different from one version to another.
-
-    Results on it are published, so its bytes are stored, cut and hashed as they always were.
-    """
-    files, source = stdlib_files(), f"the standard library of Python {sys.version.split()[0]}"
-    other = [heldout] if heldout != HELDOUT else []  # so that older data sets keep their plan
-    plan = fingerprint(source, file_stats(files), tokenizer, "text", *other)
-    ranges = all_ranges(files)
-    max_length = min(max(sum(r.n_bytes for r in ranges) // 100, 2**14), 2**20)
-    split = functools.partial(cut_at_line_ends, max_length=max_length)
-    write_splits(Path(data_dir, name), plan, tokenizer, {"text": ranges}, workers, source, heldout,
-                 {}, split=split)
+    """Python's standard library: small, on every machine, different from one version to another."""
+    prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
+                 f"the standard library of Python {sys.version.split()[0]}", heldout, is_own=False)
 
 
 def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=None, given=None,
-                 facts=None):
-    """Your own documents, split by the hash of their text. Raises UserError.
+                 facts=None, is_own=True):
+    """The documents of `files`, split by the hash of their text. Raises UserError.
 
-    heldout: the fraction for val and test, half each; None: see default_heldout. given: {split:
-    files} of val, of test or of both, if they are not to come from `files`. facts: for meta.json.
+    heldout: the fraction for val and test, half each. given: {split: files} of val, of test or of
+    both, if they are not to come from `files`. facts: more for meta.json. is_own: not stdlib, whose
+    bytes are published and stay what they were.
     """
     groups = {**(given or {}), "text": files}
-    stats = {group: file_stats(files) for group, files in groups.items()}
-    plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_TEXT_RULES)
-    ranges = {group: all_ranges(files) for group, files in groups.items()}
-    n_bytes = sum(r.n_bytes for r in ranges["text"])
-    heldout = heldout or default_heldout(n_bytes)
-    limit = size = 2**20  # longer texts would take much memory
-    if len(groups) < 3:
-        # A text longer than val is cut. A piece has an eighth of val or more: at least the 4 KB of a
-        # window, but no more than half a percent of all text.
-        pieces = max(heldout / 16 * n_bytes, 2**12)
-        size = int(min(pieces, max(n_bytes / 200, 100), size))
-        limit = min(max(heldout / 2 * n_bytes, size), limit)
-    split = functools.partial(own_texts, limit=limit, size=size)
-    write_splits(folder, plan, tokenizer, ranges, workers, source, heldout, facts or {},
-                 split=split, text_column=text_column, is_own=True)
-
-
-def file_stats(files):
-    return [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
-
-
-def all_ranges(files):
-    return [file_range for file in files for file_range in file_ranges(file)]
-
-
-def default_heldout(n_bytes):
-    """1 % each for val and test; of less than 26 MB more, up to 5 %, so that each has 256 KiB: about
-    60 windows of 1,024 GPT-2 tokens."""
-    return min(max(HELDOUT, 2 * 2**18 / max(n_bytes, 1)), 0.1)
-
-
-def write_splits(folder, plan, tokenizer, ranges, workers, source, heldout, facts, **options):
-    """ranges: {"text": [FileRange]}, to be split by the hash of the documents, and those of val and
-    test if they are given. options: of tokenize_shard."""
+    stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
+             for group, files in groups.items()}
+    ranges = {group: [file_range for file in files for file_range in file_ranges(file)]
+              for group, files in groups.items()}
+    n_bytes = sum(file_range.n_bytes for file_range in ranges["text"]) + 1
+    if is_own:
+        plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_RULES)
+        # val and test have at least 256 KiB each, 60 windows of GPT-2's tokens, or 5 % of the text
+        heldout = heldout or min(max(HELDOUT, 2**19 / n_bytes), 0.1)
+        # A text longer than val is cut: into eighths of val, but not into less than a window's
+        # 4 KiB or, of little text, than half a percent of it.
+        size = int(min(max(heldout / 16 * n_bytes, 2**12), max(n_bytes / 200, 100), 2**20))
+        limit = min(max(heldout / 2 * n_bytes, size), 2**20) if len(groups) < 3 else 2**20
+        split = functools.partial(own_texts, limit=limit, size=size)
+    else:
+        other = [heldout] if heldout != HELDOUT else []  # so that older data sets keep their plan
+        plan = fingerprint(source, stats["text"], tokenizer, text_column, *other)
+        max_length = min(max((n_bytes - 1) // 100, 2**14), 2**20)
+        split = functools.partial(cut_at_line_ends, max_length=max_length)
+    options = {"text_column": text_column, "split": split, "is_own": is_own}
     with dataset_lock(folder):
         if is_complete(folder, plan):
             return
-        n_bytes = sum(r.n_bytes for group in ranges.values() for r in group)
         # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
-        n_tokens = n_bytes // (1 if tokenizer == "bytes" else 2) + 1
+        n_tokens = sum(r.n_bytes for group in ranges.values() for r in group)
+        n_tokens = n_tokens // (1 if tokenizer == "bytes" else 2) + 1
         writer = DatasetWriter(folder, plan, tokenizer)
-        hashed = [split for split in ("test", "val") if split not in ranges]
+        splits = [split for split in ("test", "val") if split not in ranges]  # to take from files
         with writer.progress_bar(n_tokens) as bar:
             if writer.hash_limits is None:  # they depend on the hash of every document
-                tokenize_all(writer, ranges, workers, hashed, heldout, facts, bar, options)
-        given = np.load(writer.given_file)
+                documents, counts = tokenize_groups(writer, ranges, workers, options, bar)
+                writer.facts = {**(facts or {}), "documents_left_out": counts}
+                writer.hash_limits = choose_hash_limits(documents, heldout, splits)
+                writer.save()
+        known = np.load(writer.known_file)
         for group in ranges:
+            limits, names, left_out = [], [group], []
+            if group == "text":
+                limits, names, left_out = writer.hash_limits, [*splits, "train"], known
             for path in writer.tokenize(group, ranges[group], 1, **options):  # they exist by now
                 with np.load(path) as shard:
                     tokens, documents = shard["tokens"], shard["documents"]
-                splits, ids = [group], np.zeros(len(documents), int)
-                if group == "text":
-                    splits = [*hashed, "train"]
-                    ids = split_ids(documents, writer.hash_limits)
-                    ids[np.isin(documents["hash"], given)] = -1  # in none
+                ids = np.searchsorted(np.array(limits, np.uint64), documents["hash"])
+                ids[np.isin(documents["hash"], left_out)] = -1
                 ids = ids.repeat(documents["n_tokens"].astype(int))
-                for i, split in enumerate(splits):
+                for i, split in enumerate(names):
                     writer.append(split, tokens[ids == i])
                 writer.finish_shard(group, path)
         writer.finish(source, **writer.facts)
 
 
-def tokenize_all(writer, ranges, workers, hashed, heldout, facts, bar, options):
-    """Tokenises all shards, then chooses the splits: sets the writer's hash_limits and facts."""
+def tokenize_groups(writer, ranges, workers, options, bar):
+    """Tokenises all shards. -> the documents of the group "text" that are in no other group, as an
+    array of DOCUMENT; how many documents are left out, and why."""
     documents, counts = {}, Counter()
     for group in ranges:
-        parts = []
+        parts = [np.empty(0, DOCUMENT)]
         for path in writer.tokenize(group, ranges[group], workers, **options):
             with np.load(path) as shard:
                 parts.append(shard["documents"])
                 counts.update(null=int(shard["n_null"]), empty=int(shard["n_empty"]))
             bar.update(int(parts[-1]["n_tokens"].sum()))
-        documents[group] = np.concatenate([np.empty(0, DOCUMENT), *parts])
-    text = documents.pop("text")
-    given = np.concatenate([np.empty(0, "u8"), *(each["hash"] for each in documents.values())])
-    text, n_before = text[~np.isin(text["hash"], given)], len(text)
-    counts["in val or test"] = n_before - len(text)
-    for split, each in {**documents, "train": text}.items():
-        if not len(each):
-            raise UserError(f"there is no text for {split}")
-    writer.hash_limits = choose_hash_limits(text, heldout, len(hashed))
-    np.save(writer.given_file, given)
-    writer.facts = {**facts, "documents_left_out": counts}
-    writer.save()
+        documents[group] = np.concatenate(parts)
+    known = np.concatenate([documents[group]["hash"] for group in ranges if group != "text"]
+                           or [np.empty(0, np.uint64)])
+    np.save(writer.known_file, known)
+    is_known = np.isin(documents["text"]["hash"], known)
+    documents["text"] = documents["text"][~is_known]
+    counts["in val or test"] = int(is_known.sum())
+    if empty := [group for group in ranges if not len(documents[group])]:
+        raise UserError(f"there is no text for {empty[0].replace('text', 'train')}")
     if +counts:
         print(f"documents left out: {format_counts(+counts)}")
-    n_bytes = np.bincount(split_ids(text, writer.hash_limits), text["n_bytes"])
-    shares = (n_bytes / n_bytes.sum())[:-1]
-    if shares.max(initial=0) > 1.5 * heldout / 2:
-        parts = " and ".join(f"{split} {share:.1%}" for split, share in zip(hashed, shares))
-        print(f"note: {parts} of the text instead of {heldout / 2:.1%}: the documents are long; use "
-              "more text or another --heldout")
+    return documents["text"], counts
 
 
-def split_ids(documents, hash_limits):
-    return np.searchsorted(np.array(hash_limits, np.uint64), documents["hash"])
+def choose_hash_limits(documents, heldout, splits=("test", "val")):
+    """The largest hash in each of the splits, with documents in the order of their hash.
 
-
-def choose_hash_limits(documents, heldout, n_splits=2):
-    """The largest hash in test and the largest in val, with documents in the order of their hash.
-
-    The first half of the share `heldout` of the bytes is test, the next half val, each at least one
-    document; equal texts stay together. So the split depends on the texts alone, not on the files
-    or their order. n_splits: 1 if only one of the two is wanted, 0 if none.
+    Each split has the next half of the fraction `heldout` of the bytes, at least one document;
+    equal texts stay together. So it depends on the texts alone, not on the files or their order.
     documents: an array of DOCUMENT. Raises UserError.
     """
     documents = documents[np.argsort(documents["hash"])]
-    hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"])
-    limits, n_done = [], 0
-    for n_reserved in range(n_splits, 0, -1):  # documents to leave for the splits after, and train
-        target = (ends[n_done - 1] if n_done else 0) + heldout / 2 * ends[-1]
-        last = max(min(int(np.searchsorted(ends, target)), len(hashes) - 1 - n_reserved), n_done)
+    hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"], dtype=float)
+    limits, fractions, n_done = [], {}, 0
+    for n_reserved, split in zip(range(len(splits), 0, -1), splits):  # documents to leave
+        start = ends[n_done - 1] if n_done else 0
+        last = int(np.searchsorted(ends, start + heldout / 2 * ends[-1]))
+        last = max(min(last, len(hashes) - 1 - n_reserved), n_done)
         n_done = int(np.searchsorted(hashes, hashes[last], side="right"))
         if n_done == len(hashes):
             raise UserError(f"{len(np.unique(hashes)):,} different documents are too few to split "
                             "into train, val and test; use more or smaller ones")
         limits.append(int(hashes[last]))
+        fractions[split] = (ends[n_done - 1] - start) / ends[-1]
+    if max(fractions.values(), default=0) > 0.75 * heldout:
+        parts = " and ".join(f"{fraction:.1%} for {split}" for split, fraction in fractions.items())
+        print(f"note: {parts} instead of {heldout / 2:.1%}: the documents are long, or equal; use "
+              "more text or another --heldout")
     return limits
 
 
@@ -223,7 +198,7 @@ class DatasetWriter:
         self.n_tokens = Counter(progress.get("n_tokens"))
         self.hash_limits = progress.get("hash_limits")  # of a split by hash, once they are known
         self.facts = progress.get("facts", {})  # for meta.json, known at that time
-        self.given_file = self.unfinished / "given.npy"  # hashes of documents that train must lack
+        self.known_file = self.unfinished / "known.npy"  # hashes of what is left out of train
         self.save()
 
     def read_progress(self):

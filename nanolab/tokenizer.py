@@ -123,12 +123,11 @@ def encode(tokenizer, text):
 
 
 def encode_prompt(tokenizer, prompt, vocab_size):
-    """-> [id]. Raises UserError if the prompt has characters that a model has no tokens for."""
+    """-> [id]. Raises UserError."""
     tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
     if max(tokens, default=0) >= vocab_size:
-        strange = next((character for character in prompt
-                        if max(tokenizer.encode_ordinary(character)) >= vocab_size), END_OF_TEXT)
-        raise UserError(f"the model has no token for {strange!r}; choose another prompt")
+        raise UserError(f"the prompt {prompt[:60]!r} has characters that the model has no tokens "
+                        "for; choose another")
     return tokens
 
 
