@@ -46,7 +46,7 @@ MAX_SKIPPED = 20  # updates in a row that may be skipped
 
 def train(config, on_step=lambda step, model: None):
     """One run. on_step is called before each step; tests watch by it."""
-    world = init_distributed(config.device, config.amp, config.tf32)  # device, dtype, rank, size
+    world = init_distributed(config.device, config.amp, config.tf32, config.fp16_sums)
 
     # data, and what the run starts from: its last checkpoint, the weights of init_from, or neither
     make_stdlib_if_missing(config, world)
@@ -116,8 +116,7 @@ def train(config, on_step=lambda step, model: None):
                 optimizer.step()  # not by the scaler, which would wait for the device once more
             scaler.update()  # a lower scale after a skipped update
             if is_averaged(step, max_steps, config):
-                state.averaged_steps += 1
-                average_weights(average, model, state.averaged_steps)
+                state.averaged_steps = average_weights(average, model, state.averaged_steps)
             state.count_step(config.global_batch_size * config.block_size, skipped, clock)
             log.step(loss, lr, norm, skipped)
             if state.skipped_in_a_row == MAX_SKIPPED:
@@ -221,10 +220,15 @@ def make_fast(model, config, world):
     """The model compiled or, on a CPU, with threads that share each batch where they can. A rule
     chooses, not a timing: so the same command gives the same bits."""
     is_small = sum(p.numel() for p in model.parameters()) <= LARGEST_SHARED
-    compiled = config.compile is True or config.compile == "auto" and world.device.type == "cuda"
+    on_gpu, one_gpu = world.device.type == "cuda", world.device.type == "cuda" and world.size == 1
+    compiled = config.compile in (True, "graphs") or config.compile == "auto" and on_gpu
     if compiled:
-        model = torch.compile(model)
-    if world.device.type != "cpu":
+        # Not mode="reduce-overhead": with its trees, autograd takes a graph's own buffer as .grad,
+        # which the next micro-step overwrites (pytorch issue 96693). Without them it copies.
+        graphs = one_gpu and config.compile == "graphs" and config.batch_size != "auto"
+        model = torch.compile(model, fullgraph=one_gpu, options={
+            "triton.cudagraphs": graphs, "triton.cudagraph_trees": False})
+    if on_gpu or world.device.type == "mps":
         return model
     # dropout masks would depend on which thread draws first
     may_share = is_small and config.batch_size != 1 and not (compiled or config.dropout)

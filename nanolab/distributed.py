@@ -59,7 +59,7 @@ class World:
             torch.accelerator.synchronize(self.device)
 
 
-def init_distributed(device="auto", amp="auto", tf32=False):
+def init_distributed(device="auto", amp="auto", tf32=False, fp16_sums=False):
     """Joins the other processes, if torchrun started this one. -> World. Raises UserError.
 
     The options are those of config/__init__.py.
@@ -69,6 +69,9 @@ def init_distributed(device="auto", amp="auto", tf32=False):
         end_with_parent()
     found = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype = autocast_dtype(amp, found)
+    if fp16_sums and found.type != "cuda":
+        raise UserError(f"fp16_sums is for CUDA; this run is on {found.type}", exit_code=2)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = fp16_sums
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if found.type == "cpu":

@@ -35,7 +35,8 @@ def mean_losses(model, dataset, groups, batch_size, world):
     losses = [torch.zeros((), device=world.device)]  # the first, for a rank may have no batch
     for _, ids in batches:
         with world.autocast():
-            losses.append(model(*dataset.batch(ids, world.device)))
+            # a copy: a CUDA graph overwrites its output when it runs again
+            losses.append(model(*dataset.batch(ids, world.device)).clone())
     model.train(was_training)
     sums = torch.zeros(len(groups), dtype=torch.float64)
     for (i, ids), loss in zip(batches, torch.stack(losses)[1:].cpu().double()):

@@ -115,9 +115,10 @@ def is_averaged(step, max_steps, config):
 
 @torch.no_grad()
 def average_weights(average, model, n):
-    """Makes the mean of the weights after n - 1 steps that after n. Not torch's AveragedModel,
+    """Adds the weights of this step to the mean of n others. -> n + 1. Not torch's AveragedModel,
     which copies n to the GPU, and so waits for it."""
-    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 / n)
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 / (n + 1))
+    return n + 1
 
 
 class MuonAdamW:

@@ -8,11 +8,13 @@ from config import OPTIONS, Config
 from conftest import HERE
 from nanolab.options import load
 
-DOCS = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+DOCS = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")),
+        *sorted((HERE / "studies").rglob("*.md"))]
 FOLDERS = [HERE / name for name in ("", "config", "config/interventions", "nanolab", "bench")]
 OF_OTHERS = {  # torchrun's, nanoGPT's, lm_eval's; and the one that stands for any
     "--standalone", "--nproc_per_node", "--max-restarts", "--start", "--dtype", "--model",
-    "--model_args", "--tasks", "--include_path", "--key"}
+    "--model_args", "--tasks", "--include_path", "--key",
+    "--against", "--quick", "--tune"}  # of studies/ladder
 
 
 @pytest.fixture(params=DOCS, ids=lambda doc: doc.name)

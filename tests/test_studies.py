@@ -1,124 +1,367 @@
-"""The runs in config/results/ are those of the commands in config/studies/."""
+"""The studies: their commands make the runs on record, their pages have the tables of their data,
+and what a study alone computes is right."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
 
-import config
-import eval as evaluation
-from config.studies import flags, ladder
-from conftest import HERE
-from nanolab.study import find_runs
-from nanolab.tokenizer import get_tokenizer
+import study
+from config import OPTIONS, Config
+from nanolab import options
+from nanolab.common import UserError
+from nanolab.study import runs
+from studies import update
+from studies.batch_size import fit
+from studies.flags import flags
+from studies.ladder import scaling
+from studies.noise import mixed_model
 
-STUDIES = sorted(path.stem for path in (HERE / "config/studies").glob("*.sh"))
-RESULTS = {"lab": ["lab"], "lab_noise": ["lab_noise"], "lab_batch_size": ["lab_batch_size"],
-           "modern": ["modern"], "modern_core": ["modern_core"],
-           "lab_wide": ["lab_wide"],
-           "flags": ["flags_2x32", "flags_2x48", "flags_stack", "flags_stack_rates",
-                     "flags_stack_tuning"],
-           "ladder": ["ladder", "ladder_2x64", "ladder_prediction"],
-           "modern_sizes": ["modern_small_1x", "modern_small_2x", "modern_wide_1x",
-                            "modern_wide_half"]}
-TRIALS = ["ladder_tuning", "lab_wide_trials"]  # compared by validation loss, never tested
+HERE = Path(study.__file__).parent
+STUDIES = sorted(path.parent.name for path in (HERE / "studies").glob("*/run.sh"))
 
-# Instead of Python: writes its command line down. A module is run.
-FAKE_PYTHON = f"""#!/bin/sh
-[ "$1" = -m ] && exec {sys.executable} "$@"
+# The results file on record of each file that a study writes.
+RECORDED = {
+    "lab": "lab/results", "noise": "noise/results", "batch_size": "batch_size/results",
+    "ladder": "ladder/results", "ladder_2x64": "ladder/2x64", "quickstart": "quickstart/results",
+    "ladder_prediction": "ladder/prediction",
+    **{f"flags_{name}": f"flags/{name}" for name in ("2x32", "2x48", "stack", "stack_rates",
+                                                     "stack_tuning")},
+    **{f"modern_{name}": f"modern/{name}" for name in (
+        "alone", "core", "small_1x", "small_2x", "wide_half", "wide_1x", "wide_tuned",
+        "wide_trials")}}
+
+# Instead of Python and torchrun: writes the command line down. What prints command lines is run.
+FAKE = f"""#!/bin/sh
+case "$2" in studies.ladder.ladder | studies.flags.flags) exec {sys.executable} "$@" ;; esac
 echo "$*" >> "$COMMAND_LINES"
 """
 
 
-def command_lines(study, folder):
-    """What a study's script runs. -> (command lines of train.py, command lines of eval.py)."""
-    fake = folder / "bin/python"
-    fake.parent.mkdir()
-    fake.write_text(FAKE_PYTHON)
-    fake.chmod(0o755)
-    env = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}",
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(HERE)
+
+
+def load(argv):
+    return options.load(Config, argv)
+
+
+def command_lines(name, folder):
+    """What a study's script runs: lists of words, without python or torchrun."""
+    (folder / "bin").mkdir()
+    for program in ("python", "torchrun"):
+        (folder / "bin" / program).write_text(FAKE)
+        (folder / "bin" / program).chmod(0o755)
+    for needed in ("studies", "config", "nanolab"):  # and no folder out, whose files would match
+        (folder / needed).symlink_to(HERE / needed)
+    env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(HERE),
            "COMMAND_LINES": str(folder / "commands")}
-    subprocess.run(["bash", f"config/studies/{study}.sh"], cwd=HERE, env=env, check=True,
-                   stdout=subprocess.DEVNULL, timeout=60)
-    lines = [line.split() for line in (folder / "commands").read_text().splitlines()]
-    scripts = {line[0] for line in lines}
-    assert scripts == {"train.py", "eval.py"}
-    return ([line[1:] for line in lines if line[0] == "train.py"],
-            [line[1:] for line in lines if line[0] == "eval.py"])
+    subprocess.run(["bash", f"studies/{name}/run.sh"], cwd=folder, env=env, check=True,
+                   stdout=subprocess.DEVNULL, timeout=120)
+    lines = (folder / "commands").read_text().splitlines()
+    return [line.replace("--standalone --nproc_per_node=8 ", "").split() for line in lines]
 
 
-def experiment(options):
-    """What tells one run of a study from another, to compare and to sort by."""
-    compared = set(config.OPTIONS) - config.RESUME_MAY_CHANGE | {"name", "seed"}
-    options = {key: options[key] for key in compared}
-    options["vocab_size"] = options["vocab_size"] or get_tokenizer("bytes").n_vocab
-    return json.dumps(options, sort_keys=True)
-
-
-def recorded_experiment(run):
-    defaults = {key: option.default for key, option in config.OPTIONS.items()}
-    return experiment({**defaults, **run["config"], "name": run["name"]})
-
-
-def test_each_result_has_its_study():
-    assert sorted(RESULTS) == STUDIES
-    files = [path.stem for path in (HERE / "config/results").glob("*.json")]
-    assert sorted(files) == sorted(sum(RESULTS.values(), TRIALS))
+def experiment(config, name):
+    """The name, the options that tell experiments apart, and the seeds, to compare and sort by."""
+    given = {key: config[key] for key in OPTIONS if key in config}
+    settings = runs.settings({"config": given})
+    seeds = {key: settings[key] for key in runs.SEEDS}
+    compared = {**runs.relevant_options({"config": given}), **seeds, "name": name}
+    compared["vocab_size"] = compared["vocab_size"] or 257  # 0: that of the data, bytes
+    return json.dumps(compared, sort_keys=True)
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="the studies are scripts for bash")
-@pytest.mark.parametrize("study", STUDIES)
-def test_study_makes_its_results(study, tmp_path, monkeypatch):
-    """A study trains the runs of its results, with equal options, and its tables gather them
-    all."""
-    train_commands, eval_commands = command_lines(study, tmp_path)
-    runs = {}
-    monkeypatch.chdir(HERE)  # where the config files are
-    for argv in train_commands:
-        options = config.load(argv)
-        assert options.resume and options.out_dir not in runs
-        runs[options.out_dir] = experiment(vars(options))
-
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
+    """Its commands are valid; they train the runs on record, and its tables gather them all."""
+    lines = command_lines(name, tmp_path)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    for argv in (line[1:] for line in lines if line[0] == "train.py"):
+        config = vars(load(argv))
+        assert config["resume"]
+        folder = tmp_path / config["out_dir"]
+        folder.mkdir(parents=True)  # as a run leaves it
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "summary.json").write_text('{"best_val_loss": 2.0}')
+        (folder / "best.pt").touch()
+        (folder / "best.test.json").write_text(json.dumps({"results": [
+            {"name": config["name"], "test_loss": 3.0, "amp": "off", "test_sha256": "5",
+             "dataset": config["dataset"], "config": config}]}))
     monkeypatch.chdir(tmp_path)
-    for folder in runs:  # as finished runs leave them
-        Path(folder).mkdir(parents=True)
-        for name in ("config.json", "best.pt", "summary.json"):
-            Path(folder, name).touch()
-    gathered = {}
-    for argv in eval_commands:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
-        args = evaluation.parse_arguments()
-        checkpoints, results_files, unfinished = find_runs(args.ckpt)
-        assert not results_files and not unfinished
-        gathered[Path(args.json).stem] = [runs[os.path.dirname(path)] for path in checkpoints]
-    assert sorted(gathered) == sorted(RESULTS[study])
-    for name, found in gathered.items():
-        recorded = json.loads((HERE / f"config/results/{name}.json").read_text())["runs"]
-        assert sorted(found) == sorted(map(recorded_experiment, recorded)), name
+    written = set()
+    for argv in (line for line in lines if line[0] == "study.py"):
+        if name == "batch_size":  # its label has a space
+            argv = argv[:argv.index("--baseline")] + argv[argv.index("--json"):]
+        argv = [word for word in argv if word != "--plot" and not word.endswith(".png")]
+        monkeypatch.setattr(sys, "argv", argv)
+        study.main()
+        written.add(Path(argv[argv.index("--json") + 1]).stem)
+    assert any(line[0] == "eval.py" for line in lines)
+    if name == "published":
+        return  # its runs were made with other code
+    assert written == {key for key, path in RECORDED.items() if path.startswith(f"{name}/")}
+    for key in written:
+        made, on_record = (sorted(experiment(run["config"], run["name"])
+                                  for run in runs.read_file(path)) for path in (
+            f"out/{key}.json", f"studies/{RECORDED[key]}.json"))
+        assert made == on_record, key
 
 
-def test_the_stack_is_what_helped(monkeypatch):
-    """By the rule, from the validation losses of then; docs/log.md has the table of now."""
-    monkeypatch.chdir(HERE)
+@pytest.mark.parametrize("page", update.pages(), ids=lambda page: page.parent.name)
+def test_pages_have_the_tables_of_their_data(page):
+    text = page.read_text()
+    assert text == update.updated(text, draw=False), f"python -m studies.update {page}"
+    if page.parent.parent.name == "studies":  # no result is typed by hand
+        typed = update.TABLE.sub("", text)
+        assert "| -0." not in typed and "paired, 5" not in typed
+
+
+def test_the_stack_is_what_helped():
+    """By the rule, from the validation losses of then."""
     helped = [name for name in flags.FLAGS
               if flags.helped(*flags.compare(name, flags.SEEDS_OF_CHOICE))]
     assert sorted(helped) == sorted(flags.STACK)
-    assert "\n".join(flags.choose()) in (HERE / "docs/log.md").read_text()
 
 
-def test_the_ladders_rates_are_those_of_its_trials(monkeypatch):
-    """The table of docs/ladder.md: each recipe's values, the best rates, the law's at the largest
-    size."""
-    monkeypatch.setattr(ladder, "COLLECTED", HERE / "config/results/ladder_tuning.json")
-    text = (HERE / "docs/ladder.md").read_text()
-    for recipe in ladder.RECIPES:
-        best = ladder.best_trial(recipe)
-        rates = [ladder.best_rate(recipe, size) for size in ladder.LADDER]
-        rates.append(ladder.rate_law(recipe)(ladder.parameters(ladder.LARGEST)))
-        cells = [f"`{recipe}`", f"{best['weight_decay']:.3g}", f"{best['beta2']:g}",
-                 f"{best['warmup_fraction']:g}", *(f"{rate:.4f}" for rate in rates)]
-        assert f"| {' | '.join(cells)} |" in text
+SIZES = {16: 40_000, 24: 90_000, 32: 200_000, 48: 400_000, 64: 800_000}  # width: parameters
+FRACTION = 0.3  # of the baseline's tokens with which `better` has its loss
+
+
+def true_loss(parameters, budget):
+    return 0.9 + 1.1 * (parameters * budget / 40_000) ** -0.35
+
+
+def ladder(noise=0.003, widths=SIZES, groups=None):
+    """Runs: `baseline` with 20 tokens a parameter, `better` also with fewer."""
+    rng, found = np.random.default_rng(0), []
+    for width in widths:
+        for name, budgets in (("baseline", (1,)), ("better", (1, 1/2, 1/4))):
+            for budget in budgets:
+                for seed in (1, 2, 3):
+                    tokens = round(20 * SIZES[width] * budget)
+                    loss = true_loss(SIZES[width], budget / (FRACTION if name == "better" else 1))
+                    loss += noise * rng.standard_normal()
+                    found.append({"name": name, "test_loss": loss, "trained_tokens": tokens,
+                                  "parameters": SIZES[width] - 4 * (name == "better"),
+                                  "config": {"seed": seed, "n_embd": width, "max_tokens": tokens}})
+                    if groups:
+                        found[-1].update(group_windows=[3] * 50,
+                                         group_losses=(loss + groups[name]).tolist())
+    return found
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    monkeypatch.setattr(scaling, "N_SAMPLES", 200)  # quick
+
+
+def test_the_law_is_found_and_predicts(few_samples, tmp_path):
+    result = scaling.analyse(ladder(), ["baseline"])
+    assert result["target"] == 800_000 and result["fitted"] == [40_000, 90_000, 200_000, 400_000]
+    for law, scale in zip(result["laws"], (1, 1 / FRACTION)):
+        assert law["law"]["exponent"] == pytest.approx(0.35, abs=0.05)
+        low, high = law["interval"]
+        assert low < law["measured"] < high < low + 0.05
+        assert law["predicted"] == pytest.approx(true_loss(800_000, scale), abs=0.01)
+        assert law["lack_of_fit"] > 0.01
+    for fraction, (low, high), beyond in result["fractions"].values():
+        assert low < fraction < high and fraction == pytest.approx(FRACTION, abs=0.015)
+        assert not beyond
+    assert all(row["p"] < 1e-3 for row in result["differences"].values())
+    scaling.plot_analysis(result, tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").stat().st_size > 10_000
+    printed = scaling.format_analysis(result, markdown=True)
+    assert f"{result['laws'][0]['predicted']:.4f}" in printed
+
+    largest_unknown = scaling.analyse(ladder(widths=[16, 24, 32, 48]), ["baseline"], 800_000)
+    low, high = largest_unknown["laws"][0]["interval"]
+    assert low < largest_unknown["laws"][0]["predicted"] < high
+    assert largest_unknown["laws"][0]["measured"] is None
+
+
+def test_fits_are_scipys():
+    sizes, losses = np.array([40, 90, 200, 400]) * 1000, np.array([2.0, 1.75, 1.59, 1.45])
+    for errors in (np.ones(4), np.array([0.01, 0.02, 0.01, 0.05])):
+        law = scaling.fit_power_laws(sizes, losses, errors)
+        found, _ = scipy.optimize.curve_fit(lambda x, a, b, c: a + b * x ** -c, sizes / 40_000,
+                                            losses, (1, 1, 0.4), errors, bounds=(0, 3))
+        assert [float(law[key]) for key in ("floor", "gain", "exponent")] == pytest.approx(
+            found, rel=2e-3)
+    power = scaling.fit_power_laws(sizes, (sizes / 40_000) ** -0.3 - 0.2)
+    assert power["floor"] == 0  # a floor below 0 is none
+    assert math.isnan(scaling.fit_power_laws(sizes, losses[::-1])["gain"])
+
+
+def test_lack_of_fit():
+    """p is uniform where the losses follow a law, and small where they do not."""
+    rng, sizes = np.random.default_rng(0), np.array([40, 90, 200, 400, 800]) * 1000
+    losses = true_loss(sizes, 1) + 0.01 * rng.standard_normal((400, 5))
+    ps = [scaling.lack_of_fit(sizes, each, np.full(5, 0.01), 1e6) for each in losses]
+    assert 0.02 < np.mean(np.array(ps) < 0.05) < 0.09
+    bent = true_loss(sizes, 1) + [0, 0.05, 0, 0, 0]
+    assert scaling.lack_of_fit(sizes, bent, np.full(5, 0.01), 20) < 0.01
+
+
+def test_crossing():
+    """On the line between the two budgets around the loss; beyond them, on the nearest line."""
+    for target, found in ((2.5, -1.5), (1.75, -0.5), (3.5, -2.5), (1.25, 0.5)):
+        assert scaling.crossing([-2, -1, 0], [3, 2, 1.5], target) == pytest.approx(found)
+    assert math.isnan(scaling.crossing([-1, 0], [2, 2], 3))
+    assert math.isnan(scaling.crossing([0], [2], 2))
+    assert scaling.interval(np.array([1.0, 2.0] * 10 + [np.nan] * 2)) is None
+
+
+def test_fractions_depend_on_the_text(few_samples):
+    """Where recipes differ by document, other documents would give another fraction."""
+    uneven = {"baseline": np.zeros(50), "better": np.random.default_rng(0).normal(0, 0.2, 50)}
+    widths = []
+    for groups in (None, uneven):
+        found = scaling.analyse(ladder(groups=groups), ["baseline"])["fractions"].values()
+        widths.append([high - low for _, (low, high), _ in found])
+    assert min(widths[1]) > 3 * max(widths[0])
+
+
+def test_a_noisy_cell_counts_with_its_own_sd(monkeypatch):
+    """The noise is Student's with the recipe's common SD; a cell that departs from it is named."""
+    found = ladder()
+    sds, warnings = scaling.noise(scaling.collect_cells(found))
+    pooled, df = sds["baseline", 40_000, 800_000]
+    assert not warnings and df == 10 and pooled == pytest.approx(0.003, rel=0.5)
+    assert len({sd for (name, *_), sd in sds.items() if name == "baseline"}) == 1
+    for i, run in enumerate(found[:3]):
+        run["test_loss"] += 0.1 * i
+    sds, [warning] = scaling.noise(scaling.collect_cells(found))
+    assert "baseline with 40,000 parameters" in warning
+    assert sds["baseline", 40_000, 800_000] == (pytest.approx(0.1, rel=0.1), 2)
+
+    monkeypatch.setattr(scaling, "N_SAMPLES", 20_000)
+    pair = [{"name": "a", "test_loss": loss, "config": {"seed": loss}} for loss in (1.0, 1.2)]
+    cells = {("a", 100, 100): pair, ("a", 200, 200): pair[:1]}
+    samples = scaling.sample_means(cells, scaling.noise(cells)[0], with_text=False)
+    low, high = scaling.interval(samples["a", 200, 200])
+    assert high - 1 == pytest.approx(12.706 * 0.2 / 2 ** 0.5, rel=0.1) == 1 - low
+
+
+def test_ladders_that_cannot_be_used(few_samples):
+    found = ladder()
+    one_seed = [{**run, "config": {**run["config"], "seed": 1}} for run in found]
+    other = {**found[0], "config": {**found[0]["config"], "seed": 9, "weight_decay": 0.5}}
+    level = [{**run, "test_loss": 2.0 + 1e-3 * run["config"]["seed"]} for run in found]
+    for bad, message in (([{**found[0], "parameters": None}], "baseline lacks"),
+                         ([*found, other], "differ in their options"),
+                         (one_seed, "nothing shows the noise of baseline"),
+                         (ladder(widths=[16, 24, 32, 48]), "at least 4 sizes"),
+                         (level, "no power law fits")):
+        with pytest.raises(UserError, match=message):
+            scaling.analyse(bad, ["baseline"])
+    with pytest.raises(UserError, match="there are baseline, better"):
+        scaling.analyse(found, ["none"])
+
+
+def test_batch_size_fit_is_the_published_one():
+    sizes, losses = fit.points("studies/published/results.json", "batch_size")
+    found = fit.fit_batch_size(sizes, losses)
+    assert found["coefficients"] == pytest.approx((0.0323126, -0.2957154, 4.3687459), abs=1e-7)
+    low, high = found["optimum_interval"]
+    assert (round(low), round(found["optimum"]), round(high)) == (62, 97, 595)
+    for end in (low, high):  # where the slope's t statistic is at its 5 % point
+        at = np.array([2 * math.log(end), 1, 0])
+        t = abs(at @ found["coefficients"]) / math.sqrt(at @ found["covariance"] @ at)
+        assert t == pytest.approx(scipy.stats.t.ppf(0.975, 2))
+    assert "Optimum 97.1" in fit.format_fit(found, sizes) and "3.623 to 3.761" in fit.format_fit(
+        found, sizes)
+    for losses, words in (([3.1, 3.3, 3.2, 3.0], "no lowest point"),
+                          ([3.0, 3.1, 3.2, 3.4], "no lowest point"),
+                          ([3.2, 3.0, 3.15, 3.1], "without an end")):
+        assert words in fit.format_fit(fit.fit_batch_size([2, 4, 8, 16], losses), [2, 16])
+    with pytest.raises(UserError, match="at least four runs of three"):
+        fit.fit_batch_size([2, 2, 4, 4], [3, 3, 3, 3])
+
+
+def test_fiellers_interval_holds():
+    """Coverage by simulation: a curve with its lowest point at 64."""
+    sizes, rng = np.array([6, 104, 216, 224, 512]), np.random.default_rng(3)
+    fits = [fit.fit_batch_size(sizes, 0.03 * np.log(sizes / 64) ** 2 + rng.normal(0, 0.01, 5))
+            for _ in range(1000)]
+    found = [each["optimum_interval"] for each in fits if each["optimum_interval"]]
+    assert len(found) > 990 and 0.93 < np.mean([low < 64 < high for low, high in found]) < 0.97
+
+
+SEEDS = [(42, 42), (22, 22), (67, 67), (42, 23), (42, 67), (23, 23), (67, 23)]  # weights, loop
+LOSSES = [3.691526, 3.673453, 3.653593, 3.681356, 3.680505, 3.673943, 3.664345]
+
+
+def reml(losses, matrices):
+    """The variances of greatest likelihood of contrasts that the mean cannot change, by search."""
+    contrasts = scipy.linalg.null_space(np.ones((1, len(losses)))).T
+    projected, y = [contrasts @ matrix @ contrasts.T for matrix in matrices], contrasts @ losses
+
+    def minus_log_likelihood(logs):
+        covariance = np.tensordot(np.exp(logs), projected, 1)
+        return -scipy.stats.multivariate_normal.logpdf(y, cov=covariance)
+    start = [math.log(np.var(y))] * len(matrices)
+    return np.exp(scipy.optimize.minimize(minus_log_likelihood, start, method="Nelder-Mead",
+                                          options={"xatol": 1e-6, "fatol": 1e-10}).x)
+
+
+def test_the_mixed_model_of_the_published_baselines():
+    """REML by another search, the audit's figures, and the intervals' formulas."""
+    matrices = [np.eye(7), *(np.equal.outer(ids, ids) for ids in zip(*SEEDS))]
+    variances = reml(LOSSES, matrices)
+    model = mixed_model.mixed_model(LOSSES, SEEDS)
+    assert [model[key] for key in ("rest", "weights", "loop")] == pytest.approx(variances, 3e-3)
+    covariance, baseline = np.tensordot(variances, matrices, 1), dict(zip(SEEDS, LOSSES))
+    for n_new, expected in ((0, 3.27), (1, 3.82)):
+        mean, error, df = mixed_model.mean_loss(baseline, n_new)
+        assert (mean, df) == (pytest.approx(np.mean(LOSSES)), pytest.approx(expected, abs=0.01))
+        assert error ** 2 == pytest.approx(covariance.sum() / 49 + n_new * sum(variances), 5e-3)
+    row = mixed_model.difference({seeds: 2 * loss for seeds, loss in baseline.items()}, baseline)
+    assert row["compared"] == "paired, 7" and row["error"] == pytest.approx(
+        mixed_model.mean_loss(baseline)[1])
+    single = mixed_model.difference({(42, 42): 3.577761}, baseline)
+    assert (single["difference"], single["df"]) == (pytest.approx(-0.0963, abs=1e-4),
+                                                    pytest.approx(3.82, abs=0.01))
+
+    # one run each of seven seeds: nothing separates weights, loop and rest: the textbook holds
+    mean, error, df = mixed_model.mean_loss({(i, i): loss for i, loss in enumerate(LOSSES)}, 1)
+    assert (df, error) == pytest.approx((6, math.sqrt(8 / 7) * np.std(LOSSES, ddof=1)), rel=1e-4)
+
+
+@pytest.mark.parametrize("sds", [(0.0097, 0.0050, 0.0045), (0.002, 0.01, 0.002)])
+def test_intervals_over_crossed_seeds_hold(sds):
+    """Coverage of the published design by simulation: the mean, and one more run."""
+    rng, held = np.random.default_rng(7), []
+    for _ in range(150):
+        weights, loop = ({seed: rng.normal(0, sd) for seed in (22, 23, 42, 67)} for sd in sds[:2])
+        losses = {(a, b): weights[a] + loop[b] + rng.normal(0, sds[2]) for a, b in SEEDS}
+        for n_new, truth in ((0, 0), (1, rng.normal(0, math.hypot(*sds)))):
+            mean, error, df = mixed_model.mean_loss(losses, n_new)
+            held.append(abs(mean - truth) < scipy.stats.t.ppf(0.975, df) * error)
+    assert 0.92 < np.mean(held) < 0.99
+
+
+def test_noise_by_its_source():
+    """Runs count by what their seeds vary; those with equal seeds count once."""
+    made = [{"name": "a", "test_loss": loss, "config": {"seed": seed, "init_seed": init}}
+            for seed, init, loss in ((1, 1, 3.0), (2, 2, 3.1), (2, 2, 3.2), (2, 1, 3.3),
+                                     (1, 3, 3.5), (1, 4, 3.6))]
+    sources = mixed_model.sources_of_noise(made)
+    assert {source.split(",")[0]: losses for source, losses in sources.items()} == {
+        "both": pytest.approx([3.0, 3.15]), "the loop": [3.0, 3.3],
+        "initial weights": [3.0, 3.5, 3.6]}
+    losses = [2.1, 2.12, 2.11, 2.13, 2.115]
+    spread = np.std(losses, ddof=1)
+    assert mixed_model.sd_interval(losses) == pytest.approx([
+        spread * math.sqrt(4 / scipy.stats.chi2.ppf(p, 4)) for p in (0.975, 0.025)])
+    with pytest.raises(UserError, match="the noise needs two runs"):
+        mixed_model.sources_of_noise(made[:1])

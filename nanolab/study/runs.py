@@ -1,0 +1,215 @@
+"""Finds runs, reads what is on record of them, and groups them into experiments.
+
+A run is a dict: its name, test_loss or val_loss, its options in "config", and what else is known.
+A results file has a list of runs: {"runs": [...]}, or just the list. Options that all its runs
+share may stand once, at the top: {"options": {...}, "runs": [...]}. A file written by hand may have
+the options next to the name. A run with "reference" is shown and not tested: more than its options
+differ.
+"""
+
+import glob
+import json
+import math
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from config import Config
+from nanolab.common import UserError, parse_json
+
+DEFAULTS = {option.name: option.default for option in fields(Config)}
+SEEDS = ("init_seed", "data_seed", "dropout_seed")
+
+# Of a machine or a command, so no part of a result.
+NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "wandb",
+                "dollars_per_hour"}
+
+# Runs that differ only in these are one experiment: their results are the same up to noise.
+SAME_EXPERIMENT = {*NOT_RECORDED, "seed", *SEEDS, "batch_size", "threads", "device", "compile",
+                   "eval_every", "save_every", "save_weights", "log_every", "sample_every",
+                   "sample_prompt"}
+
+FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started", "ended", "code")
+NUMBERS = ("test_loss", "val_loss", "seconds", "tokens_per_second", "parameters", "trained_tokens")
+
+
+def read_runs(words, validation=False):
+    """The runs that words name: run folders, folders of runs, checkpoints, globs, results files.
+
+    -> runs, checkpoints of ended runs that are not measured, folders of runs that have not ended.
+    A checkpoint named in full is taken as it is. Raises UserError.
+    """
+    runs, unmeasured, unfinished, folders = [], [], [], {}
+    for path in dict.fromkeys(path for word in words for path in find_paths(word)):
+        folder = os.path.dirname(path)
+        if path.endswith(".json"):
+            runs += read_file(path)
+        elif path not in words and is_unfinished(folder):
+            unfinished.append(folder)
+        elif folders.setdefault(folder, path) != path:  # they are no two samples of the noise
+            raise UserError(f"{folders[folder]} and {path} are of one run; name one of them")
+        elif run := read_run(path, validation):
+            runs.append(run)
+        else:
+            unmeasured.append(path)
+    return runs, unmeasured, unfinished
+
+
+def find_paths(word):
+    """The checkpoints and results files that a word names. Raises UserError if there is none."""
+    folder, name = os.path.split(word)
+    if not glob.has_magic(word):
+        matches = [word]
+    elif name.endswith(".pt") and not glob.has_magic(name):  # also of runs that lack it so far
+        matches = [os.path.join(each, name) for each in glob.glob(folder, recursive=True)
+                   if os.path.exists(os.path.join(each, name)) or is_unfinished(each)]
+    else:
+        matches = glob.glob(word, recursive=True)
+    paths = {path for match in matches for path in (
+        [str(config.with_name("best.pt")) for config in Path(match).rglob("config.json")]
+        if os.path.isdir(match) else [match]) if path.endswith((".pt", ".json"))}
+    if not paths:
+        raise UserError(f"there is no run in '{word}'")
+    return sorted(paths)
+
+
+def is_unfinished(folder):
+    return Path(folder, "config.json").exists() and not Path(folder, "summary.json").exists()
+
+
+def read_run(checkpoint, validation):
+    """What is on record of a run, or None if it is not measured. Raises UserError."""
+    path = Path(checkpoint)
+    result_path, summary_path = path.with_suffix(".test.json"), path.with_name("summary.json")
+    summary = read_json(summary_path) if summary_path.exists() else {}
+    facts = {"path": checkpoint, **{key: summary[key] for key in FACTS if key in summary}}
+    if validation:
+        config = read_json(path.with_name("config.json"))
+        config.pop("code", None)  # it is no option
+        return checked({"name": config.get("name"), "dataset": config.get("dataset"), **facts,
+                        "config": config, "val_loss": summary.get("best_val_loss")}, checkpoint)
+    try:
+        if path.exists() and path.stat().st_mtime > result_path.stat().st_mtime:
+            return None
+        results = parse_json(result_path.read_text())["results"]
+        own = [result for result in results if result["amp"] == "off"
+               and result["dataset"] == result["config"]["dataset"]]
+        return checked({**(own or results)[-1], **facts}, result_path)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):  # missing or damaged
+        return None
+
+
+def read_json(path):
+    try:
+        return dict(parse_json(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{path} is missing or damaged") from None
+
+
+def read_file(path):
+    """The runs in a results file. Raises UserError."""
+    try:
+        content = parse_json(Path(path).read_text())
+        content = content if isinstance(content, dict) else {"runs": content}
+        shared = content.get("options", {})
+        return [checked({**run, "config": {**shared, **run.get("config", {
+            key: run[key] for key in DEFAULTS if key in run})}}, path) for run in content["runs"]]
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no file of results: it needs a list of runs") from None
+
+
+def checked(run, path):
+    """The run. Raises UserError if a figure or an option has a type that cannot be right."""
+    losses, sizes = (run.get(key) or [] for key in ("group_losses", "group_windows"))
+    numbers = [run.get(key) or 0 for key in NUMBERS]
+    plain = [run.get("cost"), *run["config"].values()]
+    if not (isinstance(run.get("name"), str) and len(losses) == len(sizes)
+            and isinstance(run.get("path", ""), str)
+            and all(isinstance(value, (int, float)) for value in (*numbers, *losses, *sizes))
+            and all(isinstance(value, (int, float, str, type(None))) for value in plain)):
+        raise UserError(f"{path} is no record of runs: each needs a name, and figures must be "
+                        "numbers")
+    return run
+
+
+def settings(run):
+    """Every option of a run: what is on record, else today's default."""
+    options = {**DEFAULTS, **run["config"]}
+    return {**options, **{key: options["seed"] for key in SEEDS if options[key] is None}}
+
+
+def relevant_options(run):
+    """The options that tell experiments apart."""
+    options = settings(run)
+    ignored = SAME_EXPERIMENT | ({"max_tokens"} if options["max_steps"] else set())
+    return {key: value for key, value in options.items() if key not in ignored}
+
+
+def group_by_experiment(runs):
+    """-> {label: runs}
+
+    The runs of one experiment have one name and differ only in SAME_EXPERIMENT. The label is the
+    name; if experiments share it, then also the options that differ.
+    """
+    experiments = {}
+    for run in runs:
+        options = relevant_options(run)
+        experiments.setdefault((run["name"], frozenset(options.items())), []).append(run)
+    labelled = {}
+    for name, options in experiments:
+        namesakes = [others for other_name, others in experiments if other_name == name]
+        common = frozenset.intersection(*namesakes)
+        differing = sorted((key, value) for key, value in options if (key, value) not in common)
+        label = ", ".join([name, *(f"{key}={value}" for key, value in differing)])
+        labelled[label] = experiments[name, options]
+    return labelled
+
+
+def losses_by_seed(runs, loss="test_loss"):
+    """-> {(init_seed, data_seed, dropout_seed): loss}
+
+    Runs with the same seeds are averaged: a repeat is not another sample of the noise.
+    """
+    losses = {}
+    for run in runs:
+        options = settings(run)
+        losses.setdefault(tuple(options[key] for key in SEEDS), []).append(run[loss])
+    return {seeds: float(np.mean(repeats)) if len(set(repeats)) > 1 else repeats[0]
+            for seeds, repeats in losses.items()}
+
+
+def choose_baseline(experiments, wanted):
+    """The label of the experiment that the others are compared with; without `wanted`, the one
+    called baseline, or None. Raises UserError."""
+    if wanted in experiments:
+        return wanted
+    matching = [label for label in experiments if label.startswith(f"{wanted or 'baseline'}, ")]
+    if wanted and len(matching) != 1:
+        could_be = f"; it could be any of {'; '.join(sorted(matching))}" if matching else ""
+        raise UserError(f"no run is named '{wanted}' (from --baseline){could_be}; "
+                        f"there are {', '.join(sorted(experiments))}")
+    if not wanted and "baseline" in experiments:
+        return "baseline"
+    return matching[0] if len(matching) == 1 else None
+
+
+def has_loss(run, loss):
+    return isinstance(run.get(loss), (int, float)) and math.isfinite(run[loss])
+
+
+def as_json(runs, **more):
+    """The text of a results file. Options that all runs share stand once; each run is a line."""
+    configs = [{key: value for key, value in run["config"].items() if key not in NOT_RECORDED}
+               for run in runs]
+    shared = {key: value for key, value in configs[0].items()
+              if all(key in each and each[key] == value for each in configs)}
+    lines = [json.dumps({**run, "config": {key: value for key, value in config.items()
+                                           if key not in shared}})
+             for run, config in zip(runs, configs)]
+    parts = [f'"options": {json.dumps(shared)}', '"runs": [\n  ' + ",\n  ".join(lines) + "\n ]",
+             *(f'"{key}": {json.dumps(value)}' for key, value in more.items())]
+    return "{\n " + ",\n ".join(parts) + "\n}\n"

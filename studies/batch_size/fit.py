@@ -1,0 +1,78 @@
+"""The best global batch: a parabola over its logarithm, as in part 29 of the published study.
+
+    python -m studies.batch_size.fit studies/published/results.json batch_size
+
+The arguments are a results file and the experiment. The optimum's interval is Fieller's: the sizes
+at which the slope of the curve may be 0.
+"""
+
+import math
+import sys
+
+import numpy as np
+from scipy.special import stdtrit
+
+from nanolab.common import UserError, run_script
+from nanolab.study.runs import group_by_experiment, losses_by_seed, read_file, settings
+from nanolab.study.stats import t_interval
+
+
+def fit_batch_size(sizes, losses):
+    """Least squares of loss = a ln(B)^2 + b ln(B) + c over the global batch size B.
+
+    -> a dict. optimum is None if the curve has no lowest point; its interval, if the runs do not
+    bound it. Raises UserError for less than four runs of three sizes.
+    """
+    if len(set(sizes)) < 3 or len(sizes) < 4:
+        raise UserError("the fit needs at least four runs of three global batch sizes")
+    (a, b, c), covariance = np.polyfit(np.log(sizes), losses, 2, cov=True)
+    fit = {"coefficients": (a, b, c), "covariance": covariance, "df": len(sizes) - 3,
+           "optimum": None, "optimum_interval": None}
+    if a > 0:
+        fit["optimum"] = math.exp(min(-b / (2 * a), 700))
+        t = stdtrit(fit["df"], 0.975)
+        quadratic = (4 * (a ** 2 - t ** 2 * covariance[0, 0]),
+                     4 * (a * b - t ** 2 * covariance[0, 1]), b ** 2 - t ** 2 * covariance[1, 1])
+        if quadratic[0] > 0:
+            ends = sorted(np.roots(quadratic).real)
+            fit["optimum_interval"] = [math.exp(min(end, 700)) for end in ends]
+    return fit
+
+
+def curve_interval(fit, x):
+    """The 95 % interval of the curve at x = ln(B), a number or an array: [low, high]."""
+    powers = np.array([x ** 2, x, np.ones_like(x)])
+    variance = np.einsum("i...,ij,j...", powers, fit["covariance"], powers)
+    return t_interval(np.polyval(fit["coefficients"], x), np.sqrt(variance), fit["df"])
+
+
+def points(path, name):
+    """-> global batch sizes and losses of the runs of one name"""
+    found = [(settings(runs[0])["global_batch_size"], loss)
+             for runs in group_by_experiment(read_file(path)).values() if runs[0]["name"] == name
+             for loss in losses_by_seed(runs).values()]
+    return np.array(sorted(found), float).reshape(-1, 2).T
+
+
+def format_fit(fit, sizes):
+    a, b, c = fit["coefficients"]
+    start = (f"{len(sizes)} runs, global batch {min(sizes):g} to {max(sizes):g}: loss = "
+             f"{a:.7f} ln(B)^2 {b:+.7f} ln(B) {c:+.7f}.")
+    if fit["optimum"] is None or not min(sizes) <= fit["optimum"] <= max(sizes):
+        return f"{start} It has no lowest point between these sizes."
+    low, high = curve_interval(fit, math.log(fit["optimum"]))
+    interval = fit["optimum_interval"]
+    ends = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "without an end"
+    return (f"{start} Optimum {fit['optimum']:.1f} (95 % interval, Fieller's: {ends}); loss there "
+            f"{(low + high) / 2:.3f} ({low:.3f} to {high:.3f}).")
+
+
+def main():
+    if len(sys.argv) != 3:
+        raise UserError("name a results file and an experiment", exit_code=2)
+    sizes, losses = points(*sys.argv[1:])
+    print(format_fit(fit_batch_size(sizes, losses), sizes))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,159 @@
+"""Each newer flag alone on the ladder's modern recipe, and then together what helped.
+
+    python -m studies.flags.flags baseline  the ladder's own runs that the others are compared with
+    python -m studies.flags.flags alone     every flag, at 2x32 and 2x48, five seeds
+    python -m studies.flags.flags choose    what helped, by out/flags_*.json, or by our results
+    python -m studies.flags.flags rates     what helped ours, together, at 2x64: three rates
+    python -m studies.flags.flags stack     the same at the modern recipe's rate, five seeds
+    python -m studies.flags.flags tuning    the stack with values of its own: 24 random trials
+    python -m studies.flags.flags refine    the best of them with half and twice its rate
+    python -m studies.flags.flags best      the best of all these, five seeds
+
+All but `choose` print arguments for train.py, a line a run; run.sh runs them. Every run has 20
+tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern
+recipe at its size (studies/ladder/ladder.py); those of `rates` have half, once and twice its rate.
+`tuning` draws what the ladder drew for its recipes, from the same ranges. `refine` and `best` read
+the trials in out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
+
+The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
+loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
+both sizes, is more than two standard errors below 0. STACK was chosen when 2x48 had three seeds.
+"""
+
+import statistics
+from pathlib import Path
+
+from nanolab.common import run_script
+from nanolab.study.runs import read_file
+from nanolab.study.stats import standard_error
+from nanolab.study.tables import format_table
+from studies.ladder.ladder import (DRAWN, N_TRIALS, RECIPES, arguments, random_values, run_command,
+                                   runs_of, tuned)
+
+SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
+SEEDS = (1, 2, 3, 4, 5)
+SEEDS_OF_CHOICE = {"2x32": SEEDS, "2x48": SEEDS[:3]}
+
+# The files in config/interventions/ have the values of models of another size. A rate that is a
+# multiple of the matrices' is tried at a third and at three times.
+FLAGS = {
+    "cosine_to_zero": "--min_lr_ratio=0",
+    "decay_to_zero": "--schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0",
+    "embedding_lr_0.3": "--embedding_lr=0.3",
+    "embedding_lr_3": "--embedding_lr=3",
+    "head_lr_0.3": "--head_lr=0.3",
+    "head_lr_3": "--head_lr=3",
+    "scalar_lr_0.3": "--scalar_lr=0.3",
+    "scalar_lr_3": "--scalar_lr=3",
+    "beta2_0.95": "--beta2=0.95",
+    "adamw_weight_decay_0.001": "--adamw_weight_decay=0.001",
+    "one_head": "--n_head=1",
+    **{name: f"config/interventions/{name}.py" for name in (
+        "cautious_decay", "embed_norm", "logit_softcap", "normuon", "qkv_bias", "relu2", "rmsnorm",
+        "swiglu", "tail_average", "value_embeddings", "value_residual", "x0_lambdas",
+        "zero_init")},
+    "gpt2_init": "--init=gpt2",
+}
+STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average",
+         "value_embeddings", "value_residual")  # by SEEDS_OF_CHOICE
+
+
+def baseline():
+    for size in (*SIZES, THIRD_SIZE):
+        for line in runs_of(size, SEEDS, RECIPES if size == THIRD_SIZE else ["modern"]):
+            if "_1_1/" in line:  # all its tokens
+                yield line
+
+
+def alone():
+    for size in SIZES:
+        for seed in SEEDS:
+            for name, flags in FLAGS.items():
+                yield run(name, flags, size, seed, tuned("modern", size))
+
+
+def choose():
+    """The mean difference at each size, and of all seeds with its standard error."""
+    found = sorted((compare(name)[1], name, compare(name)) for name in FLAGS)
+    rows = [["flag", *SIZES, "both", "chosen"]]
+    rows += [[name, *(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}",
+              "yes" if helped(means, both, error) else "no"]
+             for _, name, (means, both, error) in found]
+    yield format_table(rows, markdown=True)
+
+
+def helped(means, both, error):
+    return max(means) < 0 and both < -2 * error
+
+
+def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
+    """-> the mean difference in validation loss to the baseline, seed by seed, at each size; the
+    mean of all of them; its standard error."""
+    differences = []
+    for size in SIZES:
+        losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in read_runs(size)}
+        differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
+    both = sum(differences, [])
+    return ([statistics.mean(each) for each in differences], statistics.mean(both),
+            standard_error(both))
+
+
+def read_runs(results):
+    """The runs of flags_RESULTS.json, one's own if there are any."""
+    own = Path(f"out/flags_{results}.json")
+    return read_file(own if own.exists() else f"studies/flags/{results}.json")
+
+
+def rates():
+    for multiple in (0.5, 1, 2):
+        values = scaled(multiple, tuned("modern", THIRD_SIZE))
+        yield stack_run(f"stack_rate_{multiple}", 100, values)
+
+
+def stack():
+    for seed in SEEDS:
+        yield stack_run("stack", seed, tuned("modern", THIRD_SIZE))
+
+
+def tuning():
+    for i in range(N_TRIALS):
+        yield stack_run(f"stack_trial_{i}", 100, random_values([i, len(RECIPES)], "modern"))
+
+
+def refine():
+    for multiple in (0.5, 2):
+        values = scaled(multiple, best_values("stack_trial"))
+        yield stack_run(f"stack_refined_{multiple}", 100, values)
+
+
+def best():
+    for seed in SEEDS:
+        yield stack_run("stack_tuned", seed, best_values("stack"))
+
+
+def best_values(prefix):
+    """Those of the stack's trial with the lowest validation loss: {option: value}."""
+    trials = [run for run in read_runs("stack_tuning") if run["name"].startswith(prefix)]
+    config = min(trials, key=lambda run: run["val_loss"])["config"]
+    return {key: config[key] for key in DRAWN}
+
+
+def scaled(multiple, values):
+    return {**values, "learning_rate": multiple * values["learning_rate"]}
+
+
+def stack_run(name, seed, values):
+    return run(name, " ".join(FLAGS[flag] for flag in STACK), THIRD_SIZE, seed, values)
+
+
+def run(name, flags, size, seed, values):
+    line = arguments("modern", size, values, f"out/flags/{size}/{name}/{seed}", seed)
+    return f"{line} {flags} --name={name}"
+
+
+def main():
+    run_command(baseline, alone, choose, rates, stack, tuning, refine, best)
+
+
+if __name__ == "__main__":
+    run_script(main)

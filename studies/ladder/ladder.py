@@ -1,0 +1,246 @@
+"""The ladder: three recipes at five sizes, each trained on 20 tokens a parameter.
+
+    python -m studies.ladder.ladder tuning    24 random trials of each recipe at size 2x64
+    python -m studies.ladder.ladder beta2     another beta2, while the best tried is at an edge
+    python -m studies.ladder.ladder rates     the learning rate again, at the four smaller sizes
+    python -m studies.ladder.ladder check     the law's rate and its multiples at the largest size
+    python -m studies.ladder.ladder runs      the runs that are tested, without the largest size
+    python -m studies.ladder.ladder largest   those of the largest size
+    python -m studies.ladder.ladder quick     five smaller sizes, on Python's own library
+
+These print arguments for train.py, a line a run; run.sh runs them. `beta2` and `rates` print what
+the trials still lack, in the end nothing. All but `tuning` read the trials: those in
+out/ladder/tuning.json, or else ours in studies/ladder/tuning.json. `values` prints what the trials
+found, the README's table.
+
+A trial has seed 100, which no tested run has. Trials are compared by validation loss. `tuning`
+draws learning rate, weight decay, beta2 and warm-up at random. `rates` keeps the best trial's
+other values, and halves or doubles its rate until the best lies between two others. A parabola
+through these three gives a size's optimum, and a power law of the number of parameters through the
+four optima gives the rate of every size.
+"""
+
+import functools
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from nanolab.common import UserError, run_script
+from nanolab.study.runs import read_file
+from nanolab.study.tables import format_table
+
+RECIPES = {
+    "published": "config/cloud.py",
+    "rope_qk_norm": "config/cloud.py config/interventions/rope.py config/interventions/qk_norm.py",
+    "modern": "config/modern.py",
+}
+RATES = {"published": (2e-3, 6.4e-2), "rope_qk_norm": (2e-3, 6.4e-2), "modern": (4e-3, 1.28e-1)}
+SIZES = {"2x32": (2, 2, 32), "2x48": (2, 3, 48), "2x64": (2, 2, 64), "3x80": (3, 5, 80),
+         "3x112": (3, 7, 112), "2x16": (2, 1, 16), "2x24": (2, 2, 24)}  # n_layer, n_head, n_embd
+LADDER, LARGEST = ("2x32", "2x48", "2x64", "3x80"), "3x112"
+QUICK = ("2x16", "2x24", "2x32", "2x48", "2x64")
+TUNED = "2x64"
+SEEDS = {"2x32": 5, "2x48": 5, "2x64": 5, "3x80": 2, "3x112": 3}
+N_TRIALS = 24
+COLLECTED, RECORDED = Path("out/ladder/tuning.json"), Path("studies/ladder/tuning.json")
+DRAWN = ("learning_rate", "weight_decay", "beta2", "warmup_fraction")
+
+
+read_once = functools.cache(read_file)  # every run asks for the trials
+
+
+def parameters(size):
+    """Of the published recipe; the others lack its 128 position embeddings. All get its budget."""
+    n_layer, _, n_embd = SIZES[size]
+    block = 12 * n_embd ** 2 + 10 * n_embd
+    return n_layer * block + (2 * 257 + 128 + 2) * n_embd
+
+
+def arguments(recipe, size, values, folder, seed=100, fraction=1, dataset="pypi"):
+    """For one run. fraction: of the 20 tokens a parameter."""
+    n_layer, n_head, n_embd = SIZES[size]
+    tuned = " ".join(f"--{key}={value:.4g}" for key, value in values.items())
+    return (f"{RECIPES[recipe]} config/ladder.py --dataset={dataset} --name={recipe} "
+            f"--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd} {tuned} --seed={seed} "
+            f"--max_tokens={round(20 * parameters(size) * fraction)} --out_dir={folder}")
+
+
+def log_uniform(rng, low, high):
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def random_values(seed, recipe):
+    """What a random trial draws: {option: value}."""
+    rng = np.random.default_rng(seed)
+    return {"learning_rate": log_uniform(rng, *RATES[recipe]),
+            "weight_decay": log_uniform(rng, 1e-3, 1.0),
+            "beta2": rng.choice([0.95, 0.98, 0.99, 0.999]),
+            "warmup_fraction": rng.choice([0.0, 0.02, 0.05, 0.1])}
+
+
+def tuning():
+    for i in range(N_TRIALS):
+        for j, recipe in enumerate(RECIPES):
+            yield arguments(recipe, TUNED, random_values([i, j], recipe),
+                            f"out/ladder/tuning/{recipe}/{TUNED}/{i}")
+
+
+def beta2():
+    """Half or twice 1 - beta2, wherever the best trial has the largest or smallest tried."""
+    for recipe in RECIPES:
+        best = best_trial(recipe)
+        tried = [each["beta2"] for each in read_trials("tuning", recipe, TUNED)]
+        for edge, factor in ((max(tried), 0.5), (min(tried), 2)):
+            if best["beta2"] == edge:
+                beyond = float(f"{1 - factor * (1 - edge):.4g}")
+                yield arguments(recipe, TUNED, {**best, "beta2": beyond},
+                                f"out/ladder/tuning/{recipe}/{TUNED}/beta2_{beyond}")
+
+
+def rates():
+    """The best trial's learning rate, its half and its double; then, at each size, the next one
+    beyond the best until the best is no longer at an edge."""
+    for recipe in RECIPES:
+        for size in LADDER:
+            tried = losses_by_step(recipe, size)
+            wanted = {-1, 0, 1} - tried.keys()
+            if not wanted:
+                best = min(tried, key=tried.get)
+                wanted = {best - 1, best + 1} - tried.keys()
+            for step in sorted(wanted):
+                yield rate_trial(recipe, size, 2.0 ** step * best_trial(recipe)["learning_rate"])
+
+
+def rate_trial(recipe, size, rate, fraction=1):
+    return arguments(recipe, size, {**best_trial(recipe), "learning_rate": rate},
+                     f"out/ladder/rates/{recipe}/{size}/{best_trial(recipe)['beta2']}_{rate:.4g}"
+                     f"{'_short' * (fraction < 1)}", fraction=fraction)
+
+
+def check():
+    """Half, once and twice the law's rate at the largest size, with a quarter of its tokens. By
+    these the best for the modern recipe is at the edge, so it has trials with all of them too."""
+    few, more = (0.5, 1, 2), (0.25, 0.5, 1, 2)
+    for recipe, fraction, multiples in (("published", 0.25, few), ("modern", 0.25, few),
+                                     ("modern", 1, more)):
+        for multiple in multiples:
+            rate = multiple * rate_law(recipe)(parameters(LARGEST))
+            yield rate_trial(recipe, LARGEST, rate, fraction)
+
+
+def runs():
+    for size in LADDER:
+        yield from runs_of(size, range(1, SEEDS[size] + 1), RECIPES)
+
+
+def largest():
+    return runs_of(LARGEST, range(1, SEEDS[LARGEST] + 1), RECIPES)
+
+
+def quick():
+    """The best trial's own rate at every size: this ladder shows the machinery, not a result."""
+    for size in QUICK:
+        yield from runs_of(size, (1, 2), ("published", "modern"),
+                           lambda recipe, size: best_trial(recipe), "out/ladder_quick", "stdlib")
+
+
+def runs_of(size, seeds, recipes, values=None, folder="out/ladder/runs", dataset="pypi"):
+    """Each recipe on all its tokens; the modern one, with two seeds if there are three or more, on
+    fewer too."""
+    full = [(recipe, 1, seed) for seed in seeds for recipe in recipes]
+    fewer = [("modern", part, seed) for seed in seeds[:2 if len(seeds) > 2 else 1]
+             for part in (2, 4, 8)]
+    for recipe, part, seed in full + fewer:
+        yield arguments(recipe, size, (values or tuned)(recipe, size),
+                        f"{folder}/{size}/{recipe}_1_{part}/{seed}", seed, 1 / part, dataset)
+
+
+def tuned(recipe, size):
+    return {**best_trial(recipe), "learning_rate": rate_law(recipe)(parameters(size))}
+
+
+def read_trials(stage, recipe, size, fraction=1):
+    """The trials of `tuning` or `rates` that had this fraction of their tokens: their options, and
+    val_loss."""
+    file = COLLECTED if COLLECTED.exists() else RECORDED
+    shape, tokens = SIZES[size], round(20 * parameters(size) * fraction)
+    found = [{**run["config"], "val_loss": run["val_loss"] or math.inf}  # None: it diverged
+             for run in read_once(file)
+             if run["name"] == recipe and run["path"].startswith(f"out/ladder/{stage}/")
+             and tuple(run["config"][key] for key in ("n_layer", "n_head", "n_embd")) == shape
+             and run["config"]["max_tokens"] == tokens]
+    if stage == "tuning" and not found:
+        raise UserError(f"{file} has no trials of {recipe}: run those of `tuning` first")
+    return found
+
+
+def best_trial(recipe):
+    """What the best of the random trials drew: {option: value}."""
+    best = min(read_trials("tuning", recipe, TUNED), key=lambda each: each["val_loss"])
+    return {key: best[key] for key in DRAWN}
+
+
+def losses_by_step(recipe, size):
+    """Validation losses by rate: {how often the best trial's was doubled, negative if halved:
+    loss}."""
+    best = best_trial(recipe)
+    trials = read_trials("rates", recipe, size)
+    if size == TUNED:
+        trials += read_trials("tuning", recipe, TUNED)
+    losses = {}
+    for each in trials:
+        step = math.log2(each["learning_rate"] / best["learning_rate"])
+        if abs(step - round(step)) < 0.01 and all(each[key] == best[key] for key in DRAWN[1:]):
+            losses[round(step)] = each["val_loss"]
+    return losses
+
+
+def best_rate(recipe, size):
+    """By a parabola over the logarithm of the rate, through the best trial and its neighbours."""
+    losses = losses_by_step(recipe, size)
+    best = min(losses, key=losses.get, default=0)
+    steps = [best - 1, best, best + 1]
+    if not losses.keys() >= set(steps):
+        raise UserError(f"the best learning rate of {recipe} at {size} is not between two others "
+                        "yet: run the trials of `rates` until it prints nothing")
+    a, b, _ = np.polyfit(steps, [losses[step] for step in steps], 2)
+    return best_trial(recipe)["learning_rate"] * 2 ** (-b / (2 * a))
+
+
+def rate_law(recipe):
+    """A function: the number of parameters -> the learning rate."""
+    slope, constant = np.polyfit(np.log([parameters(size) for size in LADDER]),
+                                 np.log([best_rate(recipe, size) for size in LADDER]), 1)
+    return lambda n: math.exp(constant + slope * math.log(n))
+
+
+def values():
+    header = ["recipe", "weight decay", "beta2", "warm-up",
+              *(f"best rate at {size}" for size in LADDER), f"law's rate at {LARGEST}"]
+    rows = [header]
+    for recipe in RECIPES:
+        best = best_trial(recipe)
+        found = [best_rate(recipe, size) for size in LADDER]
+        found.append(rate_law(recipe)(parameters(LARGEST)))
+        rows.append([recipe, f"{best['weight_decay']:.3g}", f"{best['beta2']:g}",
+                     f"{best['warmup_fraction']:g}", *(f"{rate:.4f}" for rate in found)])
+    yield format_table(rows, markdown=True)
+
+
+def run_command(*functions):
+    """Calls the function that the command line names, and prints the lines that it yields."""
+    commands = {each.__name__: each for each in functions}
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        raise UserError(f"name one of {', '.join(commands)}", exit_code=2)
+    for line in commands[sys.argv[1]]():
+        print(line)
+
+
+def main():
+    run_command(tuning, beta2, rates, check, runs, largest, quick, values)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Three recipes at five sizes, 20 tokens a parameter (studies/ladder/ladder.py says what they are).
+# Needs `python prepare.py pypi`, once. Writes out/ladder/, out/ladder_*.json and out/ladder.png.
+# Run it again after an interruption: finished runs are not repeated.
+#
+#     bash studies/ladder/run.sh           the runs, with the values that the trials found: those
+#                                          in out/ladder/tuning.json, or else ours
+#     bash studies/ladder/run.sh --tune    the trials first, then the runs with what they find
+#     bash studies/ladder/run.sh --quick   five smaller sizes on Python's library, untuned, in 7
+#                                          minutes on 2 cores of an Intel Xeon: the machinery only
+set -euo pipefail
+export OMP_NUM_THREADS=1
+
+train() {
+  python -m studies.ladder.ladder "$1" | xargs -r -P "${JOBS:-2}" -L 1 python train.py --resume
+}
+
+collect() {
+  python study.py $(ls -d out/ladder/tuning out/ladder/rates 2> /dev/null) --validation \
+    --json out/ladder/tuning.json > /dev/null
+}
+
+tune() {  # until the trials lack nothing
+  while [ -n "$(python -m studies.ladder.ladder "$1")" ]; do
+    train "$1"
+    collect
+  done
+}
+
+measure() {  # NAME CHECKPOINTS...
+  python eval.py --ckpt ${*:2}
+  python study.py ${*:2} --json "out/$1.json"
+}
+
+if [ "${1:-}" = --quick ]; then
+  train quick
+  measure ladder_quick out/ladder_quick/*/*/*/best.pt
+  python -m studies.ladder.scaling out/ladder_quick.json --plot out/ladder_quick.png
+  exit
+fi
+if [ "${1:-}" = --tune ]; then
+  train tuning
+  collect
+  tune beta2
+  tune rates
+  train check
+  collect
+fi
+train runs
+# the prediction for the largest size, 527,072 parameters, before any of its runs
+measure ladder_prediction out/ladder/runs/2x*/published_1_1/*/best.pt \
+  out/ladder/runs/3x80/published_1_1/*/best.pt out/ladder/runs/2x*/modern_1_1/*/best.pt \
+  out/ladder/runs/3x80/modern_1_1/*/best.pt
+python -m studies.ladder.scaling out/ladder_prediction.json --target 527072
+train largest
+measure ladder out/ladder/runs/*/*/*/best.pt
+python -m studies.ladder.scaling out/ladder.json --against published rope_qk_norm \
+  --plot out/ladder.png
+# the recipes at one size
+python study.py 'out/ladder/runs/2x64/*_1_1/*' --baseline rope_qk_norm --json out/ladder_2x64.json

@@ -1,0 +1,334 @@
+"""How fast the loss falls with a model's size, what that predicts of a larger one, and with which
+fraction of another recipe's tokens a recipe reaches its loss.
+
+    python -m studies.ladder.scaling RESULTS... [--against NAMES...] [--target N] [--markdown]
+
+RESULTS as for study.py. A ladder is recipes (runs of one name) at several sizes, where tokens grow
+with parameters. A size is a shape, n_layer x n_embd. It counts as many parameters as the largest
+model of that shape has: recipes differ by a few per cent, in their position embeddings for one.
+Each recipe has a power law over the smaller sizes, which predicts the largest.
+"""
+
+import itertools
+import math
+
+import numpy as np
+from scipy.special import fdtrc
+
+from nanolab.common import UserError, argument_parser, run_script
+from nanolab.plots import new_figure, save_figure
+from nanolab.study import stats
+from nanolab.study.runs import losses_by_seed, read_runs, relevant_options, settings
+from nanolab.study.tables import (format_interval, format_number, format_p, format_table,
+                                  mean_group_losses)
+
+N_SAMPLES = 2000  # of the bootstrap
+LOOKS = [("o", "#0072b2"), ("s", "#d55e00"), ("D", "black")]
+
+
+def analyse(runs, against, target=None):
+    """The laws of all recipes, and their differences and token fractions to those in `against`.
+
+    target: a number of parameters whose loss to predict. None: the largest size, which the laws
+    then leave out, so that its losses test them. -> a dict. Raises UserError.
+    """
+    cells = collect_cells(runs)
+    names = sorted({name for name, _, _ in cells})
+    if unknown := set(against) - set(names):
+        raise UserError(f"no recipe is named '{min(unknown)}'; there are {', '.join(names)}")
+    full = {cell[:2]: cell for cell in sorted(cells)}  # (name, size): the one with the most tokens
+    sizes = [size for name, size in full if name == against[0]]
+    target = target or sizes[-1]
+    fitted = [size for size in sizes if size < target]
+    if len(fitted) < 4:
+        raise UserError("a power law has three unknowns, so it needs at least 4 sizes below the "
+                        f"one it predicts; {against[0]} has {len(fitted)} below {target:,}")
+    sds, warnings = noise(cells)
+    same_text, samples = (sample_means(cells, sds, with_text) for with_text in (False, True))
+    losses = {cell: losses_by_seed(runs) for cell, runs in cells.items()}
+    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(against)
+             for name, size in full if name not in against[:i + 1] and (other, size) in full]
+    return {"fitted": fitted, "target": target, "warnings": warnings,
+            "losses": {cell: losses[cell] for cell in full.values()},
+            "laws": [fit_recipe([full[name, size] for size in fitted], full.get((name, target)),
+                                target, cells, sds, same_text)
+                     for name in names if all((name, size) in full for size in fitted)],
+            "differences": {pair: stats.compare_means(*(losses[cell] for cell in pair))
+                            for pair in pairs},
+            "fractions": {pair: found for pair in pairs
+                          if (found := token_fraction(*pair, cells, samples))}}
+
+
+def collect_cells(runs):
+    """-> {(name, parameters of the size, training tokens): runs}. Raises UserError."""
+    largest, cells = {}, {}
+    for run in runs:
+        if not (run.get("parameters") and run.get("trained_tokens")):
+            raise UserError("a ladder needs each run's parameters and trained_tokens; "
+                            f"{run['name']} lacks them")
+        largest[shape(run)] = max(run["parameters"], largest.get(shape(run), 0))
+    for run in runs:
+        cell = run["name"], largest[shape(run)], run["trained_tokens"]
+        members = cells.setdefault(cell, [])
+        members.append(run)
+        if relevant_options(run) != relevant_options(members[0]):
+            raise UserError(f"the runs of {cell[0]} with {cell[1]:,} parameters and {cell[2]:,} "
+                            "tokens differ in their options, so they are not one recipe")
+    return cells
+
+
+def shape(run):
+    options = settings(run)
+    return options["n_layer"], options["n_embd"]
+
+
+def values(runs):
+    return list(losses_by_seed(runs).values())
+
+
+def mean(runs):
+    return float(np.mean(values(runs)))
+
+
+def noise(cells):
+    """-> {cell: (SD of one run, its degrees of freedom)}, warnings.
+
+    The cells of a recipe have one SD in common, but for a cell whose own is larger than that of
+    the others (F test at 5 %, corrected for the recipe's cells). Raises UserError.
+    """
+    sds, warnings = {}, []
+    for recipe in sorted({name for name, *_ in cells}):
+        mine = [cell for cell in cells if cell[0] == recipe]
+        squares = {cell: np.array([np.var(losses) * len(losses), len(losses) - 1])
+                   for cell in mine if len(losses := values(cells[cell])) > 1}
+        if not squares:
+            raise UserError(f"nothing shows the noise of {recipe}: at one size or more it needs "
+                            "two runs with different seeds")
+        total, df = sum(squares.values())
+        sds.update(dict.fromkeys(mine, (math.sqrt(total / df), df)))
+        for cell, (square, own_df) in squares.items():
+            others = (total - square) / (df - own_df) if own_df < df else math.inf
+            f = square / own_df / others
+            if len(squares) * fdtrc(own_df, df - own_df, f) < 0.05:
+                sds[cell] = math.sqrt(square / own_df), own_df
+                warnings.append(f"{recipe} with {cell[1]:,} parameters and {cell[2]:,} tokens has "
+                                f"the SD {sds[cell][0]:.4f}, its other cells "
+                                f"{math.sqrt(others):.4f} (F = {f:.1f}). It counts with its own.")
+    return sds, warnings
+
+
+def sample_means(cells, sds, with_text):
+    """N_SAMPLES draws of each cell's mean loss, with Student's noise of the seeds: {cell: array}.
+
+    with_text: the test documents are resampled, too, the same for all cells.
+    """
+    rng = np.random.default_rng(0)
+    means = {cell: np.full(N_SAMPLES, mean(runs)) for cell, runs in cells.items()}
+    _, sizes = mean_group_losses([run for runs in cells.values() for run in runs])
+    if with_text and sizes:
+        counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
+        weights = counts * sizes / (counts @ sizes)[:, None]  # (N_SAMPLES, groups)
+        means = {cell: weights @ mean_group_losses(runs)[0] for cell, runs in cells.items()}
+    sampled_sds = {}  # cells with an SD in common have its error in common
+    for cell, runs in sorted(cells.items()):
+        sd, df = sds[cell]
+        if (cell[0], sd) not in sampled_sds:
+            sampled_sds[cell[0], sd] = sd * np.sqrt(df / rng.chisquare(df, N_SAMPLES))
+        error = sampled_sds[cell[0], sd] / math.sqrt(len(values(runs)))
+        means[cell] = means[cell] + error * rng.standard_normal(N_SAMPLES)
+    return means
+
+
+def fit_recipe(chosen, largest, target, cells, sds, samples):
+    """The power law of one recipe over the chosen cells, and what it predicts for the target.
+
+    largest: the cell that has the target's size, or None. line: what a line through the last two
+    sizes predicts, on logarithmic axes. Raises UserError.
+    """
+    name, sizes = chosen[0][0], np.array([size for _, size, _ in chosen])
+    losses = np.array([mean(cells[cell]) for cell in chosen])
+    errors = np.array([sds[cell][0] / math.sqrt(len(values(cells[cell]))) for cell in chosen])
+    law = fit_power_laws(sizes, losses)
+    if math.isnan(law["gain"]):
+        raise UserError(f"no power law fits the losses of {name}: they do not fall with size")
+    predictions = loss_at(fit_power_laws(sizes, np.array([samples[cell] for cell in chosen]).T),
+                          target)
+    slope = math.log(losses[-1] / losses[-2]) / math.log(sizes[-1] / sizes[-2])
+    result = {"name": name, "law": law, "predicted": loss_at(law, target), "measured": None,
+              "line": losses[-1] * (target / sizes[-1]) ** slope,
+              "lack_of_fit": lack_of_fit(sizes, losses, errors, sds[chosen[-1]][1])}
+    if largest:  # the noise of its own seeds is part of the interval
+        result["measured"] = mean(cells[largest])
+        predictions = predictions + samples[largest] - result["measured"]
+    return {**result, "interval": interval(predictions)}
+
+
+def fit_power_laws(sizes, losses, errors=1.0):
+    """Least squares of loss = floor + gain (N / N of the smallest size)^-exponent, floor >= 0.
+
+    losses: (..., sizes), of as many laws. errors: of each size. -> a dict of floats or arrays, NaN
+    where the losses do not fall. Floor and gain follow from the exponent, which a grid finds.
+    """
+    x, weights = sizes / sizes[0], np.ones(len(sizes)) / np.square(errors)
+    weights = weights / weights.sum()
+    y = np.asarray(losses)[..., None, :]  # (..., exponents, sizes)
+    exponents = np.geomspace(0.01, 3, 300)
+    for width in (0.02, 4e-4, 0):  # each grid lies around the best exponent of the one before
+        basis = x ** -exponents[..., None]
+        deviation = basis - (basis @ weights)[..., None]
+        gain = (deviation * y) @ weights / (deviation ** 2 @ weights)
+        floor = y @ weights - gain * (basis @ weights)
+        gain = np.where(floor < 0, (basis * y) @ weights / (basis ** 2 @ weights), gain)
+        floor = np.maximum(floor, 0)
+        misses = (y - floor[..., None] - gain[..., None] * basis) ** 2 @ weights
+        best = np.argmin(misses, -1)[..., None]
+        law = {key: np.take_along_axis(np.broadcast_to(found, misses.shape), best, -1)
+               for key, found in (("floor", floor), ("gain", gain), ("exponent", exponents))}
+        exponents = law["exponent"] * np.linspace(1 - width, 1 + width, 101)
+    falls = law["gain"] > 0
+    return {**{key: np.where(falls, found, np.nan)[..., 0] for key, found in law.items()},
+            "smallest": sizes[0]}
+
+
+def loss_at(law, size):
+    return law["floor"] + law["gain"] * (size / law["smallest"]) ** -law["exponent"]
+
+
+def lack_of_fit(sizes, losses, errors, df):
+    """The p of an F test: do the mean losses miss the law by more than the seeds explain? A small
+    one says that the loss does not follow the law. errors: standard errors of the losses."""
+    law = fit_power_laws(sizes, losses, errors)
+    misses = (losses - loss_at(law, sizes)) / errors
+    n_free = len(sizes) - (3 if law["floor"] > 0 else 2)  # a floor at its bound is not fitted
+    return float(fdtrc(n_free, df, misses @ misses / n_free))
+
+
+def token_fraction(ours, theirs, cells, samples):
+    """With which fraction of the tokens of another recipe's cell a recipe reaches its loss, by a
+    line through its own losses over ln(tokens): the fraction, its interval, whether it lies beyond
+    the recipe's budgets. None if it has one budget, or its losses do not fall."""
+    mine = sorted(cell for cell in cells if cell[:2] == ours[:2])
+    x = np.log([tokens / theirs[2] for *_, tokens in mine])
+    found = crossing(x, [mean(cells[cell]) for cell in mine], mean(cells[theirs]))
+    if math.isnan(found):
+        return None
+    limits = interval([crossing(x, losses, loss) for losses, loss in
+                       zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
+    return (math.exp(found), limits and [math.exp(min(limit, 700)) for limit in limits],
+            not x[0] <= found <= x[-1])
+
+
+def crossing(x, losses, target):
+    """Where the line through the points is at the target; beyond them, on its first or last part.
+    NaN if there is one point, or the losses do not fall there."""
+    i = int(np.clip(np.searchsorted(-np.array(losses), -target), 1, max(len(x) - 1, 1)))
+    if len(x) < 2 or losses[i] >= losses[i - 1]:
+        return math.nan
+    return x[i] + (target - losses[i]) * (x[i] - x[i - 1]) / (losses[i] - losses[i - 1])
+
+
+def interval(samples):
+    """The middle 95 %; None, without an end, if more than the outer 5 % are not numbers."""
+    if np.isnan(samples).mean() > 0.05:
+        return None
+    return np.nanquantile(samples, (0.025, 0.975)).tolist()
+
+
+def format_analysis(result, markdown):
+    smallest, without_end = f"{result['fitted'][0]:,}", "without an end"
+    losses = [["recipe", "parameters", "tokens", "n", "test loss", "SD"]]
+    for (name, size, tokens), by_seed in result["losses"].items():
+        found = list(by_seed.values())
+        losses.append([name, f"{size:,}", f"{tokens:,}", str(len(found)), f"{np.mean(found):.4f}",
+                       format_number(stats.sample_sd(found), ".4f")])
+    laws = [["recipe", "law", "lack of fit, p", "predicted", "95 % interval", "measured", "error",
+             "error of the line"]]
+    for each in result["laws"]:
+        law, measured = each["law"], each["measured"]
+        floor = f"{law['floor']:.3f} + " if law["floor"] > 0 else ""
+        laws.append([each["name"], f"{floor}{law['gain']:.3f} (N / {smallest})^-"
+                     f"{law['exponent']:.3f}", format_p(each["lack_of_fit"]),
+                     f"{each['predicted']:.4f}",
+                     format_interval(each["interval"], ".4f") or without_end,
+                     format_number(measured, ".4f"),
+                     *(measured and f"{measured / each[key] - 1:+.1%}" or ""
+                       for key in ("predicted", "line"))])
+    header = ["recipe", "against", "parameters"]
+    differences = [[*header, "difference", "95 % interval"]]
+    for (ours, theirs), row in result["differences"].items():
+        limits = row["p"] and stats.t_interval(row["difference"], row["error"], row["df"])
+        differences.append([ours[0], theirs[0], f"{ours[1]:,}", f"{row['difference']:+.4f}",
+                            format_interval(limits, "+.4f")])
+    fractions = [[*header, "fraction of tokens", "95 % interval", "budgets"]]
+    fractions += [[ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
+                   format_interval(limits, ".3f") or without_end, "beyond them" * beyond]
+                  for (ours, theirs), (fraction, limits, beyond) in result["fractions"].items()]
+    return "\n\n".join(filter(None, [
+        format_table(losses, markdown), "\n".join(result["warnings"]),
+        f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
+        f"parameters, and their predictions for {result['target']:,}. The line: through the last "
+        "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
+        "another form.", format_table(laws, markdown),
+        "Differences in test loss, seed by seed. Each interval is for one test.",
+        format_table(differences, markdown),
+        "With which fraction of the other recipe's tokens a recipe reaches its loss, by a line "
+        "over ln(tokens) between its own budgets. The intervals cover the seeds and the choice of "
+        "the test documents.", format_table(fractions, markdown)]))
+
+
+def plot_analysis(result, path):
+    """Draws the losses over parameters with the laws, and the fractions."""
+    figure, (left, right) = new_figure(1, 2, figsize=(8.3, 4))
+    x = np.geomspace(result["fitted"][0], result["target"] * 1.1, 100)
+    laws = {each["name"]: each for each in result["laws"]}
+    names = dict.fromkeys(name for name, *_ in result["losses"])
+    for i, (name, (marker, color)) in enumerate(zip(names, itertools.cycle(LOOKS))):
+        points = [(cell[1], np.mean(list(losses.values())))
+                  for cell, losses in result["losses"].items() if cell[0] == name]
+        left.plot(*zip(*points), marker, color=color, markerfacecolor="white", label=name)
+        if name in laws:
+            left.plot(x, loss_at(laws[name]["law"], x), color=color, linewidth=0.8)
+            left.plot([result["target"] * 1.03 ** (i + 1)] * 2,
+                      laws[name]["interval"] or (np.nan, np.nan), color=color, linewidth=2)
+    left.set_ylabel("test loss; bars: predicted")
+    lines = {}
+    for (ours, theirs), found in result["fractions"].items():
+        lines.setdefault(f"{ours[0]} of {theirs[0]}'s", []).append((ours[1], *found[:2]))
+    for (label, points), (marker, color) in zip(lines.items(), itertools.cycle(LOOKS)):
+        sizes, fractions, intervals = zip(*points)
+        right.plot(sizes, fractions, f"{marker}-", color=color, markerfacecolor="white",
+                   linewidth=0.8, label=label)
+        for size, limits in zip(sizes, intervals):
+            right.plot([size, size], limits or (np.nan, np.nan), color=color, linewidth=1)
+    right.axhline(1, color="0.8", linewidth=0.8, zorder=0)
+    right.set_yscale("log")
+    right.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    right.set_ylabel("fraction of the tokens for the same loss")
+    ticks = [*result["fitted"], result["target"]]
+    for ax in (left, right):
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, [f"{size / 1e6:.2g}M" for size in ticks])
+        ax.minorticks_off()
+        ax.set_xlabel("parameters")
+        ax.legend(frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def main():
+    parser = argument_parser(__doc__)
+    parser.add_argument("results", nargs="+", metavar="RESULTS")
+    parser.add_argument("--against", nargs="+", default=["published"], metavar="NAME",
+                        help="recipes to compare with (default: published)")
+    parser.add_argument("--target", type=int, metavar="N",
+                        help="parameters of the model to predict (default: the largest measured)")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--plot", metavar="FILE.png")
+    args = parser.parse_args()
+    result = analyse(read_runs(args.results)[0], args.against, args.target)
+    print(format_analysis(result, args.markdown))
+    if args.plot:
+        plot_analysis(result, args.plot)
+
+
+if __name__ == "__main__":
+    run_script(main)

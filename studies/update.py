@@ -1,0 +1,58 @@
+"""Makes the tables of Markdown pages anew: what the command in each marker prints.
+
+    python -m studies.update [PAGE.md ...]        default: README.md, studies/**/*.md, docs/*.md
+
+A table stands between <!-- python study.py studies/lab/results.json --markdown --> and
+<!-- end -->. Its command may draw a picture, too.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+
+from nanolab.common import run_script
+
+TABLE = re.compile(r"(<!-- python (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def pages():
+    return [Path("README.md"), *sorted(Path("studies").rglob("*.md")),
+            *sorted(Path("docs").glob("*.md"))]
+
+
+def updated(text, draw=True):
+    """The text with every table made anew. draw: the pictures, too."""
+    def table(found):
+        command = found[2] if draw else re.sub(r"(--plot )?\S+\.png", "", found[2])
+        return f"{found[1]}\n{printed(command)}\n\n{found[3]}"
+    return TABLE.sub(table, text)
+
+
+def printed(command):
+    """What a command prints: a script, or -m and a module, with its arguments."""
+    words, before, output = shlex.split(command), sys.argv, io.StringIO()
+    sys.argv = words[words[0] == "-m":]
+    try:
+        with contextlib.redirect_stdout(output):
+            importlib.import_module(sys.argv[0].removesuffix(".py")).main()
+    finally:
+        sys.argv = before
+    return "\n".join(line if line.startswith("|") else textwrap.fill(line, 99)
+                     for line in output.getvalue().strip().splitlines())
+
+
+def main():
+    for page in [Path(word) for word in sys.argv[1:]] or pages():
+        text = page.read_text()
+        if (new := updated(text)) != text:
+            page.write_text(new)
+            print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    run_script(main)
