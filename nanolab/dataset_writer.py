@@ -138,17 +138,16 @@ def tokenize_groups(writer, ranges, workers, options, bar):
                 counts.update(null=int(shard["n_null"]), empty=int(shard["n_empty"]))
             bar.update(int(parts[-1]["n_tokens"].sum()))
         documents[group] = np.concatenate(parts)
-    known = np.concatenate([documents[group]["hash"] for group in ranges if group != "text"]
-                           or [np.empty(0, np.uint64)])
+    text = documents.pop("text")
+    known = np.concatenate([np.empty(0, "u8"), *(each["hash"] for each in documents.values())])
     np.save(writer.known_file, known)
-    is_known = np.isin(documents["text"]["hash"], known)
-    documents["text"] = documents["text"][~is_known]
-    counts["in val or test"] = int(is_known.sum())
-    if empty := [group for group in ranges if not len(documents[group])]:
-        raise UserError(f"there is no text for {empty[0].replace('text', 'train')}")
+    documents["train"] = text[~np.isin(text["hash"], known)]
+    counts["in val or test"] = len(text) - len(documents["train"])
+    if empty := [split for split in documents if not len(documents[split])]:
+        raise UserError(f"there is no text for {empty[0]}")
     if +counts:
         print(f"documents left out: {format_counts(+counts)}")
-    return documents["text"], counts
+    return documents["train"], counts
 
 
 def choose_hash_limits(documents, heldout, splits=("test", "val")):
@@ -160,7 +159,7 @@ def choose_hash_limits(documents, heldout, splits=("test", "val")):
     """
     documents = documents[np.argsort(documents["hash"])]
     hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"], dtype=float)
-    limits, fractions, n_done = [], {}, 0
+    limits, n_done = [], 0
     for n_reserved, split in zip(range(len(splits), 0, -1), splits):  # documents to leave
         start = ends[n_done - 1] if n_done else 0
         last = int(np.searchsorted(ends, start + heldout / 2 * ends[-1]))
@@ -170,11 +169,9 @@ def choose_hash_limits(documents, heldout, splits=("test", "val")):
             raise UserError(f"{len(np.unique(hashes)):,} different documents are too few to split "
                             "into train, val and test; use more or smaller ones")
         limits.append(int(hashes[last]))
-        fractions[split] = (ends[n_done - 1] - start) / ends[-1]
-    if max(fractions.values(), default=0) > 0.75 * heldout:
-        parts = " and ".join(f"{fraction:.1%} for {split}" for split, fraction in fractions.items())
-        print(f"note: {parts} instead of {heldout / 2:.1%}: the documents are long, or equal; use "
-              "more text or another --heldout")
+        if (fraction := (ends[n_done - 1] - start) / ends[-1]) > 0.75 * heldout:
+            print(f"note: {split} is {fraction:.1%} of the text instead of {heldout / 2:.1%}: it has "
+                  "long or equal documents; use more text, or another --heldout")
     return limits
 
 
@@ -190,7 +187,7 @@ class DatasetWriter:
         self.unfinished = self.folder / UNFINISHED
         self.progress_file = self.unfinished / "progress.json"
         progress = self.read_progress()
-        if progress.get("plan") != plan:
+        if progress.get("plan") != plan or "facts" not in progress:  # once, shards were others
             progress = {}
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir(parents=True, exist_ok=True)

@@ -223,7 +223,7 @@ def test_long_documents_are_said(tmp_path, monkeypatch, capsys):
     assert sorted(sum(made.values(), [])) == rows and len(made["test"]) == 3
     assert "note:" not in capsys.readouterr().out
     make(monkeypatch, tmp_path / "less", tmp_path / "mine.jsonl", "--heldout=0.05")
-    assert "note: 4.0% for test and 4.0% for val instead of 2.5%" in capsys.readouterr().out
+    assert "note: test is 4.0% of the text instead of 2.5%" in capsys.readouterr().out
 
 
 # Ready-made splits
