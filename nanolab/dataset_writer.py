@@ -123,7 +123,7 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
                 for i, split in enumerate(names):
                     writer.append(split, tokens[ids == i])
                 writer.finish_shard(group, path)
-        writer.finish(source, **writer.facts)
+        writer.finish(source, writer.facts)
 
 
 def tokenize_groups(writer, ranges, workers, options, bar):
@@ -253,7 +253,7 @@ class DatasetWriter:
         self.save()
         path.unlink()
 
-    def finish(self, source, **facts):
+    def finish(self, source, facts=None):
         """Moves the splits to their places and writes meta.json, which completes the data set."""
         tokenizer, splits = get_tokenizer(self.tokenizer), {}
         for split in ("train", "val", "test"):
@@ -266,7 +266,7 @@ class DatasetWriter:
         meta = {"tokenizer": self.tokenizer, "vocab_size": tokenizer.n_vocab,
                 "dtype": token_dtype(tokenizer).name, "eot_id": tokenizer.eot_token,
                 "splits": splits, "source": source, "plan": self.plan, "versions": versions,
-                **facts}
+                **(facts or {})}
         write_atomically(self.folder / "meta.json", json.dumps(meta, indent=1))
         shutil.rmtree(self.unfinished)
 

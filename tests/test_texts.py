@@ -1,5 +1,5 @@
-"""What people bring as text: folders as they are found, copies in another dress, bad records, ready-
-made splits, character-level data of nanoGPT's. Nothing is lost, and nothing leaks."""
+"""What people bring as text: folders as they are found, copies in another dress, bad records,
+ready-made splits, nanoGPT's character-level data. Nothing is lost, and nothing leaks."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from pyarrow import Table, array
 from pyarrow.parquet import write_table
 
 import prepare
-from conftest import SMALL, call, run_main
+from conftest import SMALL, call, run_main, run_quickly
 from nanolab import corpus
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -180,11 +180,10 @@ def test_pieces_are_cut_by_what_they_say():
 # The fractions
 
 
-@pytest.mark.parametrize("heldout", [None, 0.02, 0.2])
-@pytest.mark.parametrize("kb", [20, 100, 1000])
+@pytest.mark.parametrize("kb, heldout", [(20, None), (20, 0.02), (100, 0.2), (1000, None)])
 @pytest.mark.parametrize("kind", ["lines", "paragraphs", "one line", "Chinese", "records", "files",
                                   "one record"])
-def test_fractions_are_those_asked_for(tmp_path, monkeypatch, capsys, kind, kb, heldout):
+def test_fractions_are_those_asked_for(tmp_path, monkeypatch, kind, kb, heldout):
     """From 20 KB on, each held-out part is within two points of its fraction."""
     source, n = tmp_path / "mine.txt", kb * 1000
     words = " ".join(map(str, range(n)))[:n]
@@ -268,8 +267,8 @@ def test_names_of_splits(tmp_path, monkeypatch, capsys, name, is_split):
     for path in ("test/a.txt", f"test/{name}"):
         (tmp_path / path).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / path).write_text("Text.")
-    args = types.SimpleNamespace(source=str(tmp_path / "test"), val=None, test=None, tokenizer="bytes",
-                                 text_column="text", workers=1, heldout=None)
+    args = types.SimpleNamespace(source=str(tmp_path / "test"), val=None, test=None, workers=1,
+                                 tokenizer="bytes", text_column="text", heldout=None)
     prepare.prepare_own(args, tmp_path / "made")
     assert ("has the name of a split" in capsys.readouterr().out) == is_split
 
@@ -377,8 +376,8 @@ def test_bad_records(tmp_path, monkeypatch, capsys, kind, bad):
     (b'{"text": "a\0b"}', "mine.jsonl is not UTF-8 text (byte 34)"),
     ("x".join(["[" * 100_000, "]" * 100_000]), "line 3 is no JSON object")])
 def test_bad_lines(tmp_path, monkeypatch, line, message):
-    data = b'\xef\xbb\xbf{"text": "first"}\n\r\n' + (line if isinstance(line, bytes) else line.encode())
-    (tmp_path / "mine.jsonl").write_bytes(data)
+    line = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / "mine.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "first"}\n\r\n' + line)
     with pytest.raises(UserError, match=re.escape(message)):
         make(monkeypatch, tmp_path, tmp_path / "mine.jsonl")
 
@@ -441,6 +440,12 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
     made = [make(monkeypatch, tmp_path / name, tmp_path / f"{name}.parquet")
             for name in ("one", "small")]
     assert made[0] == made[1] and sorted(sum(made[0].values(), [])) == sorted(rows)
+    for name in ("one", "small"):  # as FineWeb
+        prepare.prepare_fineweb([str(tmp_path / f"{name}.parquet")], tmp_path / f"{name}_web",
+                                "bytes", 1, name, 10_000, 0.3, 900, 1000)
+    for split in SPLITS:
+        assert ((tmp_path / "one_web" / f"{split}.bin").read_bytes()
+                == (tmp_path / "small_web" / f"{split}.bin").read_bytes())
 
 
 def test_memory_for_a_large_row_group(tmp_path):
@@ -486,19 +491,21 @@ def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
     run_main(monkeypatch, "prepare", "info", "chars", f"--data_dir={tmp_path}")
     output = capsys.readouterr().out
     assert "character tokens of 10 kinds" in output and "\n\n abcdeé“漢\n abc" in output
-    run_main(monkeypatch, "train", *SMALL, "--dataset=chars", f"--data_dir={tmp_path}",
-             f"--out_dir={tmp_path}/out", "--max_steps=60", "--learning_rate=1e-2",
-             "--sample_every=60", "--sample_prompt=abc", "--order=shuffled")
+    run_quickly([*SMALL, "--dataset=chars", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out",
+                 "--max_steps=60", "--learning_rate=1e-2", "--sample_every=60",
+                 "--sample_prompt=abc"])
     assert "tokenizer character;" in capsys.readouterr().out
-    checkpoint = read_checkpoint(tmp_path / "out/best.pt")
-    assert checkpoint["config"]["vocab_size"] == 10
+    log = map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines())
+    assert any(entry.get("sample", "").startswith("abcdeé“漢\n abcd") for entry in log)
+    assert read_checkpoint(tmp_path / "out/best.pt")["config"]["vocab_size"] == 10
     run_main(monkeypatch, "sample", f"--ckpt={tmp_path}/out", "--prompt=abc", "--temperature=0",
              "--max_new_tokens=8", "--device=cpu")
     assert capsys.readouterr().out == "abcdeé“漢\n a\n"
     for prompt in ("abz", "ü", END_OF_TEXT):
         with pytest.raises(UserError, match="has characters that the model has no tokens for"):
             run_main(monkeypatch, "sample", f"--ckpt={tmp_path}/out", f"--prompt={prompt}")
-    run_main(monkeypatch, "nanolab.huggingface", "export", tmp_path / "out/best.pt", tmp_path / "hf")
+    run_main(monkeypatch, "nanolab.huggingface", "export", tmp_path / "out/best.pt",
+             tmp_path / "hf")
     files = {path.name for path in (tmp_path / "hf").iterdir()}
     assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] is None
