@@ -129,8 +129,8 @@ def train(config, on_step=lambda step, model: None):
                 if is_due(config.sample_every, state.step):
                     log.sample()
                 if last_step or is_due(config.eval_every, state.step):
-                    best_now = fast_average if state.averaged_steps else fast_model
-                    state.val_loss = mean_loss(best_now, val_data, config.eval_tokens, batch_size,
+                    eval_model = fast_average if state.averaged_steps else fast_model
+                    state.val_loss = mean_loss(eval_model, val_data, config.eval_tokens, batch_size,
                                                world)
                     state.seconds = clock.total()
                     is_best = saver.is_best(state.val_loss)
