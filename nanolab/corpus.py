@@ -30,6 +30,7 @@ from nanolab.tokenizer import END_OF_TEXT
 READABLE = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # in a folder
 RECORDS = (".jsonl", ".ndjson", ".json")  # a JSON object a line
 TABLES = {".csv", ".tsv"}  # as text they would be mostly commas and quotes
+MAC_FOLDER = "__MACOSX"  # of attributes, in a Mac's .zip
 SHARD_BYTES = 4 * 2**20
 MARKER = re.escape(END_OF_TEXT) + "(?:\r?\n)?"  # of your own text: between two documents
 # Soft hyphens, joiners, marks of direction, variants of emoji, BOMs.
@@ -56,7 +57,8 @@ def own_files(source, left_out=None):
     """
     path, left_out = Path(source), Counter() if left_out is None else left_out
     start, _, end = str(source).partition("**")  # glob.glob would run into a loop of links
-    named = [path] if path.exists() else [Path(match) for match in glob.glob(start or ".")]
+    named = [path] if path.exists() else [Path(match) for match in glob.glob(start or ".")
+                                          if Path(match).name != MAC_FOLDER]
     found = {file for match in named
              for file in (files_below(match, set()) if match.is_dir() else [match])
              if path.exists() or file.match(end.strip("/") or "*")}
@@ -97,7 +99,7 @@ def files_below(folder, seen):
 
 
 def is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"  # a Mac's .zip has its attributes there
+    return name.startswith(".") or name == MAC_FOLDER
 
 
 def identity(path):

@@ -13,7 +13,6 @@ from nanolab import distributed
 from nanolab.checkpoint import load_model
 from nanolab.common import UserError, describe, parse_json, write_atomically
 from nanolab.data import TokenDataset, read_meta
-from nanolab.tokenizer import kind_of
 
 
 def mean_loss(model, dataset, n_tokens, batch_size, world):
@@ -53,8 +52,8 @@ def measure_test_loss(checkpoint, data_dir, dataset, batch_size, world):
     path, config = checkpoint["path"], checkpoint["config"]
     meta = read_meta(data_dir, dataset)
     if meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"{path} was trained on {kind_of(checkpoint['tokenizer'])} tokens, "
-                        f"the data set {dataset} has {kind_of(meta['tokenizer'])}")
+        raise UserError(f"{path} was trained on {checkpoint['tokenizer']} tokens, "
+                        f"the data set {dataset} has {meta['tokenizer']}")
     data = TokenDataset(data_dir, dataset, "test", config["block_size"])
     model = load_model(checkpoint).to(world.device)
     n_parameters = model.num_params()
