@@ -16,7 +16,7 @@ from nanolab.checkpoint import load_model
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.distributed import pick_device
 from nanolab.huggingface import read_any
-from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, text_of
+from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, encode_prompt, get_tokenizer, text_of
 
 
 def main():
@@ -39,7 +39,7 @@ def main():
         torch.set_num_threads(1)  # as fast for one token; others would wait for a busy core
     model = load_model(checkpoint).to(device)
 
-    tokens = tokenizer.encode(prompt, allowed_special={END_OF_TEXT})
+    tokens = encode_prompt(tokenizer, prompt, vocab_size)
     prompts = torch.tensor([tokens] * args.num_samples, device=device)  # (num_samples, T)
     seeds = range(args.seed, args.seed + args.num_samples)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
