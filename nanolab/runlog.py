@@ -4,6 +4,8 @@ report.html, summary.json; and the clock behind it."""
 import html
 import json
 import math
+import os
+import shlex
 import sys
 import textwrap
 import time
@@ -15,12 +17,14 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from nanolab.common import (UserError, code_diff, code_state, describe, parse_json, utc_now,
+from config import OPTIONS
+from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, parse_json, utc_now,
                             versions, write_atomically)
 from nanolab.distributed import machine, n_threads
+from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
 from nanolab.plots import format_report, having, import_matplotlib, plot_run, read_entries
-from nanolab.tokenizer import END_OF_TEXT, get_tokenizer, text_of
+from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token
 
@@ -58,7 +62,7 @@ class RunLog:
     """
 
     def __init__(self, config, meta, state, max_steps, model, clock, world):
-        self.config, self.state, self.max_steps = config, state, max_steps
+        self.config, self.meta, self.state, self.max_steps = config, meta, state, max_steps
         self.clock, self.world = clock, world
         self.draw_sample = make_sampler(model, config, meta["tokenizer"], world)
         self.enabled = world.rank == 0
@@ -212,7 +216,7 @@ class RunLog:
         if not self.enabled:
             return
         self.bar.close()
-        state, best = self.state, self.out_dir / "best.pt"
+        state = self.state
         if state.step < self.max_steps:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
@@ -224,16 +228,39 @@ class RunLog:
             finish_wandb(self.tracker, self.out_dir)
         rate = state.tokens_per_second()
         flops = rate * self.flops_per_token
+        fraction = f"({flops / self.peak_flops:.1%})"
+        if flops > self.peak_flops:
+            fraction = "when the run started, on a busy machine"
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
-              f"{self.peak_flops / 1e9:,.1f} of matrix products here "
-              f"({flops / self.peak_flops:.1%}); peak memory "
+              f"{self.peak_flops / 1e9:,.1f} of matrix products here {fraction}; peak memory "
               f"{peak_memory(self.world.device) / 2**20:,.0f} MB")
         if self.config.save_weights:
-            ckpt = "" if str(self.out_dir) == "out" else f" --ckpt {best}"
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s; validation loss "
-                  f"{state.val_loss:.4f}, best {best_val_loss:.4f}\n"
-                  f"next:   python eval.py --ckpt {best}\n"
-                  f"        python sample.py{ckpt}")
+                  f"{state.val_loss:.4f}, best {best_val_loss:.4f}")
+            for i, command in enumerate(next_commands(self.config, self.meta)):
+                print(f"{'' if i else 'next:':8}{command}")
+
+
+def next_commands(config, meta):
+    """Command lines that work on what a finished run left, from the current folder."""
+    saved = [path for name in ("best.pt", "last.pt")
+             if (path := Path(config.out_dir, name)).exists()]
+    if not saved:
+        return []
+    ckpt = ["--ckpt", str(saved[0])]
+    has_test = meta["splits"].get("test", {"tokens": 0})["tokens"] > config.block_size
+    split = [] if has_test else ["--split=val"]
+    if config.init_from in OPENAI_REVISIONS or config.init_from and Path(config.init_from).exists():
+        before_and_after = ["--ckpt", config.init_from, str(saved[0])]
+        data = [f"--dataset={config.dataset}", f"--data_dir={config.data_dir}"]
+        commands = [["eval.py", *before_and_after, *data, *split]]
+    else:
+        commands = [["eval.py", *ckpt, *split]]
+    if meta["tokenizer"] != UNKNOWN:
+        is_default = saved[0] == Path(OPTIONS["out_dir"].default, "best.pt")
+        commands.append(["sample.py", *(ckpt if not is_default else [])])
+    return [shlex.join(["python", os.path.relpath(ROOT / script), *words])
+            for script, *words in commands]
 
 
 def lock(path):
