@@ -197,6 +197,7 @@ def code_diff():
     return "\n".join(filter(None, [git("diff", "HEAD", "--", "*.py"), *files])) + "\n"
 
 
+@functools.cache  # each takes milliseconds, and every checkpoint has them
 def versions():
     return {"python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}

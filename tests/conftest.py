@@ -210,7 +210,8 @@ def equal_weights(one, other):
                                           else [optimizers])
                   for state in optimizer["state"].values()]
         weights = [checkpoint["model"], checkpoint.get("training_model", {})]
-        return [tensor for tensors in weights + states for tensor in tensors.values()]
+        scaler = {key: torch.tensor(value) for key, value in checkpoint["scaler"].items()}
+        return [tensor for group in [*weights, *states, scaler] for tensor in group.values()]
     one, other = tensors(one), tensors(other)
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
