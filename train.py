@@ -40,6 +40,7 @@ from nanolab.optim import (average_weights, count_steps, is_averaged, learning_r
 from nanolab.options import format_config, load
 from nanolab.runlog import RunLog, TrainingClock
 from nanolab.start import find_start, options_of_run
+from nanolab.tokenizer import kind_of
 
 MAX_SKIPPED = 20  # updates in a row that may be skipped
 
@@ -275,7 +276,7 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
            f"batch_size {batch_size}")
     if meta["source"] == NANOGPT:
         print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
-               f"{config.vocab_size:,} kinds, tokenizer {meta['tokenizer']}; it has no test split")
+               f"{config.vocab_size:,} kinds, tokenizer {kind_of(meta['tokenizer'])}; it has no test split")
 
 
 def main():

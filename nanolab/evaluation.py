@@ -14,6 +14,7 @@ from nanolab import distributed
 from nanolab.checkpoint import load_model
 from nanolab.common import UserError, describe, parse_json, write_atomically
 from nanolab.data import TokenDataset, read_meta
+from nanolab.tokenizer import kind_of
 
 
 def mean_loss(model, dataset, n_tokens, batch_size, world):
@@ -56,8 +57,8 @@ def measure_loss(checkpoint, data_dir, dataset, split, batch_size, world):
         raise UserError(f"the data set {dataset} has no {split} split; --split=val measures its "
                         "validation split")
     if meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"{path} was trained on {checkpoint['tokenizer']} tokens, "
-                        f"the data set {dataset} has {meta['tokenizer']}")
+        raise UserError(f"{path} was trained on {kind_of(checkpoint['tokenizer'])} tokens, "
+                        f"the data set {dataset} has {kind_of(meta['tokenizer'])}")
     data = TokenDataset(data_dir, dataset, split, config["block_size"], config["vocab_size"])
     model = load_model(checkpoint).to(world.device)
     n_parameters = model.num_params()

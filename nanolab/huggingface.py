@@ -19,7 +19,7 @@ from nanolab.common import (UserError, argument_parser, describe, load_tensors, 
                             reachable, run_script)
 from nanolab.options import check
 from nanolab.tokenizer import (END_OF_TEXT, GPT2_VOCABULARY_SHA256, UNKNOWN, get_tokenizer,
-                               gpt2_vocabulary_files, guess_tokenizer, vocabulary_sha256)
+                               gpt2_vocabulary_files, guess_tokenizer, kind_of, vocabulary_sha256)
 
 # OpenAI's weights are openai-community/NAME on the hub. Each revision has model.safetensors.
 OPENAI_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -208,7 +208,7 @@ def to_hf_config(config, tokenizer):
 
 def end_of_text_ids(tokenizer):
     """A text begins and ends with the token that stands between documents, if it is known."""
-    token = None if tokenizer == UNKNOWN else get_tokenizer(tokenizer).eot_token
+    token = get_tokenizer(tokenizer).eot_token if tokenizer in ("gpt2", "bytes") else None
     return {"bos_token_id": token, "eos_token_id": token}
 
 
@@ -248,7 +248,7 @@ def export(checkpoint, model, folder):
     check_expressible(model.config, checkpoint["path"])
     card = CARD.format(title=folder.name, name=checkpoint["config"]["name"],
                        n_parameters=model.num_params(), dataset=checkpoint["config"]["dataset"],
-                       tokens=checkpoint["tokens"], tokenizer=tokenizer)
+                       tokens=checkpoint["tokens"], tokenizer=kind_of(tokenizer))
     files = {"config.json": as_json(to_hf_config(model.config, tokenizer)),
              "generation_config.json": as_json(end_of_text_ids(tokenizer)),
              "README.md": card.encode(),

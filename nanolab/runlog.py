@@ -24,7 +24,7 @@ from nanolab.distributed import machine, n_threads
 from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
 from nanolab.plots import format_report, having, import_matplotlib, plot_run, read_entries
-from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, get_tokenizer, text_of
+from nanolab.tokenizer import UNKNOWN, encode_prompt, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token
 
@@ -350,7 +350,7 @@ def make_sampler(model, config, tokenizer_name, world):
         tokenizer = get_tokenizer(tokenizer_name)
     except UserError as error:
         raise UserError(f"{error}; or train without --sample_every") from None
-    prompt = tokenizer.encode(config.sample_prompt, allowed_special={END_OF_TEXT})
+    prompt = encode_prompt(tokenizer, config.sample_prompt, config.vocab_size)
 
     def draw():
         was_training = model.training

@@ -15,6 +15,7 @@ from nanolab.distributed import print0
 from nanolab.huggingface import read_any
 from nanolab.optim import count_steps, is_averaged, learning_rate_at
 from nanolab.options import config_error
+from nanolab.tokenizer import kind_of
 
 
 @dataclass
@@ -133,8 +134,9 @@ def check_init_from(weights, config, tokenizer):
                                f"'{config.init_from}' has {key}={there!r}; leave out one of the "
                                "two")
     if weights["tokenizer"] != tokenizer:
-        raise config_error(f"init_from='{config.init_from}' reads {weights['tokenizer']} tokens, "
-                           f"but the data set {config.dataset} has {tokenizer} tokens")
+        raise config_error(f"init_from='{config.init_from}' reads {kind_of(weights['tokenizer'])} "
+                           f"tokens, but the data set {config.dataset} has {kind_of(tokenizer)} "
+                           "tokens")
     if "wpe.weight" in weights["model"]:
         weights["model"]["wpe.weight"] = weights["model"]["wpe.weight"][:config.block_size]
 
