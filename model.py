@@ -27,6 +27,7 @@ def swiglu(x):
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # RMSNorm: Zhang and Sennrich, 2019
 ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"),
+               "gelu_erf": F.gelu,  # Hendrycks and Gimpel, 2016, without an approximation
                "relu2": lambda x: F.relu(x).square(),  # So et al., "Primer", 2021
                "swiglu": swiglu}  # Shazeer, "GLU variants improve transformer", 2020
 

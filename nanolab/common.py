@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -247,6 +248,9 @@ def load_tensors(path, mmap=False):
     except PermissionError:
         raise UserError(f"no permission to read {path}") from None
     except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path} holds a {found[1]}; nanolab loads only tensors and plain "
+                            "values, for other objects could run code") from None
         raise UserError(f"{path} is damaged or no checkpoint of nanolab "
                         f"({type(error).__name__})") from None
 
