@@ -98,7 +98,7 @@ def train(config, on_step=lambda step, model: None):
                 if config.dropout:
                     seed_dropout(config.dropout_seed, step, micro_step * world.size + world.rank)
                 with world.autocast():
-                    loss = ddp_model(inputs, targets)
+                    loss = ddp_model(inputs, targets, config.z_loss)
                 inputs, targets = next(batches)  # prefetched while the device computes
                 scaler.scale(loss / grad_accum_steps).backward()  # scaled up only in float16
                 loss_sum += loss.detach()  # no .item(): it would wait for the device

@@ -132,7 +132,10 @@ class Config(GPTConfig):
     max_steps: int = option(
         0, "training budget in steps; above 0 it wins over max_tokens", within="[0, inf)")
 
-    # --- optimiser and schedule
+    # --- objective, optimiser and schedule
+    z_loss: float = option(
+        0.0, "adds z_loss x log(Z)^2 to a token's training loss, Z the sum of exp(logits); "
+        "validation and test have the cross-entropy alone", within="[0, inf)")
     optimizer: str = option(
         "adamw", "'muon': Muon for the 2-D weights inside the blocks, AdamW for all others; "
         "learning_rate and weight_decay apply to both. 'normuon': the same with Muon's updates "
