@@ -127,14 +127,14 @@ class RunLog:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update()
 
-    def validation(self, val_loss, is_best):
+    def validation(self, val_loss, is_best=False):
         if self.enabled:
             best = ", the best so far" if is_best else ""
             tqdm.write(f"step {self.state.step:,}: validation loss {val_loss:.4f}{best}")
         self.write({"step": self.state.step, "tokens": self.state.tokens, "val_loss": val_loss})
 
     def sample(self):
-        if not self.enabled:
+        if not (self.enabled and self.draw_sample):
             return
         text = self.draw_sample()
         self.write({"step": self.state.step, "tokens": self.state.tokens, "sample": text})
@@ -169,6 +169,10 @@ class RunLog:
         while self.unwritten:
             self.unwritten = self.unwritten[self.file.write(self.unwritten):]
 
+    def cost(self):
+        """In dollars, so far."""
+        return self.state.seconds / 3600 * self.config.dollars_per_hour
+
     def summary(self, best_val_loss):
         state = self.state
         return {"name": self.config.name, "steps": state.step, "tokens": state.tokens,
@@ -177,7 +181,7 @@ class RunLog:
                 "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
                 "tokens_per_second": round(state.tokens_per_second(), 1),
                 "peak_memory_mb": round(peak_memory(self.world.device) / 2**20),
-                "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
+                "cost": round(self.cost(), 2),
                 "started": state.started, "ended": utc_now(),
                 "machine": machine(self.world), "versions": versions(), "code": state.code}
 
@@ -235,8 +239,9 @@ class RunLog:
               f"{self.peak_flops / 1e9:,.1f} of matrix products here {fraction}; peak memory "
               f"{peak_memory(self.world.device) / 2**20:,.0f} MB")
         if self.config.save_weights:
-            print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s; validation loss "
-                  f"{state.val_loss:.4f}, best {best_val_loss:.4f}")
+            cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
+            print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
+                  f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
             for i, command in enumerate(next_commands(self.config, self.meta)):
                 print(f"{'' if i else 'next:':8}{command}")
 
@@ -338,19 +343,22 @@ def matmul_peak(world):
 
 
 def make_sampler(model, config, tokenizer_name, world):
-    """A function that draws a sample after config.sample_prompt from the model as it is then.
+    """A function that draws a sample after config.sample_prompt from the model as it is then; None
+    for a timing run, or if the tokenizer is not there.
 
     It always draws the same random numbers, from a generator of its own, so samples differ by what
-    the model has learnt, and the training is as without them. Raises UserError if the tokenizer is
-    not there.
+    the model has learnt, and the training is as without them. Raises UserError if sample_every
+    needs the tokenizer.
     """
-    if not config.sample_every:
+    if not (config.sample_every or config.save_weights):
         return None
     try:
         tokenizer = get_tokenizer(tokenizer_name)
+        prompt = encode_prompt(tokenizer, config.sample_prompt, config.vocab_size)
     except UserError as error:
-        raise UserError(f"{error}; or train without --sample_every") from None
-    prompt = encode_prompt(tokenizer, config.sample_prompt, config.vocab_size)
+        if config.sample_every:
+            raise UserError(f"{error}; or train without --sample_every") from None
+        return None  # none at the end, then
 
     def draw():
         was_training = model.training
