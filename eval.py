@@ -129,7 +129,7 @@ def parse_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--ckpt", nargs="+", default=["out/best.pt"],
-        help="checkpoints, nanoGPT's too, runs' folders, folders of runs, globs in quotes, a folder "
+        help="checkpoints, nanoGPT's too, runs' folders, folders of runs, globs in quotes, folders "
              "in Hugging Face's layout, or gpt2, gpt2-medium, ... (default: out/best.pt)")
     add("--json", metavar="FILE", help="write the results, for study.py")
     add("--batch_size", type=int, default=16, help="windows at a time (default: %(default)s)")

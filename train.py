@@ -1,7 +1,7 @@
 """One training run: a GPT-2-class model from scratch, on one device or many, with the same result.
 
     python train.py config/local_3090.py
-    torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
+    torchrun --standalone --nproc_per_node=8 train.py config/cloud.py
 
 Step s trains on windows s*G to (s+1)*G - 1 of the data's order, however many processes and
 micro-steps share them. G is global_batch_size; a window is block_size + 1 tokens.

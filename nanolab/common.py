@@ -85,7 +85,7 @@ def stop(exit_code, message, each_rank, details=()):
     if each_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(line, *lines[1:], sep="\n  ", file=sys.stderr)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
-        time.sleep(3)  # torchrun ends all ranks when one has ended: the first prints its line before
+        time.sleep(3)  # torchrun ends all ranks when one ends: the first prints its line before
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun adds about 40 lines of its own; its summary, their end, then has this one.
         with contextlib.suppress(OSError):

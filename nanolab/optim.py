@@ -228,9 +228,9 @@ def decay_weights(params, updates, share, cautious):
 
 
 def normalise_neurons(matrices, states, beta2=0.95):
-    """NorMuon: divides each row (of a wide matrix, each column) of the orthogonalised updates by the
-    root of its running mean square, and keeps each matrix's norm (Li et al., "NorMuon", 2025, arXiv
-    2510.05491; as in modded-nanogpt's records/track_3_optimization/results/20260503_normuon).
+    """NorMuon: divides each row (of a wide matrix, each column) of the orthogonalised updates by
+    the root of its running mean square, and keeps each matrix's norm (Li et al., "NorMuon", 2025,
+    arXiv 2510.05491; as in modded-nanogpt's records/track_3_optimization/results/20260503_normuon).
 
     matrices: (n, rows, columns); states: of the n / n_split weights that they come from.
     """

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -252,110 +251,73 @@ def test_vocabulary(tmp_path, files, vocab_size, expected):
 
 # --- nanoGPT
 
-def nanogpt_weights(has_bias, seed=3, V=65, T=24, C=32, n_layer=2):
-    """Random weights by nanoGPT's names; matrices are nn.Linear's, head and embedding are one."""
-    shapes = {"transformer.wte.weight": (V, C), "transformer.wpe.weight": (T, C),
-              "transformer.ln_f.weight": (C,)}
-    for i in range(n_layer):
-        for name, shape in (("ln_1", (C,)), ("attn.c_attn", (3 * C, C)), ("attn.c_proj", (C, C)),
-                            ("ln_2", (C,)), ("mlp.c_fc", (4 * C, C)), ("mlp.c_proj", (C, 4 * C))):
-            shapes[f"transformer.h.{i}.{name}.weight"] = shape
-    if has_bias:
-        shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in shapes.items()
-                   if ".wte" not in name and ".wpe" not in name}
-    generator = torch.Generator().manual_seed(seed)
-    given = {name: torch.randn(shape, generator=generator) / 2 for name, shape in shapes.items()}
-    return given | {"lm_head.weight": given["transformer.wte.weight"]}
-
-
-class Nanogpt:
-    """The GPT-2 that nanoGPT trains, in torch's functions: tied, its GELU without approximation."""
-
-    def __init__(self, given):
-        self.given = given
-
-    def __call__(self, tokens):
-        def norm(name, x):
-            return F.layer_norm(x, x.shape[-1:], *self.parameters(name), eps=1e-5)
-
-        def linear(name, x):
-            return F.linear(x, *self.parameters(name))
-
-        x = self.given["transformer.wte.weight"][tokens]
-        x = x + self.given["transformer.wpe.weight"][:tokens.shape[1]]
-        for i in range(2):
-            qkv = linear(f"h.{i}.attn.c_attn", norm(f"h.{i}.ln_1", x))
-            q, k, v = (part.unflatten(2, (4, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-            scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
-            future = torch.ones(scores.shape[2:], dtype=torch.bool).triu(1)
-            y = scores.masked_fill(future, -torch.inf).softmax(3) @ v
-            x = x + linear(f"h.{i}.attn.c_proj", y.transpose(1, 2).flatten(2))
-            hidden = F.gelu(linear(f"h.{i}.mlp.c_fc", norm(f"h.{i}.ln_2", x)))
-            x = x + linear(f"h.{i}.mlp.c_proj", hidden)
-        self.logits = norm("ln_f", x) @ self.given["lm_head.weight"].T
-        return self
-
-    def parameters(self, name):
-        return (self.given[f"transformer.{name}.weight"],
-                self.given.get(f"transformer.{name}.bias"))
-
-
-def save_nanogpt(path, given, prefix="", **args):
-    args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": 65,
-            "dropout": 0.0, "bias": "transformer.ln_f.bias" in given, **args}
-    torch.save({"model": {prefix + name: t for name, t in given.items()}, "optimizer": {},
-                "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(1.5),
+def make_nanogpt(folder, has_bias=False, prefix="", extra=(), untied=False, vocab_size=65,
+                 **args):
+    """Writes a ckpt.pt as nanoGPT's, with matrices as (out, in), and transformers' GPT-2 with the
+    same weights into folder/theirs. -> the latter"""
+    theirs = make_hf_model(folder / "theirs", vocab_size=vocab_size, n_positions=24,
+                           activation_function="gelu", tie_word_embeddings=not untied)
+    given = {}
+    for name, tensor in theirs.state_dict().items():
+        if name.endswith(".bias") and not has_bias:
+            tensor.zero_()
+        else:
+            is_conv1d = ".h." in name and tensor.dim() == 2
+            given[prefix + name] = (tensor.T if is_conv1d else tensor).clone()
+    args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24, "vocab_size": vocab_size,
+            "dropout": 0.0, "bias": has_bias, **args}
+    torch.save({"model": given | dict(extra), "optimizer": {}, "model_args": args, "iter_num": 7,
+                "best_val_loss": torch.tensor(1.5),
                 "config": {"dataset": "shakespeare", "batch_size": 2, "block_size": 24,
-                           "gradient_accumulation_steps": 5}}, path)
+                           "gradient_accumulation_steps": 5}}, folder / "ckpt.pt")
+    return theirs
 
 
-@pytest.mark.parametrize("has_bias, prefix, extra, args", [
-    (True, "", {}, {}),
-    (False, "_orig_mod.", {}, {}),
-    (True, "module._orig_mod.", {"transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24)}, {}),
-    (False, "", {"lm_head.weight": torch.ones(65, 32).triu()}, {"dropout": 0.2})])
-def test_nanogpt(tmp_path, capsys, has_bias, prefix, extra, args):
-    given = nanogpt_weights(has_bias) | extra
-    save_nanogpt(tmp_path / "ckpt.pt", given, prefix, **args)
+@pytest.mark.parametrize("changes", [
+    {"has_bias": True},
+    {"prefix": "_orig_mod."},
+    {"has_bias": True, "prefix": "module._orig_mod.",
+     "extra": {"module._orig_mod.transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24)}},
+    {"untied": True, "dropout": 0.2}])
+def test_nanogpt(tmp_path, capsys, changes):
+    theirs = make_nanogpt(tmp_path, **changes)
     checkpoint = read_any(tmp_path)
-    assert_same_logits(load_model(checkpoint), Nanogpt(given))
-    assert ("ckpt.pt has no biases" in capsys.readouterr().err) is not has_bias
+    assert_same_logits(load_model(checkpoint), theirs)
+    assert ("ckpt.pt has no biases" in capsys.readouterr().err) is not changes.get("has_bias")
     assert (checkpoint["step"], checkpoint["tokens"]) == (7, 7 * 5 * 2 * 24)
     assert checkpoint["tokenizer"] == "unknown"
-    assert checkpoint["config"]["tie_weights"] is ("lm_head.weight" not in extra)
+    assert checkpoint["config"]["tie_weights"] is not changes.get("untied", False)
 
 
 def test_nanogpt_of_gpt2_tokens(tmp_path, gpt2_data, monkeypatch, capsys):
     """eval, sample and training start from it; its export is a plain GPT-2 of transformers."""
     from transformers import AutoModelForCausalLM
-    given = nanogpt_weights(False, V=50304)
-    save_nanogpt(tmp_path / "ckpt.pt", given, vocab_size=50304)
+    source, theirs = tmp_path / "ckpt.pt", make_nanogpt(tmp_path, vocab_size=50304)
     data = ["--dataset=words", f"--data_dir={gpt2_data}", "--device=cpu"]
-    run_main(monkeypatch, "eval", "--ckpt", tmp_path / "ckpt.pt", *data)
+    run_main(monkeypatch, "eval", "--ckpt", source, *data)
     assert "ckpt.pt, step 7, on the test split of words" in capsys.readouterr().out
-    run_main(monkeypatch, "sample", "--ckpt", tmp_path / "ckpt.pt", "--device=cpu",
-             "--prompt=Document", "--max_new_tokens=3")
+    run_main(monkeypatch, "sample", "--ckpt", source, "--device=cpu", "--prompt=Document",
+             "--max_new_tokens=3")
     assert capsys.readouterr().out.startswith("Document")
-    run_main(monkeypatch, "nanolab.huggingface", "export", tmp_path / "ckpt.pt", tmp_path / "hf")
-    ours = load_model(read_any(tmp_path / "ckpt.pt"))
-    assert_same_logits(ours, AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval())
+    run_main(monkeypatch, "nanolab.huggingface", "export", source, tmp_path / "hf")
+    assert_same_logits(load_model(read_any(source)),
+                       AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
     assert "imported by nanolab from `ckpt.pt`" in (tmp_path / "hf" / "README.md").read_text()
-    run_quickly([f"--init_from={tmp_path / 'ckpt.pt'}", *data, "--max_steps=1", "--batch_size=1",
+    run_quickly([f"--init_from={source}", *data, "--max_steps=1", "--batch_size=1",
                  "--global_batch_size=1", "--learning_rate=1e-30", "--eval_tokens=24",
                  f"--out_dir={tmp_path / 'run'}", "--dropout=0"])
-    assert_same_logits(load_model(tmp_path / "run"), Nanogpt(given))
+    assert_same_logits(load_model(tmp_path / "run"), theirs)
 
 
-@pytest.mark.parametrize("change, line", [
-    ({"args": {"use_rmsnorm": True}}, "has use_rmsnorm=True, which is not in nanoGPT's model"),
-    ({"args": {"bias": True}}, "lacks h.0.attn.c_attn.bias (and 12 more)"),
-    ({"given": {"transformer.h.0.q_norm.weight": torch.ones(8)}}, "has h.0.q_norm.weight, which"),
-    ({"args": {"vocab_size": 66}}, "wte.weight has the shape (65, 32)"),
-    ({"args": {"n_embd": "32"}}, "n_embd='32' (from "),
-    ({"given": {"transformer.ln_f.weight": 1}}, "is no checkpoint of nanolab or nanoGPT")])
-def test_nanogpt_refused(tmp_path, change, line):
-    given = nanogpt_weights(False) | change.get("given", {})
-    save_nanogpt(tmp_path / "ckpt.pt", given, **{"bias": False, **change.get("args", {})})
+@pytest.mark.parametrize("changes, line", [
+    ({"use_rmsnorm": True}, "has use_rmsnorm=True, which is not in nanoGPT's model"),
+    ({"bias": True}, "lacks h.0.attn.c_attn.bias (and 12 more)"),
+    ({"extra": {"transformer.h.0.q_norm.weight": torch.ones(8)}}, "has h.0.q_norm.weight, which"),
+    ({"block_size": 25}, "wpe.weight has the shape (24, 32)"),
+    ({"n_embd": "32"}, "n_embd='32' (from "),
+    ({"extra": {"transformer.ln_f.weight": 1}}, "is no checkpoint of nanolab or nanoGPT")])
+def test_nanogpt_refused(tmp_path, changes, line):
+    make_nanogpt(tmp_path, **changes)
     with pytest.raises(UserError, match=re.escape(line)):
         read_any(tmp_path / "ckpt.pt")
 
