@@ -36,7 +36,7 @@ def main():
             print(format_result(results[-1]) if len(paths) == 1 else
                   f"{path}: {loss_of(results[-1]):.6f}", flush=True)
     if world.rank == 0 and len(paths) == 2:
-        print_difference(*results)
+        print(format_difference(*results))
     if world.rank == 0 and args.json:
         write_atomically(args.json, json.dumps({"runs": results}, indent=1) + "\n")
     end_distributed()
@@ -63,13 +63,14 @@ def evaluate(path, args, world):
     saved = world.from_rank_0(lambda: load_results(path, args.split))
     for result in saved["results"]:
         if is_current(result, args, world):
-            return {**result, "path": path}
+            return {"split": "test", **result, "path": path}  # older ones do not say it
     checkpoint = read_any(path)
     config = checkpoint["config"]
     dataset = args.dataset or config["dataset"] or "fineweb"  # None: of Hugging Face's weights
+    block_size = args.block_size or config["block_size"]
     result = measure_loss(checkpoint, args.data_dir or config["data_dir"], dataset, args.split,
-                          args.batch_size, world)
-    if world.rank == 0 and config["dataset"]:
+                          block_size, args.batch_size, world)
+    if world.rank == 0 and config["dataset"] and block_size == config["block_size"]:
         save_results(path, args.split, {**saved, "results": [*saved["results"], result]})
         if config["wandb"] and dataset == config["dataset"] and args.split == "test":
             log_to_wandb(path, config, result["test_loss"])
@@ -84,7 +85,8 @@ def is_current(result, args, world):
     meta = read_meta(args.data_dir or config["data_dir"], args.dataset or config["dataset"],
                      config["vocab_size"])
     sha256 = meta["splits"].get(args.split, {}).get("sha256")
-    return (result[f"{args.split}_sha256"], result["amp"]) == (sha256, amp_name(world))
+    return (result[f"{args.split}_sha256"], result["amp"], result.get("block_size")) == (
+        sha256, amp_name(world), args.block_size or config["block_size"])
 
 
 def log_to_wandb(path, config, loss):
@@ -100,13 +102,18 @@ def log_to_wandb(path, config, loss):
               f"({type(error).__name__})", file=sys.stderr)
 
 
-def print_difference(first, other):
-    """Of two results, such as before and after fine-tuning, if they are of the same documents."""
-    if pair := paired_difference(first, other):
-        difference, half_width = pair
-        print(f"difference: {difference:+.4f}, 95 % interval {difference - half_width:+.4f} to "
-              f"{difference + half_width:+.4f}, if the same number of such documents were drawn "
-              "again; another seed is not in it")
+def format_difference(first, other):
+    """Of two results, such as before and after fine-tuning."""
+    same = ("dataset", "split", "block_size", "group_windows", f"{first['split']}_sha256")
+    if any(first[key] != other[key] for key in same):
+        return "difference: none, the windows are not the same (--block_size=N cuts both alike)"
+    difference, half_width = paired_difference(first, other)
+    interval = "no interval, for the text is a single document"
+    if half_width is not None:
+        low, high = difference - half_width, difference + half_width
+        interval = (f"95 % interval {low:+.4f} to {high:+.4f} for other such documents; another "
+                    "seed is not in it")
+    return f"difference: {difference:+.4f}, {interval}"
 
 
 def format_result(result):
@@ -114,7 +121,7 @@ def format_result(result):
     average = f"average of the last {n:,} steps' weights, " if n else ""
     of_text = "a single document" if error is None else f"{error:.4f} nats, by the documents"
     bits = f"{bits:.6f}" if bits else "not known: the data set does not say its bytes"
-    split = result.get("split", "test")
+    split = result["split"]
     return (f"{result['path']}: {result['name']}, step {result['step']:,}, {average}"
             f"on the {split} split of {result['dataset']}\n"
             f"{f'{split} loss':16}{loss_of(result):.6f} nats per token\n"
@@ -137,12 +144,14 @@ def parse_arguments():
     add("--data_dir", help="default: the one the checkpoint was trained with")
     add("--split", default="test", choices=("test", "val"),
         help="val is saved in NAME.val.json, which study.py does not read (default: %(default)s)")
+    add("--block_size", type=int,
+        help="tokens in a window, if fewer than the checkpoint's; such a result is not saved")
     add("--amp", default="off", choices=("auto", "off", "bfloat16", "float16"),
         help="autocast; the published losses were measured in float16 (default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error("--batch_size must be at least 1")
+    if args.batch_size < 1 or args.block_size is not None and args.block_size < 1:
+        parser.error("--batch_size and --block_size must be at least 1")
     return args
 
 

@@ -58,12 +58,17 @@ def main():
     if args.interactive:
         continue_prompts(stream, tokenizer)
     elif args.num_samples == 1:
+        steps = stream(prompt)
         print(prompt, end="", flush=True)
-        print_stream(stream(prompt), tokenizer)
+        try:
+            for part in characters(steps, tokenizer):
+                print(part, end="", flush=True)
+        finally:  # Ctrl-C ends the line too
+            print()
     else:
         samples = torch.stack(list(stream(prompt)), dim=1).tolist()  # (num_samples, max_new_tokens)
         for i, new_tokens in enumerate(samples):
-            text = b"".join(text_of(new_tokens, tokenizer)).decode(errors="replace")
+            text = "".join(characters(new_tokens, tokenizer))
             print(f"--- sample {i + 1}\n{prompt}{text}")
 
 
@@ -80,25 +85,19 @@ def read_prompt(file):
     return text
 
 
-def print_stream(tokens, tokenizer):
-    """Prints one text as it is made, up to an end-of-text token. A character of several tokens is
-    printed when it is complete. -> the text"""
+def characters(tokens, tokenizer):
+    """Yields the text of tokens as they are made, up to an end-of-text token; a character of several
+    tokens when it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    text = ""
-    try:
-        for part in text_of(map(int, tokens), tokenizer):
-            characters = decoder.decode(part)
-            print(characters, end="", flush=True)
-            text += characters
-    finally:  # Ctrl-C ends the line too
-        print(decoder.decode(b"", final=True))
-    return text
+    for part in text_of(map(int, tokens), tokenizer):
+        yield decoder.decode(part)
+    yield decoder.decode(b"", final=True)
 
 
 def continue_prompts(stream, tokenizer):
     """Reads the beginning of a text from the terminal and continues it, again and again."""
-    with contextlib.suppress(ImportError):  # not every Python has it
-        import readline  # noqa: F401: arrow keys in input()
+    with contextlib.suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401: input() then has arrow keys and a history
     print("Type how a text begins. An empty line goes on with it, Ctrl-C stops it, Ctrl-D ends.")
     text = ""
     while True:
@@ -107,8 +106,16 @@ def continue_prompts(stream, tokenizer):
         except EOFError:
             print()
             return
-        with contextlib.suppress(KeyboardInterrupt):
-            text += print_stream(stream(text), tokenizer) if text else ""
+        try:
+            for part in characters(stream(text), tokenizer) if text else ():
+                print(part, end="", flush=True)
+                text += part
+        except UserError as error:
+            print(error, end="")
+            text = ""
+        except KeyboardInterrupt:
+            pass  # of what was printed an empty line goes on
+        print()
 
 
 def parse_arguments():
@@ -145,7 +152,8 @@ def parse_arguments():
         args.prompt = args.start
     for is_wrong, message in (
             (args.prompt == "", f"--prompt is empty; '{END_OF_TEXT}' asks for a text from nothing"),
-            (args.interactive and args.num_samples != 1, "--interactive makes one sample at a time"),
+            (args.interactive and (args.num_samples != 1 or args.prompt or args.prompt_file),
+             "--interactive asks for the prompts, and makes one sample of each"),
             (not 1 <= args.num_samples <= 1000, "--num_samples must be from 1 to 1,000"),
             (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
             (args.temperature and not 0.01 <= args.temperature <= 100,

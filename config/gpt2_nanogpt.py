@@ -15,6 +15,7 @@ vocab_size = 50304             # GPT-2's 50,257, padded to a multiple of 64
 dropout = 0.0
 tie_weights = True
 init = "gpt2"
+activation = "gelu_erf"
 
 batch_size = 12
 global_batch_size = 480        # 12 x gradient_accumulation_steps = 40

@@ -17,6 +17,7 @@ block_size = 256
 dropout = 0.2
 tie_weights = True
 init = "gpt2"
+activation = "gelu_erf"
 
 batch_size = 64
 global_batch_size = 64

@@ -48,9 +48,9 @@ def mean_losses(model, dataset, groups, batch_size, world):
     return [total / len(group) for total, group in zip(sums.tolist(), groups)]
 
 
-def measure_loss(checkpoint, data_dir, dataset, split, batch_size, world):
-    """The loss of a checkpoint, from read_checkpoint, on a whole split, test or val: a dict, as
-    study.py reads it. Raises UserError."""
+def measure_loss(checkpoint, data_dir, dataset, split, block_size, batch_size, world):
+    """The loss of a checkpoint, from read_checkpoint, on a whole split, test or val, in windows of
+    block_size tokens: a dict, as study.py reads it. Raises UserError."""
     path, config = checkpoint["path"], checkpoint["config"]
     meta = read_meta(data_dir, dataset, config["vocab_size"])
     if split not in meta["splits"]:
@@ -59,7 +59,9 @@ def measure_loss(checkpoint, data_dir, dataset, split, batch_size, world):
     if meta["tokenizer"] != checkpoint["tokenizer"]:
         raise UserError(f"{path} was trained on {kind_of(checkpoint['tokenizer'])} tokens, "
                         f"the data set {dataset} has {kind_of(meta['tokenizer'])}")
-    data = TokenDataset(data_dir, dataset, split, config["block_size"], config["vocab_size"])
+    if block_size > config["block_size"]:
+        raise UserError(f"{path} reads at most {config['block_size']} tokens, not {block_size}")
+    data = TokenDataset(data_dir, dataset, split, block_size, config["vocab_size"])
     model = load_model(checkpoint).to(world.device)
     n_parameters = model.num_params()
     if world.device.type == "cpu" and distributed.DEFAULT_THREADS > 1:
@@ -77,9 +79,9 @@ def measure_loss(checkpoint, data_dir, dataset, split, batch_size, world):
         bits_per_byte = loss / math.log(2) * facts["tokens"] / facts["bytes"]
     return {"name": config["name"], "path": path, "split": split,
             "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte,
-            "windows": len(data), "tokens": len(data) * config["block_size"],
+            "windows": len(data), "tokens": len(data) * block_size,
             "group_windows": sizes, "group_losses": [round(each, 5) for each in losses],
-            "block_size": config["block_size"], "parameters": n_parameters,
+            "block_size": block_size, "parameters": n_parameters,
             "dataset": dataset, f"{split}_sha256": facts["sha256"], "amp": amp_name(world),
             "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"],
             "averaged_steps": checkpoint.get("averaged_steps", 0),
@@ -92,7 +94,7 @@ def amp_name(world):
 
 
 def loss_of(result):
-    return result[f"{result.get('split', 'test')}_loss"]
+    return result[f"{result['split']}_loss"]
 
 
 def test_set_error(result):
@@ -111,18 +113,14 @@ def weighted_error(values, weights):
 
 
 def paired_difference(first, other):
-    """The difference of two results' losses, and the half-width of its 95 % interval: documents that
-    are hard are hard for both, so it is narrower than theirs. None if they are of different text or
-    of a single document."""
-    texts = [[result.get(key) for key in ("test_sha256", "val_sha256", "group_windows")]
-             for result in (first, other)]
-    weights = first["group_windows"]
-    if texts[0] != texts[1] or len(weights) < 2:
-        return None
-    gaps = [b - a for a, b in zip(first["group_losses"], other["group_losses"])]
+    """The difference of two results' losses on the same windows, and the half-width of its 95 %
+    interval; None for a single document. What is hard for one is hard for the other, so it is
+    narrower than an interval of either."""
+    gaps = [b - a for a, b in zip(first["group_losses"], other["group_losses"], strict=True)]
+    error = weighted_error(gaps, first["group_windows"])
     from scipy.special import stdtrit  # Student's t
     return (loss_of(other) - loss_of(first),
-            float(stdtrit(len(gaps) - 1, 0.975)) * weighted_error(gaps, weights))
+            None if error is None else float(stdtrit(len(gaps) - 1, 0.975)) * error)
 
 
 def result_path(path, split):

@@ -162,13 +162,13 @@ def refuse_unknown(files, settings, options, foreign_names):
         if key not in options:
             names[key] = f"unknown option '{key}' (from {source})", options
         elif f"{key}={value}" in foreign_names:
-            names[f"{key}={value}"] = f"{key}={value} is another trainer's word", ()
+            names[f"{key}={value}"] = f"{key}={value} (from {source}) is no value of ours", ()
     lines, advice = [], "--help lists all options"
     for name, (problem, known) in names.items():
         word = name.replace("-", "_")
         if word in foreign_names:
             advice = "docs/from_nanogpt.md has other trainers' names, --help all of nanolab's"
-            lines.append(f"{problem}: {foreign_names[word]}")
+            lines.append(f"{problem}; {foreign_names[word]}")
         else:
             lines.append(f"{problem}{nearest(word, known)}")
     if len(lines) == 1:

@@ -18,13 +18,14 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from config import OPTIONS
+from nanolab.checkpoint import checkpoint_file
 from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, parse_json, utc_now,
                             versions, write_atomically)
 from nanolab.distributed import machine, n_threads
 from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
 from nanolab.plots import format_report, having, import_matplotlib, plot_run, read_entries
-from nanolab.tokenizer import UNKNOWN, encode_prompt, get_tokenizer, text_of
+from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token
 
@@ -242,28 +243,24 @@ class RunLog:
             cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
                   f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
-            for i, command in enumerate(next_commands(self.config, self.meta)):
+            commands = next_commands(self.config, self.meta, bool(self.draw_sample))
+            for i, command in enumerate(commands):
                 print(f"{'' if i else 'next:':8}{command}")
 
 
-def next_commands(config, meta):
+def next_commands(config, meta, can_sample):
     """Command lines that work on what a finished run left, from the current folder."""
-    saved = [path for name in ("best.pt", "last.pt")
-             if (path := Path(config.out_dir, name)).exists()]
-    if not saved:
-        return []
-    ckpt = ["--ckpt", str(saved[0])]
-    has_test = meta["splits"].get("test", {"tokens": 0})["tokens"] > config.block_size
-    split = [] if has_test else ["--split=val"]
-    if config.init_from in OPENAI_REVISIONS or config.init_from and Path(config.init_from).exists():
-        before_and_after = ["--ckpt", config.init_from, str(saved[0])]
-        data = [f"--dataset={config.dataset}", f"--data_dir={config.data_dir}"]
-        commands = [["eval.py", *before_and_after, *data, *split]]
-    else:
-        commands = [["eval.py", *ckpt, *split]]
-    if meta["tokenizer"] != UNKNOWN:
-        is_default = saved[0] == Path(OPTIONS["out_dir"].default, "best.pt")
-        commands.append(["sample.py", *(ckpt if not is_default else [])])
+    path = str(checkpoint_file(config.out_dir))
+    test_tokens = meta["splits"].get("test", {"tokens": 0})["tokens"]
+    split = ["--split=val"] if test_tokens <= config.block_size else []
+    commands = [["eval.py", "--ckpt", path, *split]]
+    before = config.init_from
+    if before in OPENAI_REVISIONS or before and Path(before).exists():
+        commands = [["eval.py", "--ckpt", before, path, f"--dataset={config.dataset}",
+                     f"--data_dir={config.data_dir}", f"--block_size={config.block_size}", *split]]
+    if can_sample:
+        is_default = path == str(Path(OPTIONS["out_dir"].default, "best.pt"))
+        commands.append(["sample.py", *([] if is_default else ["--ckpt", path])])
     return [shlex.join(["python", os.path.relpath(ROOT / script), *words])
             for script, *words in commands]
 
