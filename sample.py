@@ -86,8 +86,8 @@ def read_prompt(file):
 
 
 def characters(tokens, tokenizer):
-    """Yields the text of tokens as they are made, up to an end-of-text token; a character of several
-    tokens when it is complete."""
+    """Yields the text of tokens as they are made, up to an end-of-text token. A character that has
+    several tokens comes with the last one."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for part in text_of(map(int, tokens), tokenizer):
         yield decoder.decode(part)

@@ -2,7 +2,7 @@
 # validation loss about 2.85 after 4 days on eight A100s (nanoGPT's README). Not run here.
 # docs/from_nanogpt.md says what still differs.
 #
-#     python data/openwebtext/prepare.py                                         # in nanoGPT's clone
+#     python data/openwebtext/prepare.py                                        # in nanoGPT's clone
 #     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_nanogpt.py \
 #         --data_dir=PATH_OF_NANOGPT/data
 

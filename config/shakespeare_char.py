@@ -1,8 +1,8 @@
 # nanoGPT's train_shakespeare_char, with its values; docs/from_nanogpt.md says what still differs.
-# Published: best validation loss 1.4697, about 3 minutes on an A100 (nanoGPT's README). Not run here
-# at this size; config/shakespeare_char_cpu.py was.
+# Published: best validation loss 1.4697, about 3 minutes on an A100 (nanoGPT's README). Not run
+# here; config/shakespeare_char_cpu.py, the smaller one, was.
 #
-#     python data/shakespeare_char/prepare.py                                    # in nanoGPT's clone
+#     python data/shakespeare_char/prepare.py                                   # in nanoGPT's clone
 #     python train.py config/shakespeare_char.py --data_dir=PATH_OF_NANOGPT/data
 
 name = "shakespeare_char"
@@ -31,7 +31,7 @@ decay = "matrices"
 beta2 = 0.99
 grad_clip = 1.0
 
-eval_every = 250
-save_every = 0
+eval_every = 250               # of the whole validation split, 111,540 characters
+save_every = 0                 # always_save_checkpoint = False: best.pt alone, and the end
 log_every = 10
 sample_prompt = "\n"

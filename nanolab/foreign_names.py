@@ -59,5 +59,5 @@ wandb_run_name, run_name, run | --name=mine | a label; runs of one name are seed
 ROWS = [[cell.strip() for cell in row.split("|")] for row in TABLE.strip().splitlines()]
 
 # {name: what it is here}
-FOREIGN_NAMES = {name: f"here {ours}: {meaning}" if ours else meaning
+FOREIGN_NAMES = {name: f"here {ours} ({meaning})" if ours else meaning
                  for names, ours, meaning in ROWS for name in names.split(", ")}
