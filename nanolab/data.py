@@ -96,7 +96,7 @@ def nanogpt_meta(folder, vocab_size):
     if not vocab_size:
         raise UserError(f"{folder} has token files as nanoGPT makes them, without meta.json and "
                         "test split: train.py reads them with --vocab_size=N (50257 for GPT-2's "
-                        "tokens), eval.py needs another --dataset")
+                        "tokens)")
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"

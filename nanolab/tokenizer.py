@@ -48,7 +48,7 @@ def get_tokenizer(name):
     if name != "gpt2":
         raise UserError(f"unknown tokenizer '{name}'; there are gpt2 and bytes")
     advice = ("connect once, or set TIKTOKEN_CACHE_DIR to a folder that has vocab.bpe and "
-              "encoder.json, or use --tokenizer=bytes")
+              "encoder.json (docs/data.md says where they are), or use --tokenizer=bytes")
     merges, vocabulary = gpt2_vocabulary_files()
     if vocabulary.name.endswith(".json"):
         return gpt2_from_file(vocabulary)
