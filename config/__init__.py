@@ -54,8 +54,9 @@ class GPTConfig:
         0.0, "with qk_norm: attention logits lie within -qk_bound and qk_bound; 0: the square root "
         "of the head size, which follows from the usual scale", within="[0, inf)")
     activation: str = option(
-        "gelu", "of the MLP: gelu, relu2 (ReLU squared), or swiglu (gated, 8/3 n_embd wide instead "
-        "of 4)", choices=("gelu", "relu2", "swiglu"))
+        "gelu", "of the MLP: gelu (GPT-2's, by tanh), gelu_erf (exact, nanoGPT's), relu2 (ReLU "
+        "squared), or swiglu (gated, 8/3 n_embd wide instead of 4)",
+        choices=("gelu", "gelu_erf", "relu2", "swiglu"))
     logit_softcap: float = option(
         0.0, "logits x become cap * tanh(x / cap); 0: unchanged", within="[0, inf)")
     zero_init: bool = option(

