@@ -146,7 +146,7 @@ def wrapped(text):
 
 
 def write_files(args, study, status):
-    rows, experiments, baseline = study.rows, study.experiments, study.baseline
+    rows = study.rows
     if args.json:
         write_atomically(args.json, as_json(study.runs, rows=rows))
     if args.csv:
@@ -157,15 +157,26 @@ def write_files(args, study, status):
             writer.writeheader()
             writer.writerows(rows)
     if args.plot or args.curves:
-        from nanolab.study import plots  # matplotlib takes a second
-        if args.plot:
-            plots.plot_comparison(rows, baseline, args.plot)
-        if args.curves:
-            plots.plot_curves(experiments, baseline, args.curves)
+        draw_pictures(args, study)
     if args.page:
         write_page(args, study, status)
     for path in filter(None, (args.json, args.csv, args.plot, args.curves, args.page)):
         print(f"wrote {path}", file=sys.stderr)
+
+
+def draw_pictures(args, study):
+    from nanolab import charts
+    from nanolab.study import page
+    if args.plot:
+        if not any("difference" in row for row in study.rows):
+            raise UserError("--plot draws differences: --baseline must name an experiment")
+        charts.save_picture(charts.differences_chart(study.rows, study.baseline), args.plot)
+    if args.curves:
+        logs = page.read_logs(study.runs)
+        if not logs:
+            raise UserError("--curves needs the runs' log.jsonl, which is missing or damaged")
+        experiments = page.in_order(study.experiments, study.rows, study.baseline)
+        charts.save_picture(page.study_curves(experiments, study.baseline, logs), args.curves)
 
 
 def parse_arguments():
@@ -196,7 +207,7 @@ def parse_arguments():
     add("--csv", metavar="FILE", help="write the table's rows")
     add("--page", metavar="FILE.html", help="write a page with table, differences, curves, samples")
     add("--plot", metavar="FILE.png", help="draw the differences and their intervals")
-    add("--curves", metavar="FILE.png", help="draw the loss curves over the baseline's")
+    add("--curves", metavar="FILE.png", help="draw the loss curves of the baseline and the four best")
     args, flags = parser.parse_known_args()
     makes_runs = [word.endswith(".py") for word in args.runs]
     if any(makes_runs) != all(makes_runs):

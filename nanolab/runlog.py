@@ -20,8 +20,8 @@ from nanolab.common import (UserError, code_diff, code_state, describe, parse_js
                             versions, write_atomically)
 from nanolab.distributed import machine, n_threads
 from nanolab.memory import peak_memory
-from nanolab.page import run_page
 from nanolab.plots import having, import_matplotlib, plot_run, read_entries
+from nanolab.report import run_page
 from nanolab.tokenizer import END_OF_TEXT, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token

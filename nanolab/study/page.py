@@ -2,14 +2,15 @@
 
 import html
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from nanolab.charts import curves_chart, differences_chart
 from nanolab.common import code_name
-from nanolab.page import (CURVES, LOSS_TITLE, chart, curves_chart, differences_chart, format_page,
-                          format_samples, html_table)
 from nanolab.plots import having, read_entries, series
+from nanolab.report import CURVES, LOSS_TITLE, chart, format_page, format_samples, html_table
 from nanolab.study import tables
 from nanolab.study.runs import (changed_objective, group_by_experiment, relevant_options, seeds_of,
                                 settings)
@@ -21,11 +22,8 @@ def study_page(path, status, runs, rows, baseline, loss, more="", is_running=Fal
     runs: all that there are, measured or not; rows: tables.compare's, of those that are; baseline:
     an experiment, or None; loss: "test_loss" or "val_loss"; more: lines about what is missing.
     """
-    experiments = group_by_experiment(runs)
-    order = [baseline, *(row["experiment"] for row in rows), *experiments]
-    labels = [label for label in dict.fromkeys(order) if label in experiments]
-    experiments = {label: experiments[label] for label in labels}
-    logs = {run["path"]: entries for run in runs if (entries := read_run_log(run))}
+    experiments = in_order(group_by_experiment(runs), rows, baseline)
+    logs = read_logs(runs)
     sections, charts = {}, {}
     if rows:
         cells = tables.comparison_cells(rows)
@@ -39,12 +37,9 @@ def study_page(path, status, runs, rows, baseline, loss, more="", is_running=Fal
         charts["differences"] = differences_chart(rows, baseline)
     if logs:
         sections["Curves"] = CURVES + paragraphs(format_objectives(experiments, baseline))
-        curves = study_curves(experiments, baseline, logs)
-        views = {"loss": LOSS_TITLE, "difference":
-                 f"difference in loss to the run of {baseline} with the same seeds"}
-        charts["curves"] = curves_chart(labels, curves, views if baseline else {"loss": LOSS_TITLE})
+        charts["curves"] = study_curves(experiments, baseline, logs)
     sections["Options that differ"] = html_table(
-        differing_options(experiments, baseline or labels[0]).items())
+        differing_options(experiments, baseline or next(iter(experiments))).items())
     sections["Samples"] = format_samples(last_samples(experiments, logs))
     sections["Runs"] = html_table([cells_of_run(label, run, path) for label in experiments
                                    for run in experiments[label]],
@@ -57,18 +52,26 @@ def paragraphs(text):
     return "".join(f"<p>{html.escape(line)}</p>\n" for line in text.splitlines())
 
 
-def read_run_log(run):
-    """The entries of a run's log; [] if it is missing, damaged or being written."""
-    try:
-        entries = read_entries(Path(run["path"]).with_name("log.jsonl"))
-        return [entry for entry in entries if entry["tokens"] >= 0]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+def in_order(experiments, rows, baseline):
+    """The experiments, the baseline first, then from the best to the worst."""
+    order = [baseline, *(row["experiment"] for row in rows), *experiments]
+    return {label: experiments[label] for label in dict.fromkeys(order) if label in experiments}
+
+
+def read_logs(runs):
+    """{path of a run: the entries of its log}, without those that are missing, damaged or being
+    written"""
+    logs = {}
+    for run in runs:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            entries = read_entries(Path(run["path"]).with_name("log.jsonl"))
+            logs[run["path"]] = [entry for entry in entries if entry["tokens"] >= 0]
+    return {path: entries for path, entries in logs.items() if entries}
 
 
 def study_curves(experiments, baseline, logs):
-    """The curves of curves_chart: loss, and its difference to the baseline's of the same seeds at
-    as many tokens."""
+    """The chart of the losses, and of their differences to the baseline's of the same seeds at as
+    many tokens."""
     def columns(run, key):
         entries = having(key, logs[run["path"]])
         paired = logs.get(of_baseline.get(seeds_of(run)), ())
@@ -78,8 +81,12 @@ def study_curves(experiments, baseline, logs):
         return np.stack([tokens / 1e6, losses, losses - np.array(gaps, float)])
 
     of_baseline = {seeds_of(run): run["path"] for run in experiments.get(baseline, ())}
-    return [(e, f"seed {settings(run)['seed']}", columns(run, "loss"), columns(run, "val_loss"))
-            for e, runs in enumerate(experiments.values()) for run in runs if run["path"] in logs]
+    curves = [(e, f"seed {settings(run)['seed']}", columns(run, "loss"), columns(run, "val_loss"))
+              for e, runs in enumerate(experiments.values()) for run in runs
+              if run["path"] in logs]
+    views = {"loss": LOSS_TITLE, "difference":
+             f"difference in loss to the run of {baseline} with the same seeds"}
+    return curves_chart(list(experiments), curves, views if baseline else {"loss": LOSS_TITLE})
 
 
 def format_objectives(experiments, baseline):
