@@ -1,7 +1,7 @@
 """One training run: a GPT-2-class model from scratch, on one device or many, with the same result.
 
     python train.py config/local_3090.py
-    torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
+    torchrun --standalone --nproc_per_node=8 train.py config/cloud.py
 
 Step s trains on windows s*G to (s+1)*G - 1 of the data's order, however many processes and
 micro-steps share them. G is global_batch_size; a window is block_size + 1 tokens.
@@ -79,7 +79,7 @@ def train(config, on_step=lambda step, model: None):
     log = RunLog(config, meta, state, max_steps, model, clock, world)
     saver = CheckpointSaver(
         config.out_dir, partial(pack, config, meta, state, model, average, optimizer, scaler),
-        start.best_val_loss, enabled=world.rank == 0 and config.save_weights)
+        start.best_val_loss, config.on_save, enabled=world.rank == 0 and config.save_weights)
     stop = StopSignal()
     validate = lambda model: mean_loss(model, val_data, config.eval_tokens, batch_size, world)
     batches = micro_batches(train_data, config, batch_size, state.step, world)

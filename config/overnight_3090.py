@@ -25,14 +25,14 @@
 # short, give fewer steps: T3's README has 0.0091 for 200 steps fewer, so --max_steps=2450, 12 hours
 # at 30,000 tokens/s, would cost 0.04 or somewhat more.
 #
-# Memory, a prediction: 10 of 24 GB. An H200 took 5.7 GB for 12 sequences and tied weights, before
-# the head's loss moved into the compiled graph (docs/gpu.md).
+# Memory, a prediction: 18 of 24 GB (docs/gpu.md has the arithmetic). --batch_size=16, which takes
+# 10 GB, is the same run up to rounding.
 
 name = "overnight_3090"
 out_dir = "out/overnight_3090"
 
-batch_size = 16
-global_batch_size = 512        # T3: 524,288 tokens; 32 micro-steps
+batch_size = 32
+global_batch_size = 512        # T3: 524,288 tokens; 16 micro-steps
 max_tokens = 1_703_936_000     # T3: 3,250 steps
 
 dropout = 0.0

@@ -4,6 +4,7 @@ GPU's, and inductor is left out, which takes minutes on a slow CPU."""
 import pytest
 import torch
 
+import fake_graphs
 import nanolab.head
 import train
 from config import Config
@@ -55,6 +56,27 @@ def test_cuda_graphs(monkeypatch, compile, batch_size, n_gpus, one_graph, cuda_g
                     World(torch.device("cuda", 0), None, 0, n_gpus))
     assert asked == {"fullgraph": one_graph, "options": {
         "triton.cudagraphs": cuda_graphs, "triton.cudagraph_trees": False}}
+
+
+def as_with_trees(outputs):
+    """Tensors that nobody else holds, so autograd takes them, and their memory, as .grad."""
+    return [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in outputs]
+
+
+@pytest.mark.parametrize("give, same", [(list, True), (as_with_trees, False)])
+def test_gradients_of_cuda_graphs_add_up(small_run, monkeypatch, give, same):
+    """A run of 4 micro-steps with fake graphs, and a validation between its steps, is the eager
+    run. With what trees would do it is another."""
+    flags = ["--batch_size=2", "--eval_every=2", "--grad_clip=0.1", "--max_steps=3", "--n_layer=1"]
+    eager = small_run("eager", *flags)
+    force_gpu_head(monkeypatch)
+    graphs, compile = fake_graphs.use_fake_graphs(monkeypatch), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: (
+        compile(model, fullgraph=True, backend=fake_graphs.backend(give))))
+    torch._dynamo.reset()
+    captured = small_run("graphs", *flags, "--compile=graphs")
+    assert len(graphs) == 3  # forward, backward, validation
+    assert (losses(captured) == pytest.approx(losses(eager), rel=1e-6)) == same
 
 
 def test_a_validation_copies_each_loss():

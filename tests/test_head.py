@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import model
 import nanolab.head
@@ -58,7 +60,7 @@ def test_loss_and_gradients_are_cross_entropys(monkeypatch, head, chunks, precis
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             loss = apply(hidden, weight, targets, cap, dtype, True)
-        assert sizes == chunks and max(x.numel() for x in kept) <= 320 * C
+        assert sizes == chunks and sum(x.numel() for x in kept) <= (N + 320) * C
         sizes.clear()
         assert loss.item() == pytest.approx(plain.item(), rel=tolerance)
         grads = torch.autograd.grad(loss * scale, (hidden, weight))
@@ -130,6 +132,36 @@ def test_a_graph_break_is_seen(monkeypatch, stop):
     compiled, _ = compile_to_graphs(GPT(small_gpt_config(n_layer=1)))
     with pytest.raises(TorchDynamoException):
         compiled(*small_batch())
+
+
+class LargeTensors(TorchDispatchMode):
+    """Counts the operators that make a tensor of at least the logits' size."""
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.n += any(isinstance(x, torch.Tensor) and x.numel() >= 64 * V
+                      for x in tree_leaves(results))
+        return results
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_model_makes_no_logits_beside_its_heads(monkeypatch, copies):
+    """Nothing of the logits' size but within HeadLoss, of which the next test counts the bytes; a
+    copy would be seen."""
+    force_gpu_head(monkeypatch)
+    gpt, (tokens, targets) = GPT(small_gpt_config(n_layer=1)), small_batch()
+    if copies:
+        monkeypatch.setattr(GPT, "hidden_states", lambda self, tokens, states=GPT.hidden_states: (
+            states(self, tokens) + 0 * self.logits(states(self, tokens)).mean()))
+    hidden = gpt.hidden_states(tokens).detach().flatten(0, 1).requires_grad_()
+    with LargeTensors() as head:
+        HeadLoss.apply(hidden, gpt.head.weight, targets.flatten(), 0.0, torch.float32,
+                       True).backward()
+    with LargeTensors() as whole:
+        gpt(tokens, targets).backward()
+    assert head.n == 12  # in eager code; one more would be a copy
+    assert (whole.n == head.n) == (not copies)
 
 
 def test_bytes_kernels_and_memory():

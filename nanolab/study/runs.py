@@ -25,7 +25,7 @@ DEFAULTS = {option.name: option.default for option in fields(Config)}
 SAME_EXPERIMENT = RESUME_MAY_CHANGE | {*SEEDS, "compile"}
 
 # Of a machine or a command, so no part of a result.
-NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "wandb",
+NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "on_save", "wandb",
                 "dollars_per_hour"}
 
 FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started", "ended", "code")
