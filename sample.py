@@ -21,8 +21,7 @@ from nanolab.checkpoint import load_model
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.distributed import pick_device
 from nanolab.huggingface import read_any
-from nanolab.tokenizer import (END_OF_TEXT, UNKNOWN, encode_prompt, get_tokenizer, kind_of,
-                               text_of)
+from nanolab.tokenizer import END_OF_TEXT, UNKNOWN, encode_prompt, get_tokenizer, text_of
 
 
 def main():
@@ -32,7 +31,7 @@ def main():
     if args.top_k and args.top_k > vocab_size:
         raise UserError(f"--top_k={args.top_k} is more than the {vocab_size} tokens of {args.ckpt}")
     if args.tokenizer not in (None, checkpoint["tokenizer"]) and checkpoint["tokenizer"] != UNKNOWN:
-        raise UserError(f"{args.ckpt} reads {kind_of(checkpoint['tokenizer'])} tokens; "
+        raise UserError(f"{args.ckpt} reads {checkpoint['tokenizer']} tokens; "
                         f"leave out --tokenizer={args.tokenizer}")
     tokenizer = get_tokenizer(args.tokenizer or checkpoint["tokenizer"])
     prompt = args.prompt

@@ -40,7 +40,6 @@ from nanolab.optim import (average_weights, count_steps, is_averaged, learning_r
 from nanolab.options import format_config, load
 from nanolab.runlog import RunLog, TrainingClock
 from nanolab.start import find_start, options_of_run
-from nanolab.tokenizer import kind_of
 
 MAX_SKIPPED = 20  # updates in a row that may be skipped
 
@@ -81,7 +80,7 @@ def train(config, on_step=lambda step, model: None):
     log = RunLog(config, meta, state, max_steps, model, clock, world)
     saver = CheckpointSaver(
         config.out_dir, partial(pack, config, meta, state, model, average, optimizer, scaler),
-        start.best_val_loss, enabled=world.rank == 0 and config.save_weights)
+        start.best_val_loss, config.on_save, enabled=world.rank == 0 and config.save_weights)
     stop = StopSignal()
     validate = lambda model: mean_loss(model, val_data, config.eval_tokens, batch_size, world)
     batches = micro_batches(train_data, config, batch_size, state.step, world)
@@ -276,8 +275,7 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
            f"batch_size {batch_size}")
     if meta["source"] == NANOGPT:
         print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
-               f"{config.vocab_size:,} kinds, tokenizer {kind_of(meta['tokenizer'])}; it has no "
-               "test split")
+               f"{config.vocab_size:,} kinds, tokenizer {meta['tokenizer']}; it has no test split")
 
 
 def main():

@@ -221,6 +221,9 @@ class Config(GPTConfig):
         617, "steps between saves of last.pt; 0: only at the end", within="[0, inf)")
     save_weights: bool = option(
         True, "keep last.pt and best.pt; False: a timing run, which leaves log and summary only")
+    on_save: str = option(
+        "", "shell command to run after each save, in the background, such as 'rsync -a out/ "
+        "HOST:out'; '': none")
     log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
     sample_every: int = option(
         0, "steps between samples for the log; 0: only at the end", within="[0, inf)")
@@ -290,8 +293,9 @@ OPTIONS = {f.name: f for f in fields(Config)}
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
 # change them. `seed` acts through SEEDS.
 RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "dry_run", "data_dir", "batch_size",
-                     "threads", "device", "eval_every", "save_every", "save_weights", "log_every",
-                     "sample_every", "sample_prompt", "wandb", "dollars_per_hour", "seed"}
+                     "threads", "device", "eval_every", "save_every", "save_weights", "on_save",
+                     "log_every", "sample_every", "sample_prompt", "wandb", "dollars_per_hour",
+                     "seed"}
 
 
 def divisors(total):

@@ -1,6 +1,7 @@
 """Checkpoints: load one, and save atomically in the background. start.py resumes from them."""
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -149,22 +150,29 @@ def pack(config, meta, state, model, average, optimizer, scaler):
 class CheckpointSaver:
     """Saves last.pt and best.pt in the background: a thread writes one file after the other.
 
-    Only rank 0 has one that is enabled. As a context manager it waits for the last file.
-    pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt.
+    Only rank 0 has one that is enabled. As a context manager it waits for the last file, and for
+    the last command.
+    pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt;
+    on_save: a shell command to run after each file; '': none.
     """
 
-    def __init__(self, out_dir, pack, best_val_loss, enabled):
+    def __init__(self, out_dir, pack, best_val_loss, on_save, enabled):
         self.out_dir, self.pack, self.enabled = Path(out_dir), pack, enabled
         self.best_val_loss = best_val_loss  # only a best.pt on disk counts
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.pending_save = self.writer.submit(bool)  # a finished Future: nothing is pending
         self.buffers, self.snapshot = {}, None
+        self.on_save, self.runner = on_save, ThreadPoolExecutor(max_workers=1)
+        self.last_command = self.runner.submit(bool)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.writer.shutdown()
+        if not self.last_command.done():
+            tqdm.write("waiting for the last --on_save", file=sys.stderr)
+        self.runner.shutdown()
 
     def wait(self):
         self.pending_save.result()
@@ -200,6 +208,9 @@ class CheckpointSaver:
         saved = save_checkpoint(self.out_dir / name, {**checkpoint, "best_val_loss": best})
         if saved:
             self.best_val_loss = best
+            # a command that still waits for the one before it sees this file too
+            if self.on_save and (self.last_command.running() or self.last_command.done()):
+                self.last_command = self.runner.submit(run_on_save, self.on_save)
         return saved
 
 
@@ -220,6 +231,21 @@ def save_checkpoint(path, checkpoint):
         tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept",
                    file=sys.stderr)
         return False
+
+
+def run_on_save(command):
+    """Runs a shell command to its end. If it fails, one line says so and the run goes on."""
+    try:
+        # in a session of its own: Ctrl-C, which ends a run in good order, must not end the last copy
+        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+                              start_new_session=True)
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        problem = said[0] if done.returncode else None
+    except OSError as error:  # no memory for a process
+        problem = describe(error)
+    if problem:
+        tqdm.write(f"--on_save failed ({problem[:500]}): {command}", file=sys.stderr)
 
 
 def snapshot_to_cpu(checkpoint, buffers):

@@ -6,7 +6,6 @@ The shards depend on the files alone, not on the number of processes that will r
 
 import contextlib
 import glob
-import itertools
 import mmap
 import os
 import re
@@ -31,6 +30,7 @@ from nanolab.tokenizer import END_OF_TEXT
 READABLE = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # in a folder
 RECORDS = (".jsonl", ".ndjson", ".json")  # a JSON object a line
 TABLES = {".csv", ".tsv"}  # as text they would be mostly commas and quotes
+MAC_FOLDER = "__MACOSX"  # of attributes, in a Mac's .zip
 SHARD_BYTES = 4 * 2**20
 MARKER = re.escape(END_OF_TEXT) + "(?:\r?\n)?"  # of your own text: between two documents
 # Soft hyphens, joiners, marks of direction, variants of emoji, BOMs.
@@ -53,19 +53,21 @@ def own_files(source, left_out=None):
     """The text files of a path, a folder or a glob, sorted. Raises UserError.
 
     A folder gives its READABLE files; a file or glob may name another suffix, which is then text.
-    Links are followed, and a file counts once. left_out: a Counter to which this adds the other
-    files, by suffix or reason.
+    A file with several names counts once. left_out: a Counter that gets the others, by reason.
     """
     path, left_out = Path(source), Counter() if left_out is None else left_out
-    matches = {path} if path.exists() else expand(str(source))
-    found = {file for match in matches
-             for file in (files_below(match) if match.is_dir() else [match])}
+    start, _, end = str(source).partition("**")  # glob.glob would run into a loop of links
+    named = [path] if path.exists() else [Path(match) for match in glob.glob(start or ".")
+                                          if Path(match).name != MAC_FOLDER]
+    found = {file for match in named
+             for file in (files_below(match, set()) if match.is_dir() else [match])
+             if path.exists() or file.match(end.strip("/") or "*")}
     suffixes = set(READABLE)
     if path.is_file() or path.suffix and not path.is_dir():
         suffixes |= {path.suffix.lower()} - TABLES
     files = {}
     for file in sorted(found):
-        if is_hidden(file.name) and file not in matches:
+        if is_hidden(file.name) and file not in named:
             left_out["hidden"] += 1
         elif not file.is_file():
             left_out["broken link"] += 1
@@ -76,49 +78,28 @@ def own_files(source, left_out=None):
         else:
             files.setdefault(identity(file), str(file))
     if not files:
-        problem = "is empty" if matches else "does not exist"
-        if found:
-            problem = f"has no text to read; left out: {format_counts(left_out)}"
+        problem = ("does not exist" if not named else "has no text to read"
+                   + (f"; left out: {format_counts(left_out)}" if left_out else ""))
         raise UserError(f"'{source}' {problem}; give stdlib, pypi, fineweb, fineweb-edu, or a "
                         f"file, folder or glob of {' '.join(sorted(READABLE))}")
     return list(files.values())
 
 
-def expand(pattern):
-    """The matches of a glob, hidden ones if it asks for them. -> {Path}
-
-    glob.glob's ** would miss linked folders or enter a loop of links, and a folder may be "[1]".
-    """
-    is_deep = "**" in pattern.split("/")
-    start, end = pattern.split("**", 1) if is_deep else os.path.split(pattern)
-    folders = [start or "."] if os.path.isdir(start or ".") else glob.glob(os.path.join(start, ""))
-    asks_for_hidden = is_hidden(os.path.basename(pattern))
-    return {file for folder in folders
-            for file in (files_below(folder) if is_deep else Path(folder).iterdir())
-            if file.match(end.strip("/") or "*") and is_hidden(file.name) == asks_for_hidden}
-
-
-def files_below(folder):
-    """Yields the files below a folder, and its hidden folders, which it does not enter.
-
-    Links are followed, but into each folder once. Raises OSError for a folder it may not read.
-    """
-    def fail(error):
-        raise error
-
-    seen = set()
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if identity(parent) in seen:
-            folders.clear()
-            continue
-        seen.add(identity(parent))
-        hidden = set(filter(is_hidden, folders))
-        folders[:] = sorted(set(folders) - hidden)
-        yield from (Path(parent, name) for name in [*names, *hidden])
+def files_below(folder, seen):
+    """Yields the files below a folder, and its hidden folders, which it does not enter. Links are
+    followed, but into each folder once: `seen` has those that it entered."""
+    if identity(folder) in seen:
+        return
+    seen.add(identity(folder))
+    for path in Path(folder).iterdir():
+        if path.is_dir() and not is_hidden(path.name):
+            yield from files_below(path, seen)
+        else:
+            yield path
 
 
 def is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"  # a Mac's .zip has its attributes there
+    return name.startswith(".") or name == MAC_FOLDER
 
 
 def identity(path):
@@ -312,24 +293,22 @@ def json_values(text, file_range, text_column):
     check_column(file_range.path, text_column, columns or [text_column])
 
 
-LEFT_OPEN = {}  # the row group that this process read last, from where it stopped
+LEFT_OPEN = {}  # the row group that this process read last: the next row, and the rows from there
 
 
 def parquet_rows(file_range, text_column):
     path, start, stop, _, group = file_range
-    row, batches = LEFT_OPEN.pop((path, group, text_column), (stop, None))
+    row, rows = LEFT_OPEN.pop((path, group, text_column), (stop, None))
     if row > start:  # else the rows before would be decoded again for each range of the group
         file = open_parquet(path)
         check_column(path, text_column, file.schema_arrow.names)
-        row, batches = 0, file.iter_batches(256, row_groups=[group], columns=[text_column])
-    for batch in batches:
-        first = max(start - row, 0)
-        yield from enumerate(batch.column(0)[first:max(stop - row, 0)].to_pylist(), row + first)
-        if row + len(batch) > stop:
-            LEFT_OPEN.clear()
-            LEFT_OPEN[path, group, text_column] = row, itertools.chain([batch], batches)
-            return
-        row += len(batch)
+        batches = file.iter_batches(256, row_groups=[group], columns=[text_column])
+        row, rows = 0, (value for batch in batches for value in batch.column(0))
+    for i, value in zip(range(row, stop), rows):
+        if i >= start:
+            yield i, value.as_py()
+    LEFT_OPEN.clear()
+    LEFT_OPEN[path, group, text_column] = stop, rows
 
 
 def check_column(path, text_column, columns):

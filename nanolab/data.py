@@ -5,6 +5,7 @@ torch is imported where it is used: without it, the processes of prepare.py star
 
 import functools
 import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from nanolab.common import UserError, parse_json
 from nanolab.corpus import FINEWEBS
-from nanolab.tokenizer import CHARACTERS, UNKNOWN, get_tokenizer, guess_tokenizer, kind_of
+from nanolab.tokenizer import CHARACTERS, UNKNOWN, get_tokenizer, guess_tokenizer
 
 UNFINISHED = "nanolab_unfinished"  # the subfolder of a data set that is being made
 NANOGPT = "nanoGPT's prepare.py"  # the source of a data set that nanoGPT made
@@ -70,14 +71,14 @@ def nanogpt_vocabulary(path):
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
-        size = meta["vocab_size"]
+        size, itos = meta["vocab_size"], meta.get("itos", {})
         if type(size) is not int or not 0 < size <= 2**16:
             raise ValueError
-        if "itos" not in meta:
+        tokens = [itos[i] for i in range(len(itos))]
+        if not tokens:
             return size, guess_tokenizer(size)
-        tokens = [meta["itos"][i] for i in range(len(meta["itos"]))]
         if len(set(tokens)) == size and all(len(token) == 1 for token in tokens):
-            return size, CHARACTERS + "".join(tokens)
+            return size, CHARACTERS + json.dumps("".join(tokens), ensure_ascii=False)
         return size, UNKNOWN
     except Exception:  # a damaged pickle raises anything
         raise UserError(f"{path} is damaged, or has more than a vocabulary; delete it and give "
@@ -236,8 +237,8 @@ def print_info(data_dir, dataset):
     Raises UserError if it is damaged.
     """
     meta = read_meta(data_dir, dataset, vocab_size=2**16)  # as many as nanoGPT's files can have
-    print(f"{Path(data_dir, dataset)}: from {meta['source']}; {kind_of(meta['tokenizer'])} tokens "
-          f"of {meta['vocab_size']:,} kinds, stored as {meta['dtype']}")
+    print(f"{Path(data_dir, dataset)}: from {meta['source']}; {meta['tokenizer']} tokens of "
+          f"{meta['vocab_size']:,} kinds, stored as {meta['dtype']}")
     damage, beginning = [], np.empty(0, np.int64)
     for split, facts in meta["splits"].items():
         try:

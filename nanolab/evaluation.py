@@ -14,7 +14,6 @@ from nanolab import distributed
 from nanolab.checkpoint import load_model
 from nanolab.common import UserError, describe, parse_json, write_atomically
 from nanolab.data import TokenDataset, read_meta
-from nanolab.tokenizer import kind_of
 
 
 def mean_loss(model, dataset, n_tokens, batch_size, world):
@@ -57,8 +56,8 @@ def measure_loss(checkpoint, data_dir, dataset, split, block_size, batch_size, w
         raise UserError(f"the data set {dataset} has no {split} split; --split=val measures its "
                         "validation split")
     if meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"{path} was trained on {kind_of(checkpoint['tokenizer'])} tokens, "
-                        f"the data set {dataset} has {kind_of(meta['tokenizer'])}")
+        raise UserError(f"{path} was trained on {checkpoint['tokenizer']} tokens, "
+                        f"the data set {dataset} has {meta['tokenizer']}")
     if block_size > config["block_size"]:
         raise UserError(f"{path} reads at most {config['block_size']} tokens, not {block_size}")
     data = TokenDataset(data_dir, dataset, split, block_size, config["vocab_size"])

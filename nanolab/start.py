@@ -15,7 +15,6 @@ from nanolab.distributed import print0
 from nanolab.huggingface import read_any
 from nanolab.optim import count_steps, is_averaged, learning_rate_at
 from nanolab.options import config_error
-from nanolab.tokenizer import kind_of
 
 
 @dataclass
@@ -145,9 +144,8 @@ def check_init_from(weights, config, tokenizer):
                                f"'{config.init_from}' has {key}={there!r}; leave out one of the "
                                "two")
     if weights["tokenizer"] != tokenizer:
-        raise config_error(f"init_from='{config.init_from}' reads {kind_of(weights['tokenizer'])} "
-                           f"tokens, but the data set {config.dataset} has {kind_of(tokenizer)} "
-                           "tokens")
+        raise config_error(f"init_from='{config.init_from}' reads {weights['tokenizer']} tokens, "
+                           f"but the data set {config.dataset} has {tokenizer} tokens")
     if "wpe.weight" in weights["model"]:
         weights["model"]["wpe.weight"] = weights["model"]["wpe.weight"][:config.block_size]
 
@@ -206,7 +204,9 @@ def options_of_run(files, given):
     except (OSError, ValueError, TypeError):
         raise config_error(f"{path} is damaged; resume with the config files and flags that the "
                            "run was started with") from None
-    replaced = {"resume", "extend", "out_dir", "code"}
+    if options.get("on_save") and "on_save" not in given:
+        print0(f"note:   {path} has an on_save; a folder runs no commands, so give it again")
+    replaced = {"resume", "extend", "out_dir", "code", "on_save"}
     replaced |= set(SEEDS) if "seed" in given else set()
     replaced |= {"max_steps"} if given.keys() & {"max_tokens", "epochs"} else set()
     replaced |= set(INIT_OPTIONS) if options.get("init_from") else set()

@@ -90,7 +90,7 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
     assert len(own_files(folder / ".*/*.txt")) == 2, "asked for"
     (tmp_path / "[1] x").mkdir()
     (tmp_path / "[1] x" / "[2].txt").write_text("Text.")
-    for pattern in ("[1] x", "[1] x/[2].txt", "[1] x/*.txt", "[1] x/**/*.txt", "?1] x/*", "*x/*"):
+    for pattern in ("[1] x", "[1] x/[2].txt", "?1] x/*", "*x/**"):
         assert len(own_files(tmp_path / pattern)) == 1, pattern
 
 
@@ -364,8 +364,8 @@ def test_bad_records(tmp_path, monkeypatch, capsys, kind, bad):
     else:
         made = make(monkeypatch, tmp_path, source)
         assert sorted(sum(made.values(), [])) == sorted(sentences(63)[:3] + sentences(63)[4:])
-        assert "documents left out: null 2, empty 2\n" in capsys.readouterr().out
-        assert stored_facts(tmp_path)["documents_left_out"]["null"] == 2
+        assert "documents left out: null or empty 4\n" in capsys.readouterr().out
+        assert stored_facts(tmp_path)["documents_left_out"]["null or empty"] == 4
 
 
 @pytest.mark.parametrize("line, message", [
@@ -490,11 +490,11 @@ def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
     nanogpt_folder(tmp_path / "chars", "\n abcdeé“漢")
     run_main(monkeypatch, "prepare", "info", "chars", f"--data_dir={tmp_path}")
     output = capsys.readouterr().out
-    assert "character tokens of 10 kinds" in output and "\n\n abcdeé“漢\n abc" in output
+    assert 'character:"\\n abcdeé“漢" tokens of 10 kinds' in output and "\n\n abcdeé“漢\n abc" in output
     run_quickly([*SMALL, "--dataset=chars", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out",
                  "--max_steps=60", "--learning_rate=1e-2", "--sample_every=60",
                  "--sample_prompt=abc"])
-    assert "tokenizer character;" in capsys.readouterr().out
+    assert 'tokenizer character:"\\n abc' in capsys.readouterr().out
     log = map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines())
     assert any(entry.get("sample", "").startswith("abcdeé“漢\n abcd") for entry in log)
     assert read_checkpoint(tmp_path / "out/best.pt")["config"]["vocab_size"] == 10
@@ -512,7 +512,7 @@ def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("meta, tokenizer", [
-    ({"itos": ["a", "b"], "vocab_size": 2}, "character:ab"),
+    ({"itos": ["a", "b"], "vocab_size": 2}, 'character:"ab"'),
     ({"itos": {0: "the", 1: "a"}, "vocab_size": 2}, "unknown"),
     ({"itos": {0: "a", 1: "a"}, "vocab_size": 2}, "unknown"),
     ({"itos": {0: "a"}, "vocab_size": 2}, "unknown"),

@@ -10,15 +10,15 @@ set -euo pipefail
 export OMP_NUM_THREADS=1
 size=${1:-2x64}
 
-study() {  # learning rate and tokens: those of studies/ladder
+study() {  # rate, tokens and the bound of attention logits: those of studies/ladder
   case $size in
     2x64) shape="--n_layer=2 --n_head=2 --n_embd=64 --learning_rate=0.02462 --max_tokens=2816000" ;;
     3x80) shape="--n_layer=3 --n_head=5 --n_embd=80 --learning_rate=0.01576 --max_tokens=5686400" ;;
   esac
   for seed in 1 2 3 4 5; do
     for precision in float16 fp16_sums; do
-      echo $precision config/modern.py config/ladder.py $shape --weight_decay=0.09209 --beta2=0.99 \
-        --warmup_fraction=0 --name=$precision --seed=$seed --threads=1 \
+      echo $precision config/modern.py config/ladder.py --qk_bound=0 $shape --weight_decay=0.09209 \
+        --beta2=0.99 --warmup_fraction=0 --name=$precision --seed=$seed --threads=1 \
         --out_dir=out/fp16_sums/$size/$precision/$seed --resume
     done
   done
