@@ -275,7 +275,7 @@ def test_names_of_splits(tmp_path, monkeypatch, capsys, name, is_split):
 
 def test_a_kill_with_ready_made_splits(tmp_path, monkeypatch):
     """What is left out of train is the same after a kill in the middle of writing the splits."""
-    for name, texts in (("train", sentences(60)), ("val", sentences(30))):
+    for name, texts in (("train", sentences(60)[::-1]), ("val", sentences(30))):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"text": text}) + "\n" for text in texts))
     monkeypatch.setattr(corpus, "SHARD_BYTES", 1000)
