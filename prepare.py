@@ -6,6 +6,7 @@
     python prepare.py fineweb --from=FOLDER  the same from a copy, or from the published token files
     python prepare.py fineweb-edu            FineWeb-Edu sample-10BT in the same way
     python prepare.py PATH [--name=NAME]     your own .txt .md .jsonl .parquet: file, folder or glob
+    python prepare.py PATH --val=PATH --test=PATH   the same, in its ready-made splits
     python prepare.py info NAME              what a data set has: counts, checksums, its beginning
 
 A data set is a folder data/NAME with train.bin, val.bin, test.bin and meta.json. After a kill, run
@@ -13,15 +14,17 @@ the same command again: it continues where it was.
 """
 
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.corpus import (FINEWEBS, file_ranges, fineweb_files, own_files, pypi_wheels,
-                            wheel_documents)
+from nanolab.corpus import (FINEWEBS, file_ranges, fineweb_files, format_counts, identity,
+                            own_files, pypi_wheels, wheel_documents)
 from nanolab.data import print_info, read_meta
-from nanolab.dataset_writer import (OWN_HELDOUT, DatasetWriter, dataset_lock, fingerprint,
+from nanolab.dataset_writer import (HELDOUT, DatasetWriter, dataset_lock, fingerprint,
                                     is_complete, prepare_stdlib, prepare_text)
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
@@ -30,8 +33,9 @@ PYPI = Path(__file__).parent / "studies" / "ladder" / "pypi.txt"
 # The options that only some sources take, with their defaults.
 FINEWEB_OPTIONS = {"from_folder": None, "train_tokens": 33_165 * 96 * 1024, "heldout": 0.01,
                    "test_offset": 50_000_000, "test_tokens": 19_200 * 1024}
-OPTIONS = {**dict.fromkeys(FINEWEBS, FINEWEB_OPTIONS), "stdlib": {"heldout": OWN_HELDOUT},
-           "pypi": {}, "own": {"heldout": OWN_HELDOUT, "text_column": "text"}}
+OPTIONS = {**dict.fromkeys(FINEWEBS, FINEWEB_OPTIONS), "stdlib": {"heldout": HELDOUT},
+           "pypi": {}, "own": {"heldout": None, "text_column": "text", "val": None, "test": None}}
+SPLIT_WORDS = {"val", "valid", "validation", "dev", "test"}
 
 
 def main():
@@ -46,8 +50,7 @@ def main():
     elif args.source == "pypi":
         prepare_pypi(folder, args.tokenizer)
     elif args.source not in FINEWEBS:
-        prepare_text(own_files(args.source), folder, args.tokenizer, args.text_column, args.workers,
-                     args.source, args.heldout)
+        prepare_own(args, folder)
     elif (args.source == "fineweb" and args.from_folder
           and Path(args.from_folder, "train.safetensors").exists()):
         if args.tokenizer != "gpt2" or args.heldout != FINEWEB_OPTIONS["heldout"]:
@@ -67,22 +70,28 @@ def main():
 
 def parse_arguments():
     parser = argument_parser(__doc__)
-    parser.add_argument("source", help="stdlib, pypi, fineweb, fineweb-edu, or a file, folder or "
-                                       "glob of .txt .md .jsonl .parquet; or info")
+    path = os.path.expanduser  # the shell leaves the ~ of --data_dir=~/x as it is
+    parser.add_argument("source", type=path,
+                        help="stdlib, pypi, fineweb, fineweb-edu, or a file, folder or glob of "
+                             ".txt .md .jsonl .parquet; or info")
     parser.add_argument("dataset", nargs="?", metavar="NAME", help="of the data set, after info")
     parser.add_argument("--name", help="the data set's folder in data_dir; default: as the source")
-    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--data_dir", default="data", type=path)
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"),
                         help="default: bytes for stdlib and pypi, else gpt2")
     parser.add_argument("--text_column", help="of your .jsonl and .parquet files (default: text)")
+    parser.add_argument("--val", metavar="PATH", type=path,
+                        help="your own text for val, left out of train (default: a part of it)")
+    parser.add_argument("--test", metavar="PATH", type=path, help="the same for test")
     parser.add_argument("--heldout", type=float,
-                        help="share for val and test: of your own text and stdlib, by a hash, half "
-                             f"each (default: {OWN_HELDOUT}); of FineWeb, the last rows (default: "
+                        help="fraction for val and test: of your own text and stdlib, by a hash, "
+                             f"half each (default: {HELDOUT}; of your text below 26 MB more, up to "
+                             "0.1); of FineWeb, the last rows (default: "
                              f"{FINEWEB_OPTIONS['heldout']})")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="processes; any number gives the same bytes")
     fineweb = parser.add_argument_group("fineweb and fineweb-edu")
-    fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER",
+    fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER", type=path,
                          help="a local copy instead of the hub's: of the text, or of gpjt/fineweb-"
                               "gpt2-tokens (train.safetensors and validation.safetensors)")
     fineweb.add_argument("--train_tokens", type=int,
@@ -118,10 +127,33 @@ def parse_arguments():
             (args.test_offset is not None and args.test_offset < 1,
              "--test_offset must be at least 1: val is before it"),
             (args.heldout is not None and not 0 < args.heldout < 1,
-             "--heldout must be between 0 and 1")):
+             "--heldout must be between 0 and 1"),
+            (args.heldout and args.val and args.test,
+             "--heldout does nothing with both --val and --test")):
         if is_wrong:
             parser.error(message)
     return args
+
+
+def prepare_own(args, folder):
+    """Your own text. Says which files are read, and whether their names are those of splits."""
+    left_out = Counter()
+    given = {split: own_files(path, left_out)
+             for split, path in (("val", args.val), ("test", args.test)) if path}
+    taken = {identity(file) for files in given.values() for file in files}
+    files = [file for file in own_files(args.source, left_out) if identity(file) not in taken]
+    if not files:
+        raise UserError(f"'{args.source}' has nothing that --val and --test do not have")
+    n_files = len(files) + sum(map(len, given.values()))
+    print(f"{n_files:,} file{'s' if n_files > 1 else ''} read; left out: "
+          f"{format_counts(left_out) or 'none'}")
+    names = [os.path.relpath(file, args.source) for file in files]
+    split_names = [name for name in names if SPLIT_WORDS & set(re.split(r"[\W\d_]+", name.lower()))]
+    if split_names and len(files) > 1 and not given:
+        print(f"note: {split_names[0]} has the name of a split; all files are read as one text and "
+              "split anew, unless you give --val=PATH and --test=PATH")
+    prepare_text(files, folder, args.tokenizer, args.text_column, args.workers, args.source,
+                 args.heldout, given, {"files": n_files, "files_left_out": left_out})
 
 
 def prepare_pypi(folder, tokenizer_name, requirements=PYPI):

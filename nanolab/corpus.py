@@ -6,22 +6,35 @@ The shards depend on the files alone, not on the number of processes that will r
 
 import contextlib
 import glob
-import itertools
+import mmap
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import unicodedata
 import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from nanolab.common import UserError, parse_json, reachable
+from nanolab.tokenizer import END_OF_TEXT
 
 # pyarrow, datasets and huggingface_hub are imported where they are used: without them, the
 # tokenising processes start faster.
 
-READABLE = (".txt", ".md", ".jsonl", ".parquet")
+READABLE = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # in a folder
+RECORDS = (".jsonl", ".ndjson", ".json")  # a JSON object a line
+TABLES = {".csv", ".tsv"}  # as text they would be mostly commas and quotes
+MAC_FOLDER = "__MACOSX"  # of attributes, in a Mac's .zip
 SHARD_BYTES = 4 * 2**20
+MARKER = re.escape(END_OF_TEXT) + "(?:\r?\n)?"  # of your own text: between two documents
+# Soft hyphens, joiners, marks of direction, variants of emoji, BOMs.
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
 # What prepare.py calls them: a title, and the repository on the hub.
 FINEWEBS = {"fineweb": ("FineWeb", "HuggingFaceFW/fineweb"),
             "fineweb-edu": ("FineWeb-Edu", "HuggingFaceFW/fineweb-edu")}
@@ -36,20 +49,68 @@ class FileRange(NamedTuple):
     row_group: int | None = None
 
 
-def own_files(source):
-    """The text files of a path, a folder or a glob, sorted."""
-    path = Path(source)
-    matches = [path] if path.exists() else [Path(p) for p in glob.glob(source, recursive=True)]
-    files = {str(file)
-             for match in matches
-             for file in (match.rglob("*") if match.is_dir() else [match])
-             if file.is_file() and file.suffix.lower() in READABLE}
+def own_files(source, left_out=None):
+    """The text files of a path, a folder or a glob, sorted. Raises UserError.
+
+    A folder gives its READABLE files; a file or glob may name another suffix, which is then text.
+    A file with several names counts once. left_out: a Counter that gets the others, by reason.
+    """
+    path, left_out = Path(source), Counter() if left_out is None else left_out
+    start, _, end = str(source).partition("**")  # glob.glob would run into a loop of links
+    named = [path] if path.exists() else [Path(match) for match in glob.glob(start or ".")
+                                          if Path(match).name != MAC_FOLDER]
+    found = {file for match in named
+             for file in (files_below(match, set()) if match.is_dir() else [match])
+             if path.exists() or file.match(end.strip("/") or "*")}
+    suffixes = set(READABLE)
+    if path.is_file() or path.suffix and not path.is_dir():
+        suffixes |= {path.suffix.lower()} - TABLES
+    files = {}
+    for file in sorted(found):
+        if is_hidden(file.name) and file not in named:
+            left_out["hidden"] += 1
+        elif not file.is_file():
+            left_out["broken link"] += 1
+        elif file.suffix.lower() not in suffixes:
+            left_out[file.suffix.lower() or "no suffix"] += 1
+        elif not file.stat().st_size:
+            left_out["empty"] += 1
+        else:
+            files.setdefault(identity(file), str(file))
     if not files:
-        problem = f"has no {' '.join(READABLE)} file" if matches else "does not exist"
-        raise UserError(f"'{source}' {problem}; "
-                        "give stdlib, pypi, fineweb, fineweb-edu, or a file, folder or glob of "
-                        "text")
-    return sorted(files)
+        problem = ("does not exist" if not named else "has no text to read"
+                   + (f"; left out: {format_counts(left_out)}" if left_out else ""))
+        raise UserError(f"'{source}' {problem}; give stdlib, pypi, fineweb, fineweb-edu, or a "
+                        f"file, folder or glob of {' '.join(sorted(READABLE))}")
+    return list(files.values())
+
+
+def files_below(folder, seen):
+    """Yields the files below a folder, and its hidden folders, which it does not enter. Links are
+    followed, but into each folder once: `seen` has those that it entered."""
+    if identity(folder) in seen:
+        return
+    seen.add(identity(folder))
+    for path in Path(folder).iterdir():
+        if path.is_dir() and not is_hidden(path.name):
+            yield from files_below(path, seen)
+        else:
+            yield path
+
+
+def is_hidden(name):
+    return name.startswith(".") or name == MAC_FOLDER
+
+
+def identity(path):
+    """The same for all names of a file or folder."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
+
+
+def format_counts(counts):
+    """A Counter as ".gz 2, hidden 1"."""
+    return ", ".join(f"{what} {n:,}" for what, n in counts.most_common())
 
 
 def stdlib_files():
@@ -132,15 +193,26 @@ def fineweb_files(folder, repository):
 
 
 def file_ranges(path):
-    """The whole file: 4 MiB a range, or one range a row group of a .parquet file. -> [FileRange]"""
+    """The whole file in ranges of about 4 MiB, which end where a line ends or, in a text file with
+    markers, a document. -> [FileRange]"""
     if is_parquet(path):
-        metadata = open_parquet(path, only_footer=True).metadata
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        return [FileRange(path, 0, group.num_rows, group.total_byte_size, i)
-                for i, group in enumerate(groups)]
-    size = os.path.getsize(path)
-    bounds = [(start, min(start + SHARD_BYTES, size)) for start in range(0, size, SHARD_BYTES)]
-    return [FileRange(path, start, stop, stop - start) for start, stop in bounds]
+        ranges, metadata = [], open_parquet(path, only_footer=True).metadata
+        for i in range(metadata.num_row_groups):
+            n_rows, n_bytes = metadata.row_group(i).num_rows, metadata.row_group(i).total_byte_size
+            n = max(n_bytes // SHARD_BYTES, 1)
+            rows = sorted({n_rows * k // n for k in range(n + 1)})
+            ranges += [FileRange(path, *each, n_bytes / n, i) for each in zip(rows, rows[1:])]
+        return ranges
+    bounds = {0, size := os.path.getsize(path)}
+    if size > SHARD_BYTES:
+        with (open(path, "rb") as file,
+              mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data):
+            has_markers = data[:SHARD_BYTES].count(END_OF_TEXT.encode()) > 1
+            end = re.compile(MARKER.encode() if has_markers and not is_records(path) else b"\n")
+            ends = (end.search(data, i - 1) for i in range(SHARD_BYTES, size, SHARD_BYTES))
+            bounds |= {end.end() for end in ends if end}
+    bounds = sorted(bounds)
+    return [FileRange(path, *each, each[1] - each[0]) for each in zip(bounds, bounds[1:])]
 
 
 def group_into_shards(ranges):
@@ -155,38 +227,94 @@ def group_into_shards(ranges):
     return shards
 
 
-def documents(file_range, text_column, max_length):
-    """Yields the texts of a range. Raises UserError.
+def documents(file_range, text_column="text", is_own=False):
+    """Yields (place, text): of records each, with None for a null; a text file's as one.
 
-    A text file is one document, or several if it is longer than max_length characters.
+    place: for `locate`; None of a text file. is_own: your own text, not that of a published data
+    set, loses its BOMs, and the line ends of its text files become "\n". Raises UserError.
     """
     path = file_range.path
     if is_parquet(path):
-        yield from parquet_rows(file_range, text_column)
-        return
+        values = parquet_rows(file_range, text_column)
+    else:
+        text = read_text(path, file_range.start, file_range.stop)
+        text = re.sub("\r\n?", "\n", text.replace("\ufeff", "")) if is_own else text
+        values = json_values(text, file_range, text_column) if is_records(path) else [(None, text)]
+    for place, value in values:
+        try:
+            # a .parquet file may store text as bytes without the label that it is text
+            text = value.decode() if isinstance(value, bytes) else value
+            if text is not None:
+                text.encode()
+        except (AttributeError, UnicodeError):  # a number, other bytes, or half a surrogate pair
+            raise UserError(f"{locate(file_range, place)} has a '{text_column}' that is not text: "
+                            f"{str(value)[:60]!r}") from None
+        yield place, text.replace("\ufeff", "") if is_own and text else text
+
+
+def read_text(path, start, stop):
     with open(path, "rb") as file:
-        start, stop = line_start(file, file_range.start), line_start(file, file_range.stop)
         file.seek(start)
         data = file.read(stop - start)
-    if path.lower().endswith(".jsonl"):
-        lines = (line.strip() for line in data.split(b"\n"))
-        yield from (json_text(line, path, text_column) for line in lines if line)
-        return
+    bad = data.find(b"\0")  # as in UTF-16
     try:
-        text = data.decode("utf-8")
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {start + error.start:,}); "
-                        "convert it or leave it out") from None
-    yield from cut_at_line_ends(text, max_length)
+        bad = error.start
+    if bad >= 0:
+        raise UserError(f"{path} is not UTF-8 text (byte {start + bad:,}); "
+                        "convert it or leave it out")
+    return text
 
 
-def line_start(file, position):
-    """Where the first line starts at or after `position`: neighbouring ranges share no line."""
-    if position > 0:
-        file.seek(position - 1)
-        file.readline()
-        return file.tell()
-    return 0
+def locate(file_range, place):
+    """"FILE, line 31" or "FILE, row 31", of a place that `documents` gave."""
+    path, start = file_range.path, file_range.start
+    if is_parquet(path):
+        metadata = open_parquet(path, only_footer=True).metadata
+        before = sum(metadata.row_group(i).num_rows for i in range(file_range.row_group))
+        return f"{path}, row {before + place + 1:,}"
+    with open(path, "rb") as file:
+        before = sum(file.read(min(2**20, start - i)).count(b"\n") for i in range(0, start, 2**20))
+    return f"{path}, line {before + place + 1:,}"
+
+
+def json_values(text, file_range, text_column):
+    columns = {}
+    for i, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+            columns.update(record)
+            yield i, record.get(text_column)
+        except (ValueError, TypeError, AttributeError):
+            raise UserError(f"{locate(file_range, i)} is no JSON object: {line[:60]!r}") from None
+    check_column(file_range.path, text_column, columns or [text_column])
+
+
+LEFT_OPEN = {}  # the row group that this process read last: the next row, and the rows from there
+
+
+def parquet_rows(file_range, text_column):
+    path, start, stop, _, group = file_range
+    row, rows = LEFT_OPEN.pop((path, group, text_column), (stop, None))
+    if row > start:  # else the rows before would be decoded again for each range of the group
+        file = open_parquet(path)
+        check_column(path, text_column, file.schema_arrow.names)
+        batches = file.iter_batches(256, row_groups=[group], columns=[text_column])
+        row, rows = 0, (value for batch in batches for value in batch.column(0))
+    for i, value in zip(range(row, stop), rows):
+        if i >= start:
+            yield i, value.as_py()
+    LEFT_OPEN.clear()
+    LEFT_OPEN[path, group, text_column] = stop, rows
+
+
+def check_column(path, text_column, columns):
+    if text_column not in columns:
+        raise UserError(f"{path} has no column '{text_column}' but {', '.join(columns)}; "
+                        "choose with --text_column")
 
 
 def cut_at_line_ends(text, max_length):
@@ -199,26 +327,46 @@ def cut_at_line_ends(text, max_length):
         start = stop
 
 
-def json_text(line, path, text_column):
-    try:
-        return parse_json(line)[text_column]
-    except ValueError:
-        raise UserError(f"{path} has a line that is not JSON: {line[:60]!r}") from None
-    except (KeyError, TypeError):
-        raise UserError(f"{path} has a line without '{text_column}': {line[:60]!r}; "
-                        "choose with --text_column") from None
+def own_texts(text, limit, size):
+    """Yields the documents of a text: those between markers, and cut if one has more than `limit`
+    bytes. size: see `cut`."""
+    for document in re.split(MARKER, text):
+        if len(undressed(document).encode()) > limit:
+            yield from cut(document, size)
+        elif document.strip():
+            yield document
 
 
-def parquet_rows(file_range, text_column):
-    file = open_parquet(file_range.path)
-    columns = file.schema_arrow.names
-    if text_column not in columns:
-        raise UserError(f"{file_range.path} has no column '{text_column}' but "
-                        f"{', '.join(columns)}; choose with --text_column")
-    batches = file.iter_batches(256, row_groups=[file_range.row_group], columns=[text_column])
-    texts = (text for batch in batches for text in batch.column(0).to_pylist())
-    chosen = itertools.islice(texts, file_range.start, file_range.stop)
-    yield from (text for text in chosen if text is not None)
+def cut(text, size):
+    """Yields the text in pieces of about `size` to 2 `size` bytes.
+
+    It is cut at blank lines, or else at other line ends: of several, where the checksum of the text
+    before is lowest. So a copy is cut at the same places, in another dress or after other text.
+    """
+    n = size // 4 + 1  # characters of a longer line, up to 4 bytes each
+    units = re.findall(f"(?s)[^\n]{{0,{size}}}\n|.{{1,{n}}}(?:\\s|\\Z)|.{{1,{n}}}", text)
+    plain = [undressed(unit).encode() for unit in units]
+    ends, keys, recent = np.cumsum([len(each) for each in plain]), [], b""
+    for unit, each in zip(units, plain):
+        recent = (recent + each)[-200:]  # more than a line: some lines come again and again
+        keys.append(zlib.crc32(recent) + 2**32 * (bool(each) + (not unit.endswith("\n"))))
+    first = done = 0
+    while ends[-1] - done > 2 * size:
+        low, high = np.searchsorted(ends, [done + size, done + 2 * size])
+        last = low + int(np.argmin(keys[low:max(high, low + 1)]))
+        yield "".join(units[first:last + 1])
+        first, done = last + 1, ends[last]
+    yield "".join(units[first:])
+
+
+def undressed(text):
+    """A text without what differs between copies of it: white space and line ends, invisible
+    characters, and which of Unicode's forms a character has."""
+    return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
+
+
+def is_records(path):
+    return path.lower().endswith(RECORDS)
 
 
 def is_parquet(path):
@@ -230,7 +378,8 @@ def open_parquet(path, only_footer=False):
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
     try:
-        return ParquetFile(open_on_hub(path, only_footer) if path.startswith("hf://") else path)
+        file = open_on_hub(path, only_footer) if path.startswith("hf://") else path
+        return ParquetFile(file, pre_buffer=False, buffer_size=2**16)  # not a row group at once
     except ArrowInvalid as error:
         raise UserError(f"{path} is damaged or no .parquet file "
                         f"({str(error).splitlines()[0]})") from None

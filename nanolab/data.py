@@ -5,14 +5,16 @@ torch is imported where it is used: without it, the processes of prepare.py star
 
 import functools
 import hashlib
+import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 
 from nanolab.common import UserError, parse_json
 from nanolab.corpus import FINEWEBS
-from nanolab.tokenizer import get_tokenizer, guess_tokenizer
+from nanolab.tokenizer import CHARACTERS, UNKNOWN, get_tokenizer, guess_tokenizer
 
 UNFINISHED = "nanolab_unfinished"  # the subfolder of a data set that is being made
 NANOGPT = "nanoGPT's prepare.py"  # the source of a data set that nanoGPT made
@@ -22,7 +24,7 @@ CHUNK_BYTES = 2**24  # of a token file; meta.json has the SHA-256 of each chunk
 def read_meta(data_dir, dataset, vocab_size=0):
     """meta.json of a data set. -> dict. Raises UserError.
 
-    vocab_size: needed for a data set that nanoGPT made, which is only train.bin and val.bin.
+    vocab_size: needed for a data set that nanoGPT made if it is only train.bin and val.bin.
     """
     if not dataset:
         raise UserError("these weights belong to no data set of nanolab: choose one with --dataset")
@@ -57,15 +59,44 @@ def read_meta(data_dir, dataset, vocab_size=0):
                         f"delete {folder} and make it again with prepare.py") from None
 
 
+class PlainUnpickler(pickle.Unpickler):
+    """Loads numbers, words, lists and mappings; for anything else a pickle needs `find_class`."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError
+
+
+def nanogpt_vocabulary(path):
+    """The vocabulary's size and tokenizer, from nanoGPT's meta.pkl. Raises UserError."""
+    try:
+        with open(path, "rb") as file:
+            meta = PlainUnpickler(file).load()
+        size, itos = meta["vocab_size"], meta.get("itos", {})
+        if type(size) is not int or not 0 < size <= 2**16:
+            raise ValueError
+        tokens = [itos[i] for i in range(len(itos))]
+        if not tokens:
+            return size, guess_tokenizer(size)
+        if len(set(tokens)) == size and all(len(token) == 1 for token in tokens):
+            return size, CHARACTERS + json.dumps("".join(tokens), ensure_ascii=False)
+        return size, UNKNOWN
+    except Exception:  # a damaged pickle raises anything
+        raise UserError(f"{path} is damaged, or has more than a vocabulary; delete it and give "
+                        "--vocab_size") from None
+
+
 def nanogpt_meta(folder, vocab_size):
     """What meta.json would be for the uint16 files of nanoGPT's prepare.py.
 
     They have up to 17 GB, so only the size, the first and the last MiB of each are hashed.
     """
+    tokenizer = guess_tokenizer(vocab_size)
+    if (folder / "meta.pkl").exists():
+        vocab_size, tokenizer = nanogpt_vocabulary(folder / "meta.pkl")
     if not vocab_size:
         raise UserError(f"{folder} has token files as nanoGPT makes them, without meta.json and "
                         "test split: train.py reads them with --vocab_size=N (50257 for GPT-2's "
-                        "tokens), eval.py needs another --dataset")
+                        "tokens)")
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -78,8 +109,8 @@ def nanogpt_meta(folder, vocab_size):
             file.seek(max(size - 2**20, 0))
             digest.update(file.read())
         splits[split] = {"tokens": size // 2, "sha256": digest.hexdigest()}
-    return {"tokenizer": guess_tokenizer(vocab_size), "vocab_size": vocab_size, "dtype": "uint16",
-            "eot_id": None, "splits": splits, "source": NANOGPT, "plan": None}
+    return {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "eot_id": None,
+            "splits": splits, "source": NANOGPT, "plan": None}
 
 
 class TokenDataset:
@@ -203,9 +234,9 @@ def permutation(n, seed, epoch):
 def print_info(data_dir, dataset):
     """Prints what a data set holds, whether its checksums match, and how it begins.
 
-    A data set of nanoGPT's is taken to have GPT-2's tokens. Raises UserError if one is damaged.
+    Raises UserError if it is damaged.
     """
-    meta = read_meta(data_dir, dataset, vocab_size=50257)
+    meta = read_meta(data_dir, dataset, vocab_size=2**16)  # as many as nanoGPT's files can have
     print(f"{Path(data_dir, dataset)}: from {meta['source']}; {meta['tokenizer']} tokens of "
           f"{meta['vocab_size']:,} kinds, stored as {meta['dtype']}")
     damage, beginning = [], np.empty(0, np.int64)
@@ -224,4 +255,7 @@ def print_info(data_dir, dataset):
         print(f"{split:6}{' '.join(counts)}  {state}")
     if damage:
         raise UserError("; ".join(damage))
-    print(f"train begins:\n{get_tokenizer(meta['tokenizer']).decode(beginning.tolist())}")
+    if meta["tokenizer"] == UNKNOWN:
+        print(f"train begins with the tokens {beginning[:20].tolist()}")
+    else:
+        print(f"train begins:\n{get_tokenizer(meta['tokenizer']).decode(beginning.tolist())}")

@@ -25,7 +25,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from nanolab.common import UserError, parse_json, write_atomically
-from nanolab.corpus import documents, file_ranges, group_into_shards, stdlib_files
+from nanolab.corpus import (cut_at_line_ends, documents, file_ranges, format_counts,
+                            group_into_shards, locate, own_texts, stdlib_files, undressed)
 from nanolab.data import CHUNK_BYTES, UNFINISHED, read_meta
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
@@ -55,74 +56,122 @@ def is_complete(folder, plan):
     return True
 
 
-OWN_HELDOUT = 0.02  # of your own text, for val and test: half each
+HELDOUT = 0.02  # of stdlib and of much text, for val and test: half each
+OWN_RULES = 2  # the second set of rules by which your own text is read, cut and split
 
 
-def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1,
-                   heldout=OWN_HELDOUT):
+def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1, heldout=HELDOUT):
     """Python's standard library: small, on every machine, different from one version to another."""
     prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
-                 f"the standard library of Python {sys.version.split()[0]}", heldout)
+                 f"the standard library of Python {sys.version.split()[0]}", heldout, is_own=False)
 
 
-def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=OWN_HELDOUT):
-    """The documents of `files`, split by the hash of their text. Raises UserError."""
-    stats = [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
-    other = [heldout] if heldout != OWN_HELDOUT else []  # so that older data sets keep their plan
-    plan = fingerprint(source, stats, tokenizer, text_column, *other)
+def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=None, given={},
+                 facts={}, is_own=True):
+    """The documents of `files`, split by the hash of their text. Raises UserError.
+
+    heldout: the fraction for val and test, half each. given: {split: files} of val, of test or of
+    both, if they are not to come from `files`. facts: more for meta.json. is_own: not stdlib, whose
+    bytes are published and stay what they were.
+    """
+    groups = {"text": files, **given}
+    stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
+             for group, files in groups.items()}
+    ranges = {group: [file_range for file in files for file_range in file_ranges(file)]
+              for group, files in groups.items()}
+    n_bytes = sum(file_range.n_bytes for file_range in ranges["text"])
+    if is_own:
+        plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_RULES)
+        # val and test have at least 256 KiB each, 60 windows of GPT-2's tokens, or 5 % of the text
+        heldout = heldout or min(max(HELDOUT, 2**19 / (n_bytes + 1)), 0.1)
+        # A text longer than val is cut: into eighths of val, but not into less than a window's
+        # 4 KiB or, of little text, than half a percent of it.
+        size = int(min(max(heldout / 16 * n_bytes, 2**12), max(n_bytes / 200, 100), 2**20))
+        limit = min(max(heldout / 2 * n_bytes, size), 2**20) if len(given) < 2 else 2**20
+        split = functools.partial(own_texts, limit=limit, size=size)
+    else:
+        other = [heldout] if heldout != HELDOUT else []  # so that older data sets keep their plan
+        plan = fingerprint(source, stats["text"], tokenizer, text_column, *other)
+        max_length = min(max(n_bytes // 100, 2**14), 2**20)
+        split = functools.partial(cut_at_line_ends, max_length=max_length)
+    options = {"text_column": text_column, "split": split, "is_own": is_own}
     with dataset_lock(folder):
         if is_complete(folder, plan):
             return
-        ranges = [file_range for file in files for file_range in file_ranges(file)]
-        n_bytes = sum(file_range.n_bytes for file_range in ranges)
-        # Longer text files are cut: with a document above 1 %, val and test could not be 1 % each.
-        options = {"text_column": text_column, "max_length": min(max(n_bytes // 100, 2**14), 2**20)}
         # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
-        n_tokens = n_bytes // (1 if tokenizer == "bytes" else 2) + 1
-        writer = DatasetWriter(folder, plan, tokenizer)
+        n_tokens = sum(r.n_bytes for group in ranges.values() for r in group)
+        n_tokens = n_tokens // (1 if tokenizer == "bytes" else 2) + 1
+        writer, documents = DatasetWriter(folder, plan, tokenizer), {}
         with writer.progress_bar(n_tokens) as bar:
-            if not writer.hash_limits:  # they depend on the hash of every document
-                facts = []
-                for path in writer.tokenize("text", ranges, workers, **options):
+            for group in groups:
+                parts = [np.empty(0, DOCUMENT)]
+                for path in writer.tokenize(group, ranges[group], workers, **options):
                     with np.load(path) as shard:
-                        facts.append(shard["documents"])
-                    bar.update(int(facts[-1]["n_tokens"].sum()))
-                writer.hash_limits = choose_hash_limits(facts, heldout)
-                writer.save()
-        for path in writer.tokenize("text", ranges, 1, **options):  # these files exist by now
-            with np.load(path) as shard:
-                tokens, documents = shard["tokens"], shard["documents"]
-            # Of each document, then of each token: 0 for test, 1 for val, 2 for train.
-            split_ids = np.searchsorted(np.array(writer.hash_limits, np.uint64), documents["hash"])
-            split_ids = split_ids.repeat(documents["n_tokens"].astype(int))
-            for i, split in enumerate(("test", "val", "train")):
-                writer.append(split, tokens[split_ids == i])
-            writer.finish_shard("text", path)
-        writer.finish(source)
+                        parts.append(shard["documents"])
+                    bar.update(int(parts[-1]["n_tokens"].sum()))
+                documents[group] = np.concatenate(parts)
+        # All are there until the text is in its splits: it comes first.
+        known = np.array([hash_ for split in given for hash_ in documents[split]["hash"]], "u8")
+        splits = [split for split in ("test", "val") if split not in given]  # to take from files
+        if writer.hash_limits is None:  # they depend on the hash of every document
+            counts = leave_out(documents, known)
+            writer.facts = {**facts, "documents_left_out": counts}
+            writer.hash_limits = choose_hash_limits(documents["text"], heldout, splits)
+            writer.save()
+        for group in groups:
+            limits, names, left_out = [], [group], []
+            if group == "text":
+                limits, names, left_out = writer.hash_limits, [*splits, "train"], known
+            for path in writer.tokenize(group, ranges[group], 1, **options):  # they exist by now
+                with np.load(path) as shard:
+                    tokens, documents = shard["tokens"], shard["documents"]
+                ids = np.searchsorted(np.array(limits, np.uint64), documents["hash"])
+                ids[np.isin(documents["hash"], left_out)] = -1
+                ids = ids.repeat(documents["n_tokens"].astype(int))
+                for i, split in enumerate(names):
+                    writer.append(split, tokens[ids == i])
+                writer.finish_shard(group, path)
+        writer.finish(source, writer.facts)
 
 
-def choose_hash_limits(facts, heldout):
-    """The largest hash in test and the largest in val, with documents in the order of their hash.
+def leave_out(documents, known):
+    """Drops the documents without text, and of "text" those whose hash is known. -> a Counter"""
+    counts = Counter()
+    for group, all_ in documents.items():
+        has_text = all_["n_tokens"] > 0
+        is_known = has_text & np.isin(all_["hash"], known) & (group == "text")
+        documents[group] = all_[has_text & ~is_known]
+        counts.update({"null or empty": int((~has_text).sum()),
+                       "in val or test": int(is_known.sum())})
+        if not len(documents[group]):
+            raise UserError(f"there is no text for {group.replace('text', 'train')}")
+    if +counts:
+        print(f"documents left out: {format_counts(+counts)}")
+    return counts
 
-    The first half of the share `heldout` of the bytes is test, the next half val, each at least one
-    document; equal texts stay together. So the split depends on the texts alone, not on the files
-    or their order.
-    facts: arrays of token_files.DOCUMENT, one for each shard. Raises UserError.
+
+def choose_hash_limits(documents, heldout, splits=("test", "val")):
+    """The largest hash in each of the splits, with documents in the order of their hash.
+
+    Each split has the next half of the fraction `heldout` of the bytes, at least one document;
+    equal texts stay together. So it depends on the texts alone, not on the files or their order.
+    documents: an array of DOCUMENT. Raises UserError.
     """
-    if not any(map(len, facts)):
-        raise UserError("there is no text in these files")
-    documents = np.concatenate(facts)
     documents = documents[np.argsort(documents["hash"])]
-    hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"])
+    hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"], dtype=float)
     limits, n_done = [], 0
-    for n_reserved in (2, 1):  # documents to leave for val and train, then for train
-        target = (ends[n_done - 1] if n_done else 0) + heldout / 2 * ends[-1]
-        last = max(min(int(np.searchsorted(ends, target)), len(hashes) - 1 - n_reserved), n_done)
+    for n_reserved, split in zip(range(len(splits), 0, -1), splits):  # documents to leave
+        start = ends[n_done - 1] if n_done else 0
+        last = int(np.searchsorted(ends, start + heldout / 2 * ends[-1]))
+        last = max(min(last, len(hashes) - 1 - n_reserved), n_done)
         n_done = int(np.searchsorted(hashes, hashes[last], side="right"))
         if n_done == len(hashes):
             raise UserError(f"{len(np.unique(hashes)):,} different documents are too few to split "
                             "into train, val and test; use more or smaller ones")
         limits.append(int(hashes[last]))
+        if (fraction := (ends[n_done - 1] - start) / ends[-1]) > 0.75 * heldout:
+            print(f"note: {split} is {fraction:.1%} of the text instead of {heldout / 2:.1%}: it has "
+                  "long or equal documents; use more text, or another --heldout")
     return limits
 
 
@@ -138,13 +187,14 @@ class DatasetWriter:
         self.unfinished = self.folder / UNFINISHED
         self.progress_file = self.unfinished / "progress.json"
         progress = self.read_progress()
-        if progress.get("plan") != plan:
+        if progress.get("plan") != plan or "facts" not in progress:  # once, shards were others
             progress = {}
             shutil.rmtree(self.unfinished, ignore_errors=True)
             self.unfinished.mkdir(parents=True, exist_ok=True)
         self.n_shards = Counter(progress.get("n_shards"))
         self.n_tokens = Counter(progress.get("n_tokens"))
         self.hash_limits = progress.get("hash_limits")  # of a split by hash, once they are known
+        self.facts = progress.get("facts", {})  # for meta.json, known at that time
         self.save()
 
     def read_progress(self):
@@ -156,7 +206,7 @@ class DatasetWriter:
     def save(self):
         """Saves the progress. What was appended since the last save is overwritten after a kill."""
         progress = {"plan": self.plan, "n_shards": self.n_shards, "n_tokens": self.n_tokens,
-                    "hash_limits": self.hash_limits}
+                    "hash_limits": self.hash_limits, "facts": self.facts}
         write_atomically(self.progress_file, json.dumps(progress))
 
     def progress_bar(self, n_tokens):
@@ -176,16 +226,16 @@ class DatasetWriter:
         return tqdm(total=n_tokens, initial=done, unit="tok", unit_scale=True, desc="tokenising",
                     disable=None)
 
-    def tokenize(self, group, ranges, workers, text_column="text", max_length=2**20):
+    def tokenize(self, group, ranges, workers, **options):
         """Tokenises the shards that are not in the splits yet. Yields the file of each, in order.
 
-        max_length: of a document in a text file, in characters. Raises UserError.
+        options: of tokenize_shard. Raises UserError.
         """
         # The plan is in the names: a process of a killed run may still write a shard of another.
         prefix = self.unfinished / f"{self.plan[:8]}-{group}"
         shards = group_into_shards(ranges)
         paths = [Path(f"{prefix}-{i:06d}.npz") for i in range(len(shards))]
-        function = functools.partial(tokenize_shard, self.tokenizer, text_column, max_length)
+        function = functools.partial(tokenize_shard, self.tokenizer, **options)
         first = self.n_shards[group]
         yield from map_in_processes(function, paths[first:], shards[first:], workers)
 
@@ -202,7 +252,7 @@ class DatasetWriter:
         self.save()
         path.unlink()
 
-    def finish(self, source):
+    def finish(self, source, facts=None):
         """Moves the splits to their places and writes meta.json, which completes the data set."""
         tokenizer, splits = get_tokenizer(self.tokenizer), {}
         for split in ("train", "val", "test"):
@@ -214,7 +264,8 @@ class DatasetWriter:
                     "numpy": np.__version__}
         meta = {"tokenizer": self.tokenizer, "vocab_size": tokenizer.n_vocab,
                 "dtype": token_dtype(tokenizer).name, "eot_id": tokenizer.eot_token,
-                "splits": splits, "source": source, "plan": self.plan, "versions": versions}
+                "splits": splits, "source": source, "plan": self.plan, "versions": versions,
+                **(facts or {})}
         write_atomically(self.folder / "meta.json", json.dumps(meta, indent=1))
         shutil.rmtree(self.unfinished)
 
@@ -260,26 +311,32 @@ def exit_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def tokenize_shard(tokenizer_name, text_column, max_length, path, shard):
+def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, is_own=False):
     """Tokenises a list of FileRange into an .npz file, unless it is there already. -> its path
 
-    It has the tokens (n,) and of each document its DOCUMENT (m,). Raises UserError.
+    It has the tokens (n,) and of each document its DOCUMENT (m,), which is 0 for a null or an empty
+    text. split: a function of a text that returns its documents; None: it is one. is_own: see
+    corpus.documents. Raises UserError.
     """
     if path.exists():
         return path
-    tokenizer = get_tokenizer(tokenizer_name)
-    tokens, facts = [np.empty(0, np.uint32)], []
+    tokenizer, tokens, facts = get_tokenizer(tokenizer_name), [np.empty(0, np.uint32)], []
     for file_range in shard:
-        for text in documents(file_range, text_column, max_length):
-            try:
-                data = text.encode()
-            except (AttributeError, UnicodeEncodeError):  # a number, or half a surrogate pair
-                raise UserError(f"{file_range.path} has a '{text_column}' that is not text: "
-                                f"{str(text)[:60]!r}") from None
-            if data:  # an empty document teaches nothing
-                tokens.append(encode(tokenizer, text))
-                digest = hashlib.blake2b(data, digest_size=8).digest()
-                facts.append((len(tokens[-1]), len(data), int.from_bytes(digest, "big")))
+        for place, text in documents(file_range, text_column, is_own):
+            if text is None or not (text.strip() if is_own else text):
+                facts.append((0, 0, 0))
+                continue
+            for document in split(text) if split else [text]:
+                try:
+                    tokens.append(encode(tokenizer, document))
+                except UserError as error:
+                    if place is None:
+                        place = text.count("\n", 0, text.find(document))
+                    raise UserError(f"{locate(file_range, place)}: {error}") from None
+                plain = (undressed(document) if is_own else document).encode()
+                digest = hashlib.blake2b(plain, digest_size=8).digest()
+                facts.append((len(tokens[-1]), len(document.encode()),
+                              int.from_bytes(digest, "big")))
     temporary = path.with_suffix(f".{os.getpid()}")
     with open(temporary, "wb") as file:
         np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),

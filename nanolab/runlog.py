@@ -4,6 +4,8 @@ report.html, summary.json; and the clock behind it."""
 import html
 import json
 import math
+import os
+import shlex
 import sys
 import textwrap
 import time
@@ -16,13 +18,16 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from nanolab.common import (UserError, code_diff, code_state, describe, parse_json, utc_now,
+from config import OPTIONS
+from nanolab.checkpoint import checkpoint_file
+from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, parse_json, utc_now,
                             versions, write_atomically)
 from nanolab.distributed import machine, n_threads
+from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
 from nanolab.plots import having, import_matplotlib, plot_run, read_entries
 from nanolab.report import run_page
-from nanolab.tokenizer import END_OF_TEXT, get_tokenizer, text_of
+from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token
 
@@ -60,7 +65,7 @@ class RunLog:
     """
 
     def __init__(self, config, meta, state, max_steps, model, clock, world):
-        self.config, self.state, self.max_steps = config, state, max_steps
+        self.config, self.meta, self.state, self.max_steps = config, meta, state, max_steps
         self.clock, self.world = clock, world
         self.draw_sample = make_sampler(model, config, meta["tokenizer"], world)
         self.enabled = world.rank == 0
@@ -219,7 +224,7 @@ class RunLog:
         if not self.enabled:
             return
         self.bar.close()
-        state, best = self.state, self.out_dir / "best.pt"
+        state = self.state
         if state.step < self.max_steps:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
@@ -231,17 +236,36 @@ class RunLog:
             finish_wandb(self.tracker, self.out_dir)
         rate = state.tokens_per_second()
         flops = rate * self.flops_per_token
+        fraction = f"({flops / self.peak_flops:.1%})"
+        if flops > self.peak_flops:
+            fraction = "when the run started, on a busy machine"
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
-              f"{self.peak_flops / 1e9:,.1f} of matrix products here "
-              f"({flops / self.peak_flops:.1%}); peak memory "
+              f"{self.peak_flops / 1e9:,.1f} of matrix products here {fraction}; peak memory "
               f"{peak_memory(self.world.device) / 2**20:,.0f} MB")
         if self.config.save_weights:
-            ckpt = "" if str(self.out_dir) == "out" else f" --ckpt {best}"
             cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
-                  f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}\n"
-                  f"next:   python eval.py --ckpt {best}\n"
-                  f"        python sample.py{ckpt}")
+                  f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
+            commands = next_commands(self.config, self.meta, bool(self.draw_sample))
+            for i, command in enumerate(commands):
+                print(f"{'' if i else 'next:':8}{command}")
+
+
+def next_commands(config, meta, can_sample):
+    """Command lines that work on what a finished run left, from the current folder."""
+    path = str(checkpoint_file(config.out_dir))
+    test_tokens = meta["splits"].get("test", {"tokens": 0})["tokens"]
+    split = ["--split=val"] if test_tokens <= config.block_size else []
+    commands = [["eval.py", "--ckpt", path, *split]]
+    before = config.init_from
+    if before in OPENAI_REVISIONS or before and Path(before).exists():
+        commands = [["eval.py", "--ckpt", before, path, f"--dataset={config.dataset}",
+                     f"--data_dir={config.data_dir}", f"--block_size={config.block_size}", *split]]
+    if can_sample:
+        is_default = path == str(Path(OPTIONS["out_dir"].default, "best.pt"))
+        commands.append(["sample.py", *([] if is_default else ["--ckpt", path])])
+    return [shlex.join(["python", os.path.relpath(ROOT / script), *words])
+            for script, *words in commands]
 
 
 def lock(path):
@@ -330,11 +354,11 @@ def make_sampler(model, config, tokenizer_name, world):
         return None
     try:
         tokenizer = get_tokenizer(tokenizer_name)
+        prompt = encode_prompt(tokenizer, config.sample_prompt, config.vocab_size)
     except UserError as error:
         if config.sample_every:
             raise UserError(f"{error}; or train without --sample_every") from None
         return None  # none at the end, then
-    prompt = tokenizer.encode(config.sample_prompt, allowed_special={END_OF_TEXT})
 
     def draw():
         was_training = model.training

@@ -182,7 +182,7 @@ def follow_schedule(start):
     planned, now = count_steps(SimpleNamespace(**then)), count_steps(config)
     is_same = same_schedule_so_far(then, vars(config), step)
     suffix = start.resumed.get("name_suffix", "")
-    start.name_suffix = suffix if is_same else f"{suffix}_extended_{step}"
+    start.name_suffix = suffix if is_same else f"{suffix} (extended at step {step})"
     start.config = replace(config, name=config.name.removesuffix(suffix) + start.name_suffix)
     if now != planned and step < now:
         rate = learning_rate_at(step, now, config)
