@@ -33,14 +33,13 @@ from nanolab.study.runs import (as_json, choose_baseline, group_by_experiment, h
 
 
 def main():
-    args, words = parse_arguments()
+    args = parse_arguments()
     status, failures, stopped = "", {}, False
-    if words:
+    if args.words:
         from nanolab.study.jobs import make_runs, plan
-        jobs = plan(words, args.arms, args.seeds, args.baseline or "baseline", args.out, args.loss)
-        status, failures, stopped = make_runs(jobs, args.jobs, args.threads, LivePage(args).draw)
+        status, failures, stopped = make_runs(plan(args), args, LivePage(args).draw)
     study = read_study(args)
-    if not (study.rows or words):
+    if not (study.rows or args.words):
         raise UserError("; ".join(study.missing) or f"{' '.join(args.runs)}: no runs")
     if study.rows:
         print_table(args, study)
@@ -73,7 +72,10 @@ def read_study(args):
     compared = [run for run in runs if has_loss(run, args.loss)]
     check_data(compared, args.loss)
     experiments = group_by_experiment(compared)
-    baseline = choose_baseline(experiments, args.baseline) if compared else None
+    wanted = args.baseline
+    if args.words and wanted not in experiments:
+        wanted = None  # not measured yet
+    baseline = choose_baseline(experiments, wanted)
     return Study(args.loss, runs, others, format_missing(runs, args.loss, unmeasured, unfinished),
                  baseline, experiments, tables.compare(experiments, baseline, args.loss))
 
@@ -180,8 +182,8 @@ def draw_pictures(args, study):
 
 
 def parse_arguments():
-    """-> the arguments, and the words of train.py's command line that all runs share; none if
-    there is nothing to run."""
+    """-> the arguments; in `words`, what the command lines of all runs share, or nothing if there
+    is nothing to run."""
     parser = argument_parser(__doc__)
     parser.allow_abbrev = False
     add = parser.add_argument
@@ -207,7 +209,7 @@ def parse_arguments():
     add("--csv", metavar="FILE", help="write the table's rows")
     add("--page", metavar="FILE.html", help="write a page with table, differences, curves, samples")
     add("--plot", metavar="FILE.png", help="draw the differences and their intervals")
-    add("--curves", metavar="FILE.png", help="draw the loss curves of the baseline and the four best")
+    add("--curves", metavar="FILE.png", help="draw the curves of the baseline and the four best")
     args, flags = parser.parse_known_args()
     makes_runs = [word.endswith(".py") for word in args.runs]
     if any(makes_runs) != all(makes_runs):
@@ -215,12 +217,14 @@ def parse_arguments():
     if not any(makes_runs):
         if flags or args.arms:
             parser.error(f"{' '.join(flags) or '--arms'} needs a config file, to make runs")
-        return args, []
+        args.words = []
+        return args
     if min(args.seeds, args.jobs, args.threads) < 1:
         parser.error("--seeds, --jobs and --threads must be at least 1")
-    words = [*args.runs, *flags]
+    args.words = [*args.runs, *flags]
     args.runs, args.page = [args.out], args.page or f"{args.out}/study.html"
-    return args, words
+    args.baseline = args.baseline or "baseline"
+    return args
 
 
 if __name__ == "__main__":

@@ -126,7 +126,8 @@ def curves_chart(labels, curves, views, n_shown=5):
     # the names, in the order of the curves' ends
     last = {"joinaggregate": [{"op": "argmax", "field": "t", "as": "last"}], "groupby": ["r"]}
     ends = [{"filter": "datum.kind == 'train'"}, last, {"filter": "datum.t == datum.last.t"},
-            {"aggregate": [{"op": "mean", "field": "y", "as": "y"}], "groupby": ["e", "experiment"]},
+            {"aggregate": [{"op": "mean", "field": "y", "as": "y"}],
+             "groupby": ["e", "experiment"]},
             {"window": [{"op": "rank", "as": "rank"}],
              "sort": [{"field": "y", "order": "descending"}]}]
     label = {"field": "experiment", "type": "nominal"}

@@ -14,7 +14,8 @@ from nanolab.plots import having, millions_of_tokens, series
 
 STYLE = f"""
 :root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto;
+       padding: 0 1rem }}
 p {{ margin: .5rem 0 }}
 h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere }}
 h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem }}
@@ -101,13 +102,13 @@ def run_page(options, summary, entries, status, is_running):
                         *(series(train, key) for key in ("loss", "lr", "grad_norm"))])
     val_columns = np.stack([millions_of_tokens(val), series(val, "val_loss"), none, none])
     views = {"loss": LOSS_TITLE, "learning rate": "learning rate", "gradient norm": "gradient norm"}
-    name = options["name"]
+    name, code = options["name"], "; then ".join(map(code_name, summary["code"]))
     samples = [(f"After step {entry['step']:,}", entry["sample"])
                for entry in reversed(having("sample", entries))]
     sections = {
         "Curves": CURVES,
         "Summary": html_table({
-            **summary, "code": "; then ".join(map(code_name, summary["code"])), "versions": ", ".join(
+            **summary, "code": code, "versions": ", ".join(
                 map(" ".join, summary["versions"].items()))}.items()),
         "Validation loss, nats per token": html_table(
             (f"step {entry['step']:,}", f"{entry['val_loss'] or math.nan:.4f}") for entry in val),

@@ -213,7 +213,7 @@ class RunLog:
                             is_running=not (is_last or stopped))
             write_atomically(self.out_dir / "report.html", page)
         except (OSError, ValueError, KeyError, TypeError, UserError,
-                CalledProcessError) as error:  # a full disk, a damaged log, a package that is missing
+                CalledProcessError) as error:  # a full disk, a damaged log, a missing package
             tqdm.write(f"could not draw the run in {self.out_dir} ({describe(error)})",
                        file=sys.stderr)
         now = time.perf_counter()

@@ -4,7 +4,6 @@ and what a study alone computes is right."""
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -69,9 +68,9 @@ def command_lines(name, folder):
     subprocess.run(["bash", f"studies/{name}/run.sh"], cwd=folder, env=env, check=True,
                    stdout=subprocess.DEVNULL, timeout=120)
     lines = [line.split("\x1f") for line in (folder / "commands").read_text().splitlines()]
-    lines = [line[line[0] == "--standalone" and 2:] for line in lines]
-    return [["train.py", *line[3:]] if line[1] == "studies.fp16_sums.emulate"
-            and line[3].startswith("config") else line for line in lines]  # it takes such words
+    lines = [line[2:] if line[0] == "--standalone" else line for line in lines]
+    return [["train.py", *line[3:]] if "studies.fp16_sums.emulate" in line and "--resume" in line
+            else line for line in lines]
 
 
 def trained(lines):
@@ -82,9 +81,9 @@ def trained(lines):
         elif line[0] == "study.py":
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", line)
-                args, words = study.parse_arguments()
-            for job in jobs.plan(words, args.arms, args.seeds, args.baseline, args.out, args.loss) if words else ():
-                yield job.words
+                args = study.parse_arguments()
+            if args.words:
+                yield from (job.words for job in jobs.plan(args))
 
 
 def experiment(config, name):
@@ -121,7 +120,7 @@ def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
     for argv in (line for line in lines if line[0] == "study.py"):
         monkeypatch.setattr(sys, "argv", argv)
         study.main()
-        if json_file := study.parse_arguments()[0].json:
+        if json_file := study.parse_arguments().json:
             written.add(Path(json_file).stem)
     if name in ("published", "fp16_sums"):
         return  # runs made with other code; runs that have not ended

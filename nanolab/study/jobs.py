@@ -49,30 +49,29 @@ class Job:
         entry = last_entry(Path(self.folder, "log.jsonl"))
         if not entry:
             return 0.0
-        return entry["tokens"] / budget([{"config": read_json(Path(self.folder, "config.json"))}])
+        config = read_json(Path(self.folder, "config.json"))
+        return entry["tokens"] / budget([{"config": config}])
 
 
-def plan(base, arms, n_seeds, baseline, out, loss):
+def plan(args):
     """The jobs of a study, seed by seed, so that a study that is stopped has whole pairs.
 
-    base: the words that all runs share, config files and flags; arms: what is compared with base
-    alone, which is called `baseline`. Raises UserError, before anything runs, for what does not
-    fit.
+    args: study.py's. Raises UserError, before anything runs, for what does not fit.
     """
-    experiments = [(baseline, []), *map(parse_arm, arms)]
+    experiments = [(args.baseline, []), *map(parse_arm, args.arms)]
     names = [name for name, _ in experiments]
     for name, words in experiments:
         if names.count(name) > 1 or not name or "/" in name:
-            raise UserError(f"'{name}' cannot be the name of an arm: each needs its own, without /; "
-                            "--arms NAME='...' gives it one", exit_code=2)
-        check_flags(base, words)
+            raise UserError(f"'{name}' cannot be the name of an arm: each needs its own, without "
+                            "/; --arms NAME='...' gives it one", exit_code=2)
+        check_flags(args.words, words)
     jobs = []
-    for seed in range(1, n_seeds + 1):
+    for seed in range(1, args.seeds + 1):
         for name, words in experiments:
-            folder = f"{out}/{name}/{seed}"
-            words = [*base, *words, f"--name={name}", f"--seed={seed}", f"--out_dir={folder}"]
+            folder = f"{args.out}/{name}/{seed}"
+            words = [*args.words, *words, f"--name={name}", f"--seed={seed}", f"--out_dir={folder}"]
             check_earlier(folder, load(Config, words))
-            jobs.append(Job(folder, [*words, "--resume"], loss))
+            jobs.append(Job(folder, [*words, "--resume"], args.loss))
     return jobs
 
 
@@ -109,9 +108,9 @@ def check_earlier(folder, config):
                             "another --out, or delete that folder", exit_code=2)
 
 
-def make_runs(jobs, n_jobs, threads, report):
-    """Does what is not done yet, n_jobs at a time. Ctrl-C, SIGTERM and SIGHUP let the runs save and
-    stop.
+def make_runs(jobs, args, report):
+    """Does what is not done yet, args.jobs at a time. Ctrl-C, SIGTERM and SIGHUP let the runs save
+    and stop.
 
     report: is called all the time with a sentence about how far the study is.
     -> the last of these, {folder: why its run failed}, and whether the study was stopped.
@@ -126,11 +125,12 @@ def make_runs(jobs, n_jobs, threads, report):
             f", {n} {word}" for n, word in numbers if n)
 
     stop, failures, running = StopSignal(), {}, {}
-    waiting, slots = [job for job in jobs if job.next_command()], environments(n_jobs, threads)
+    waiting = [job for job in jobs if job.next_command()]
+    slots = environments(args.jobs, args.threads)
     bar = tqdm(total=len(jobs), initial=progress(), smoothing=0, miniters=0, bar_format=BAR,
                mininterval=1 if sys.stderr.isatty() else 60)
     while running or waiting and not stop.requested:
-        for slot in [slot for slot in range(n_jobs) if slot not in running]:
+        for slot in [slot for slot in range(args.jobs) if slot not in running]:
             if waiting and not stop.requested:
                 running[slot] = waiting[0], start(waiting.pop(0), slots[slot])
         bar.update(progress() - bar.n)
