@@ -106,7 +106,7 @@ print(json.dumps(results))
 
 def test_an_option_is_defined_once(tmp_path, data_dir, small_run):
     """In config/__init__.py: --help lists a new flag, --init_from takes its value from the
-    checkpoint, and --resume, --init_from and the export name it when they refuse."""
+    checkpoint, and --resume, --init_from and the export know it."""
     copy = tmp_path / "copy"  # of the program, where GPTConfig has one line more
     for part in ("config", "nanolab"):
         shutil.copytree(HERE / part, copy / part)
@@ -126,7 +126,7 @@ def test_an_option_is_defined_once(tmp_path, data_dir, small_run):
         ([*train, "--out_dir=new", "--resume"], 2, "rotary was True, is False"),
         ([*train, "--out_dir=no", new, "--rotary=False"], 2, "rotary=False was asked for"),
         ([*train, "--out_dir=no", f"--init_from={old}", "--rotary"], 2, "True was asked for"),
-        (["nanolab.huggingface", "export", "new/last.pt", "to"], 1, "has rotary=True, which"),
+        (["nanolab.huggingface", "export", "new/last.pt", "with_code"], 0, ""),
         (["nanolab.huggingface", "export", old, "to"], 0, "")]
     # one process for all: Python takes longer to start than they do
     done = subprocess.run([sys.executable, "-c", RUN_SCRIPTS], cwd=copy, text=True, timeout=120,
@@ -136,6 +136,7 @@ def test_an_option_is_defined_once(tmp_path, data_dir, small_run):
     for (command, exit_code, message), (code, output) in zip(commands, results, strict=True):
         assert code == exit_code and message in output.splitlines()[-1], (command, output)
     assert "--rotary=False" in results[0][1] and "a throw-away flag" in results[0][1]
+    assert json.loads((copy / "with_code/config.json").read_text())["rotary"] is True
     for run, rotary in (("new", True), ("from_new", True), ("from_old", False)):
         assert load_tensors(copy / run / "last.pt")["config"]["rotary"] is rotary
 

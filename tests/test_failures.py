@@ -141,7 +141,7 @@ def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
         saved.append((path.name, checkpoint["step"], checkpoint["best_val_loss"]))
         return real(path, checkpoint)
 
-    val_losses = iter([3.0, 3.5, 4.0])
+    val_losses = iter([5.0, 3.0, 3.5, 4.0])  # the first before step 0
     monkeypatch.setattr(train, "mean_loss", lambda *args: next(val_losses))
     monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", save)
     small_run("run", *tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=4")
