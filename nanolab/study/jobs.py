@@ -89,7 +89,7 @@ def check_flags(base, words):
     """Raises UserError where a flag of all runs would win over a file of one arm."""
     (_, shared), (files, own) = (split_command_line(each, OPTIONS) for each in (base, words))
     for file in files:
-        for key in read_config_file(file, OPTIONS).keys() & dict(shared).keys() - dict(own).keys():
+        for key in dict(read_config_file(file)).keys() & dict(shared).keys() - dict(own).keys():
             raise UserError(f"--{key} would win over {file}, which sets it too; write it into a "
                             "config file instead, or give this arm its own", exit_code=2)
 
