@@ -10,7 +10,10 @@
 #
 # Times: 2 cores of an AMD EPYC. Writes out/lab_*/ and out/modern_*.json; prints the tables.
 set -euo pipefail
-rope_qk_norm="config/interventions/rope.py config/interventions/qk_norm.py"
+# these runs are older than the bound of attention logits (studies/qk_bound)
+qk_norm="config/interventions/qk_norm.py --qk_bound=0"
+rope_qk_norm="config/interventions/rope.py $qk_norm"
+modern="config/modern.py --qk_bound=0"
 
 study() {  # NAME OUT WORDS...
   python study.py config/lab.py "${@:3}" --seeds=5 --jobs="${JOBS:-2}" --out="out/$2" \
@@ -24,13 +27,13 @@ compare() {  # NAME RUNS...
 
 alone() {
   study alone lab_modern config/cloud.py --batch_size=8 --max_tokens=307_200 \
-    --learning_rate=4e-3 --baseline=tuned_stack --arms rmsnorm rope qk_norm relu2 swiglu \
+    --learning_rate=4e-3 --baseline=tuned_stack --arms rmsnorm rope qk_norm="$qk_norm" relu2 swiglu \
     logit_softcap zero_init value_residual wsd="config/interventions/wsd.py --learning_rate=4e-3" \
     gpt2_init muon="config/interventions/muon.py --learning_rate=8e-3"
 }
 
 core() {
-  study core lab_core config/modern.py --batch_size=8 --max_tokens=307_200 --learning_rate=8e-3 \
+  study core lab_core $modern --batch_size=8 --max_tokens=307_200 --learning_rate=8e-3 \
     --schedule=wsd --baseline=core --arms core_cosine=--schedule=cosine \
     core_without_qk_norm=--qk_norm=False core_relu2=--activation=relu2 \
     core_swiglu=--activation=swiglu core_zero_init=--zero_init=True \
@@ -50,20 +53,20 @@ sizes() {
 
 size() {  # NAME FLAGS...
   study "$1" "lab_scale/$1" config/cloud.py --batch_size=8 --learning_rate=4e-3 "${@:2}" \
-    --baseline=published_stack --arms modern="config/modern.py --batch_size=8 --learning_rate=8e-3"
+    --baseline=published_stack --arms modern="$modern --batch_size=8 --learning_rate=8e-3"
 }
 
 wide() {
   study wide_tuned lab_wide config/cloud.py --batch_size=8 --n_embd=192 --max_tokens=307_200 \
     --learning_rate=2e-3 --baseline=published --arms rope_qk_norm="$rope_qk_norm" \
-    modern="config/modern.py --batch_size=8 --learning_rate=8e-3"
+    modern="$modern --batch_size=8 --learning_rate=8e-3"
 }
 
 trials() {
   {
     for rate in 1e-3 2e-3 4e-3; do trial published; done
     for rate in 1e-3 2e-3 4e-3 8e-3; do trial rope_qk_norm $rope_qk_norm; done
-    for rate in 4e-3 8e-3 1.6e-2; do trial modern config/modern.py; done
+    for rate in 4e-3 8e-3 1.6e-2; do trial modern $modern; done
   } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 python train.py --resume
   python study.py out/lab_wide_trials --validation --json out/modern_wide_trials.json
 }
