@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -28,15 +29,30 @@ def bash(script, *flags, **env):
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
 
 
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
 def test_on_save(small_run, tmp_path):
-    """Commands run one at a time, and after the last save one more has seen it."""
+    """While the first command runs, all other files are saved. It is let go after the last one,
+    and then one more runs, which has seen them all."""
     out, copy = tmp_path / "run", tmp_path / "copy"
-    command = (f"mkdir {tmp_path}/lock || echo two at once >>{tmp_path}/wrong; sleep 0.2; "
-               f"cp -r {out}/. {copy}; echo done >>{tmp_path}/done; rmdir {tmp_path}/lock")
+    command = (f"cd {tmp_path}; mkdir lock || echo two at once >>wrong; cp -r {out}/. {copy}; "
+               "while [ ! -e go ]; do sleep 0.1; done; echo done >>done; rmdir lock")
     copy.mkdir()
+
+    def let_go():  # summary.json is written before the last file
+        made = [out / "summary.json", out / "last.pt"]
+        wait_for(lambda: made[0].exists() and made[0].stat().st_mtime < made[1].stat().st_mtime)
+        (tmp_path / "go").touch()
+
+    threading.Thread(target=let_go, daemon=True).start()
     small_run("run", f"--on_save={command}", "--save_every=2", "--eval_every=4")
     assert not (tmp_path / "wrong").exists() and not (tmp_path / "lock").exists()
-    assert 2 <= len((tmp_path / "done").read_text().split()) <= 8  # saves: 5 of last.pt, 3 of best
+    assert (tmp_path / "done").read_text().split() == ["done"] * 2
     assert read_checkpoint(copy / "last.pt")["step"] == 10
     assert json.loads((copy / "summary.json").read_text())["steps"] == 10
 
@@ -58,13 +74,6 @@ def test_on_save_of_a_folder_is_not_run(small_run, tmp_path, capsys):
     assert not (tmp_path / "ran").exists()
     run_quickly([*argv[:-1], "--max_steps=14", f"--on_save=touch {tmp_path}/ran"])
     assert (tmp_path / "ran").exists()
-
-
-def wait_for(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
 
 
 def ranks_of(out):
