@@ -69,8 +69,8 @@ class LanguageModel:
 
     @torch.no_grad()
     def hidden_states(self, text):
-        """What the blocks read and write, (n_layer + 1, T, n_embd): the embeddings, then the output
-        of each block. model.logits(model.ln_f(it)) is what the model would say from there."""
+        """What the blocks read and write, (n_layer + 1, T, n_embd): the embeddings, then each
+        block's output. model.logits(model.ln_f(it)) is what the model would say from there."""
         window, states = self.batch(self.encode(text), check=True), []
         hooks = [module.register_forward_hook(
             lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out))

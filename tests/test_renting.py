@@ -93,7 +93,8 @@ def test_cloud(data_dir, tmp_path):
     command shows the run to its end, with a test result and an exported model."""
     out, n = tmp_path / "out", 200
     env = {"PROCESSES": "2", "CONFIG": "config/modern.py", "DATASET": "stdlib", "OUT_DIR": str(out),
-           "DATA_DIR": str(data_dir), "DOLLARS_PER_HOUR": "12", "ON_SAVE": f"cp {out}/last.pt {tmp_path}/copy.pt"}
+           "DATA_DIR": str(data_dir), "DOLLARS_PER_HOUR": "12",
+           "ON_SAVE": f"cp {out}/last.pt {tmp_path}/copy.pt"}
     flags = [*SMALL, "--batch_size=4", "--save_every=10", f"--max_steps={n}"]
 
     def steps_done():
