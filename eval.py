@@ -150,8 +150,9 @@ def parse_arguments():
         help="autocast; the published losses were measured in float16 (default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args()
-    if args.batch_size < 1 or args.block_size is not None and args.block_size < 1:
-        parser.error("--batch_size and --block_size must be at least 1")
+    for key in ("batch_size", "block_size"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            parser.error(f"--{key} must be at least 1")
     return args
 
 

@@ -84,6 +84,9 @@ ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
 # What applies to random weights only.
 INIT_OPTIONS = ("init", "init_seed", "zero_init")
 
+# With another value of these, the training loss is another quantity.
+OBJECTIVE_OPTIONS = ("dropout", "z_loss")
+
 SEEDS = ("init_seed", "data_seed", "dropout_seed")
 
 BUDGETS = {"max_tokens", "max_steps", "epochs"}

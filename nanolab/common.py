@@ -190,6 +190,12 @@ def code_state():
             "sha256": digest.hexdigest()}
 
 
+def code_name(state):
+    """A code_state in a few words: its commit, or without git the start of its hash."""
+    changes = " with changes" if state.get("changed") else ""
+    return f"{(state.get('commit') or state['sha256'])[:7]}{changes}"
+
+
 def code_diff():
     """The .py files of a changed tree against its commit, new ones included, as text."""
     new = (git("ls-files", "--others", "--exclude-standard", "--", "*.py") or "").splitlines()

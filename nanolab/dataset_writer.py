@@ -170,8 +170,8 @@ def choose_hash_limits(documents, heldout, splits=("test", "val")):
                             "into train, val and test; use more or smaller ones")
         limits.append(int(hashes[last]))
         if (fraction := (ends[n_done - 1] - start) / ends[-1]) > 0.75 * heldout:
-            print(f"note: {split} is {fraction:.1%} of the text instead of {heldout / 2:.1%}: it has "
-                  "long or equal documents; use more text, or another --heldout")
+            print(f"note: {split} is {fraction:.1%} of the text instead of {heldout / 2:.1%}: it "
+                  "has long or equal documents; use more text, or another --heldout")
     return limits
 
 

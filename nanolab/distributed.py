@@ -223,9 +223,9 @@ def thread_pool(n):
 
 
 class SharedModel(nn.Module):
-    """A model, (inputs, targets, ...) -> mean loss, whose batches the threads share. A part has its own
-    gradients. They are summed in the order of the parts: the bits do not depend on which thread
-    ends first."""
+    """A model, (inputs, targets, ...) -> mean loss, whose batches the threads share. A part has its
+    own gradients. They are summed in the order of the parts: the bits do not depend on which
+    thread ends first."""
 
     def __init__(self, model):
         super().__init__()

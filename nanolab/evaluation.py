@@ -85,7 +85,8 @@ def measure_loss(checkpoint, data_dir, dataset, split, block_size, batch_size, w
             "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"],
             "averaged_steps": checkpoint.get("averaged_steps", 0),
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
-            "code": checkpoint.get("code"), "config": config, f"{split}_loss": loss}
+            "code": checkpoint.get("code"), "config": config,
+            f"{split}_loss": loss}  # of val, in the place of the run's own
 
 
 def amp_name(world):

@@ -11,6 +11,7 @@ import textwrap
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,8 @@ from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, pa
 from nanolab.distributed import machine, n_threads
 from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
-from nanolab.plots import format_report, having, import_matplotlib, plot_run, read_entries
+from nanolab.plots import having, import_matplotlib, plot_run, read_entries
+from nanolab.report import run_page
 from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token
@@ -78,7 +80,7 @@ class RunLog:
         self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not self.enabled,
                         mininterval=0.5 if sys.stderr.isatty() else 10.0)
         self.last_line = state.tokens, 0.0  # how many tokens, and seconds in steps, were logged
-        self.next_report = time.perf_counter() + 10
+        self.next_report = time.perf_counter() + 30
         self.unwritten = b""  # lines that wait for room on the disk
 
     def open_files(self):
@@ -187,10 +189,10 @@ class RunLog:
                 "machine": machine(self.world), "versions": versions(), "code": state.code}
 
     def report_is_due(self):
-        """Every ten seconds; less often if drawing takes more than 1 % of the time."""
+        """Every 30 seconds; less often if drawing takes more than 1 % of the time."""
         return time.perf_counter() > self.next_report
 
-    def report(self, best_val_loss):
+    def report(self, best_val_loss, stopped=False):
         """Writes loss.png and report.html, but for a timing run; at the end summary.json too."""
         if not self.enabled:
             return
@@ -206,15 +208,16 @@ class RunLog:
         try:
             entries = read_entries(self.out_dir / "log.jsonl")
             png = plot_run(having("loss", entries), having("val_loss", entries), self.config)
-            page = format_report(vars(self.config), summary, entries, png, status,
-                                 is_running=not is_last)
             write_atomically(self.out_dir / "loss.png", png)
+            page = run_page(vars(self.config), summary, entries, status,
+                            is_running=not (is_last or stopped))
             write_atomically(self.out_dir / "report.html", page)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # a full disk, a damaged log
-            tqdm.write(f"could not draw {self.out_dir / 'loss.png'} ({describe(error)})",
+        except (OSError, ValueError, KeyError, TypeError, UserError,
+                CalledProcessError) as error:  # a full disk, a damaged log, a missing package
+            tqdm.write(f"could not draw the run in {self.out_dir} ({describe(error)})",
                        file=sys.stderr)
         now = time.perf_counter()
-        self.next_report = now + max(10, 100 * (now - start))
+        self.next_report = now + max(30, 100 * (now - start))
 
     def finish(self, best_val_loss):
         """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
@@ -225,7 +228,7 @@ class RunLog:
         if state.step < self.max_steps:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
-            self.report(best_val_loss)
+            self.report(best_val_loss, stopped=True)
             if self.tracker:
                 self.tracker.finish()
             return

@@ -37,7 +37,8 @@ def get_tokenizer(name):
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)},
                                  special_tokens={END_OF_TEXT: 256})
     if name.startswith(CHARACTERS):
-        ranks = {character.encode(): i for i, character in enumerate(parse_json(name[len(CHARACTERS):]))}
+        characters = parse_json(name[len(CHARACTERS):])
+        ranks = {character.encode(): i for i, character in enumerate(characters)}
         for byte in range(256):
             ranks.setdefault(bytes([byte]), len(ranks))
         return tiktoken.Encoding("character", pat_str=r"[\s\S]", mergeable_ranks=ranks,

@@ -1,5 +1,5 @@
-"""What a user does after a run: the commands that it prints, a data set without a test split, before
-and after fine-tuning, prompts that are typed."""
+"""What a user does after a run: the commands that it prints, a data set without a test split, the
+loss before and after fine-tuning, prompts that are typed."""
 
 import builtins
 import json
@@ -92,7 +92,8 @@ def test_no_split_named_test(small_run, tiny_data, tmp_path, monkeypatch, capsys
         patch.setattr("eval.measure_loss", None)
         assert evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val") == printed
     evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val", "--block_size=8")
-    assert len(json.loads((run / "best.val.json").read_text())["results"]) == 1, "shorter: not saved"
+    saved = json.loads((run / "best.val.json").read_text())["results"]
+    assert len(saved) == 1, "of shorter windows nothing is saved"
     with pytest.raises(UserError, match="reads at most 16 tokens, not 17"):
         evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val", "--block_size=17")
 

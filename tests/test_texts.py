@@ -275,7 +275,7 @@ def test_names_of_splits(tmp_path, monkeypatch, capsys, name, is_split):
 
 def test_a_kill_with_ready_made_splits(tmp_path, monkeypatch):
     """What is left out of train is the same after a kill in the middle of writing the splits."""
-    for name, texts in (("train", sentences(60)), ("val", sentences(30))):
+    for name, texts in (("train", sentences(60)[::-1]), ("val", sentences(30))):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps({"text": text}) + "\n" for text in texts))
     monkeypatch.setattr(corpus, "SHARD_BYTES", 1000)
@@ -490,7 +490,8 @@ def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
     nanogpt_folder(tmp_path / "chars", "\n abcdeé“漢")
     run_main(monkeypatch, "prepare", "info", "chars", f"--data_dir={tmp_path}")
     output = capsys.readouterr().out
-    assert 'character:"\\n abcdeé“漢" tokens of 10 kinds' in output and "\n\n abcdeé“漢\n abc" in output
+    assert 'character:"\\n abcdeé“漢" tokens of 10 kinds' in output
+    assert "\n\n abcdeé“漢\n abc" in output
     run_quickly([*SMALL, "--dataset=chars", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out",
                  "--max_steps=60", "--learning_rate=1e-2", "--sample_every=60",
                  "--sample_prompt=abc"])
