@@ -11,7 +11,7 @@ from nanolab.checkpoint import load_model
 from nanolab.common import UserError
 from nanolab.distributed import pick_device
 from nanolab.huggingface import read_any
-from nanolab.tokenizer import END_OF_TEXT, get_tokenizer, text_of
+from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 
 
 class Loss(NamedTuple):
@@ -69,8 +69,8 @@ class LanguageModel:
 
     @torch.no_grad()
     def hidden_states(self, text):
-        """What the blocks read and write, (n_layer + 1, T, n_embd): the embeddings, then the output
-        of each block. model.logits(model.ln_f(it)) is what the model would say from there."""
+        """What the blocks read and write, (n_layer + 1, T, n_embd): the embeddings, then each
+        block's output. model.logits(model.ln_f(it)) is what the model would say from there."""
         window, states = self.batch(self.encode(text), check=True), []
         hooks = [module.register_forward_hook(
             lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out))
@@ -89,10 +89,7 @@ class LanguageModel:
         return torch.cat(record.weights).cpu()
 
     def encode(self, text):
-        tokens = self.tokenizer.encode(text, allowed_special={END_OF_TEXT})
-        if max(tokens, default=0) >= self.model.config.vocab_size:
-            raise UserError(f"{text[:60]!r} has characters that the model has no tokens for")
-        return tokens
+        return encode_prompt(self.tokenizer, text, self.model.config.vocab_size)
 
     def batch(self, tokens, check=False):
         """(1, T) token ids on the model's device."""

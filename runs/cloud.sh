@@ -20,13 +20,14 @@
 #     environment                    3      0.60    6   torch and CUDA
 #     dry run                        2      0.40
 #     data, copied                   1      0.20    7   3.3e9 tokens x 2 bytes; 1 Gbit/s
-#     or prepared here               5      1.00   10   to download, a third of sample-10BT; 1 Gbit/s
-#     training                      46      9.20    4   43 (config/cloud_hour.py); compiling, saves 3
+#     or prepared here               5      1.00   10   to download, a third of sample-10BT
+#     training                      46      9.20    4   43 (config/cloud_hour.py), and compiling, saves
 #     test, sample, export           3      0.60    1
 #     in all                  55 to 59  11 to 12   25
 #
-# What is copied: on a cheaper machine, `python prepare.py fineweb`; then DATA_FROM=me@HOST:nanolab/
-# data/fineweb, or a folder of a disk that is attached here. scp copies it.
+# What is copied: `python prepare.py fineweb` on a cheaper machine; then here
+#     DATA_FROM=me@HOST:nanolab/data/fineweb
+# or a folder of a disk that is attached. scp copies it.
 #
 # A box may vanish without warning. ON_SAVE is a command that is run after every save, and at the
 # end; give it a timeout of its own:
@@ -92,8 +93,8 @@ environment() {  # an active virtual environment is taken as it is
     fi
     export PROCESSES=${PROCESSES:-$(python -c "import torch; print(torch.cuda.device_count())")}
     if [ "$PROCESSES" = 0 ]; then
-        echo "cloud.sh: torch finds no GPU: nvidia-smi shows whether there is one, and whether its" \
-             "driver is older than torch's CUDA; PROCESSES=2 tries this script on a CPU" >&2
+        echo "cloud.sh: torch finds no GPU: nvidia-smi shows whether there is one, and whether" \
+             "its driver is older than torch's CUDA; PROCESSES=2 tries this script on a CPU" >&2
         exit 1
     fi
     export CONFIG OUT_DIR DATASET DATA_DIR DATA_FROM ON_SAVE DOLLARS_PER_HOUR
@@ -149,8 +150,9 @@ all_of_it() {
     rm -rf "$OUT_DIR/export"
     python -m nanolab.huggingface export "$OUT_DIR/best.pt" "$OUT_DIR/export"
     bash -c "$ON_SAVE"
-    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question. $OUT_DIR/report.html is the run's page," \
-         "$OUT_DIR/export the model for transformers. The box costs money until you give it back"
+    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question. The run's page is" \
+         "$OUT_DIR/report.html, the model for transformers $OUT_DIR/export. The box costs money" \
+         "until you give it back"
 }
 
 if [ $detached = yes ]; then all_of_it; else main; fi

@@ -2,8 +2,8 @@
 # Training on several machines under SLURM: sbatch runs/slurm.sh [FILE.py ...] [--key=value ...]
 #
 # The repository, its .venv, the data and out/ lie on a disk that all machines share. torchrun does
-# the rest. Tried with a stand-in for srun, as two nodes of one process on one machine; not yet on a
-# cluster.
+# the rest. Tried with a stand-in for srun, as two nodes of one process on one machine; not yet on
+# a cluster.
 #SBATCH --job-name=nanolab
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1      # torchrun starts the processes of a node

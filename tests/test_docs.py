@@ -12,7 +12,8 @@ DOCS = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")),
         *sorted((HERE / "studies").rglob("*.md"))]
 FOLDERS = [HERE / name for name in ("", "config", "config/interventions", "nanolab", "bench")]
 OF_OTHERS = {  # torchrun's, nanoGPT's, lm_eval's; and the one that stands for any
-    "--standalone", "--nproc_per_node", "--max-restarts", "--start", "--dtype", "--model",
+    "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend", "--rdzv_id",
+    "--rdzv_endpoint", "--with", "--timeout", "--start", "--dtype", "--model",
     "--model_args", "--tasks", "--include_path", "--key",
     "--against", "--quick", "--tune"}  # of studies/ladder
 

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -28,15 +29,30 @@ def bash(script, *flags, **env):
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
 
 
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.02)
+
+
 def test_on_save(small_run, tmp_path):
-    """Commands run one at a time, and after the last save one more has seen it."""
+    """While the first command runs, all other files are saved. It is let go after the last one,
+    and then one more runs, which has seen them all."""
     out, copy = tmp_path / "run", tmp_path / "copy"
-    command = (f"mkdir {tmp_path}/lock || echo two at once >>{tmp_path}/wrong; sleep 0.2; "
-               f"cp -r {out}/. {copy}; echo done >>{tmp_path}/done; rmdir {tmp_path}/lock")
+    command = (f"cd {tmp_path}; mkdir lock || echo two at once >>wrong; cp -r {out}/. {copy}; "
+               "while [ ! -e go ]; do sleep 0.1; done; echo done >>done; rmdir lock")
     copy.mkdir()
+
+    def let_go():  # summary.json is written before the last file
+        made = [out / "summary.json", out / "last.pt"]
+        wait_for(lambda: made[0].exists() and made[0].stat().st_mtime < made[1].stat().st_mtime)
+        (tmp_path / "go").touch()
+
+    threading.Thread(target=let_go, daemon=True).start()
     small_run("run", f"--on_save={command}", "--save_every=2", "--eval_every=4")
     assert not (tmp_path / "wrong").exists() and not (tmp_path / "lock").exists()
-    assert 2 <= len((tmp_path / "done").read_text().split()) <= 8  # saves: 5 of last.pt, 3 of best
+    assert (tmp_path / "done").read_text().split() == ["done"] * 2
     assert read_checkpoint(copy / "last.pt")["step"] == 10
     assert json.loads((copy / "summary.json").read_text())["steps"] == 10
 
@@ -60,13 +76,6 @@ def test_on_save_of_a_folder_is_not_run(small_run, tmp_path, capsys):
     assert (tmp_path / "ran").exists()
 
 
-def wait_for(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
 def ranks_of(out):
     """The process ids of the ranks that train in a folder."""
     found = []
@@ -84,7 +93,8 @@ def test_cloud(data_dir, tmp_path):
     command shows the run to its end, with a test result and an exported model."""
     out, n = tmp_path / "out", 200
     env = {"PROCESSES": "2", "CONFIG": "config/modern.py", "DATASET": "stdlib", "OUT_DIR": str(out),
-           "DATA_DIR": str(data_dir), "DOLLARS_PER_HOUR": "12", "ON_SAVE": f"cp {out}/last.pt {tmp_path}/copy.pt"}
+           "DATA_DIR": str(data_dir), "DOLLARS_PER_HOUR": "12",
+           "ON_SAVE": f"cp {out}/last.pt {tmp_path}/copy.pt"}
     flags = [*SMALL, "--batch_size=4", "--save_every=10", f"--max_steps={n}"]
 
     def steps_done():
