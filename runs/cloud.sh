@@ -86,10 +86,9 @@ follow() {  # shows the log until the run has ended, and exits as it did
 
 environment() {  # an active virtual environment is taken as it is
     if [ -z "${VIRTUAL_ENV:-}" ]; then
-        PATH=$HOME/.local/bin:$PATH
-        command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
-        uv sync  # brings a Python of its own where there is none from 3.11 to 3.13
+        [ -d .venv ] || python3 -m venv .venv
         source .venv/bin/activate
+        pip install --quiet -r requirements.txt
     fi
     export PROCESSES=${PROCESSES:-$(python -c "import torch; print(torch.cuda.device_count())")}
     if [ "$PROCESSES" = 0 ]; then
