@@ -72,7 +72,8 @@ def test_a_browser_draws_it(page, width):
     page.write_text(page.read_text().replace("<head>", "<head>" + WATCH, 1) + USE)
     done = subprocess.run([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu",
                            f"--window-size={width},900", "--virtual-time-budget=30000",
-                           f"--user-data-dir={page.parent}/browser", "--dump-dom", f"file://{page}"],
+                           f"--user-data-dir={page.parent}/browser", "--dump-dom",
+                           f"file://{page}"],
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=120)
     found = dict(re.findall(r'data-(\w+)="([^"]*)"', done.stdout[:done.stdout.index(">", 20)]))
     assert "errors" not in found

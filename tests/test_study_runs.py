@@ -109,6 +109,12 @@ def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
     assert code == 2 and "out/s/baseline/1 was made with learning_rate=0.0004, not 1" in err
 
 
+def test_the_reason_of_a_study_that_cannot_start(command, tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('train.py: there is no data')")
+    code, out, err = command(BASE, "--seeds=1", "--jobs=1")
+    assert code == 1 and "failed: out/study/baseline/1: train.py: there is no data" in err
+
+
 def planned(*arms, words=(BASE,), seeds=2, out="nowhere"):
     return jobs.plan(SimpleNamespace(words=list(words), arms=arms, seeds=seeds, out=out,
                                      baseline="baseline", loss="test_loss"))
@@ -148,7 +154,8 @@ def test_each_job_has_a_gpu(monkeypatch):
     monkeypatch.setattr(jobs.shutil, "which", lambda name: name)
     monkeypatch.setattr(jobs.subprocess, "run", lambda *args, **kw: SimpleNamespace(
         stdout="GPU 0: A (UUID: GPU-1a)\nGPU 1: A (UUID: GPU-2b)\n"))
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in jobs.environments(2, 1)] == ["GPU-1a", "GPU-2b"]
+    slots = jobs.environments(2, 1)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["GPU-1a", "GPU-2b"]
 
 
 @pytest.mark.parametrize("argv, message", [
