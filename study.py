@@ -65,7 +65,8 @@ class Study:
 
 def read_study(args):
     """-> Study. Raises UserError."""
-    runs, unmeasured, unfinished = read_runs(args.runs, args.loss == "val_loss")
+    exists = not args.words or any(Path(args.out).rglob("config.json"))  # a run, at least begun
+    runs, unmeasured, unfinished = read_runs(args.runs if exists else [], args.loss == "val_loss")
     others = [read_run(path, validation=True) for path in (
         *unmeasured, *(f"{folder}/best.pt" for folder in unfinished))
         if Path(path).with_name("config.json").exists()]

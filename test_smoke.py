@@ -39,7 +39,8 @@ def run(tmp_path_factory):
 
 def test_train(run):
     """The run leaves what the README says, and the loss falls."""
-    made = {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "summary.json"}
+    made = {"config.json", "log.jsonl", "last.pt", "best.pt", "loss.png", "report.html",
+            "summary.json"}
     assert made <= {file.name for file in run.iterdir()}
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [entry for entry in log if "loss" in entry]

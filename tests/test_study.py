@@ -199,9 +199,9 @@ def test_what_counts_as_one_experiment():
         {"name": "a", "test_loss": 3.2, "config": {"seed": 1, "device": "cuda", "out_dir": "x"}},
         {"name": "a", "test_loss": 3.3, "config": {"seed": 2, "batch_size": 1, "compile": True}},
         {"name": "a", "test_loss": 2.0, "config": {"seed": 1, "dropout": 0.0}},
-        {"name": "a", "test_loss": 2.0, "config": {"seed": 1, "z_loss": 1e-4, "norm": "new"}}])
+        {"name": "a", "test_loss": 2.0, "config": {"seed": 1, "new_loss": 1e-4, "norm": "new"}}])
     assert found.keys() == {"a, dropout=0.1, norm=layernorm", "a, dropout=0.0, norm=layernorm",
-                            "a, dropout=0.1, norm=new, z_loss=0.0001"}
+                            "a, dropout=0.1, new_loss=0.0001, norm=new"}
     losses = runs.losses_by_seed(found["a, dropout=0.1, norm=layernorm"])
     assert list(losses.values()) == pytest.approx([3.1, 3.3])
 
@@ -368,6 +368,6 @@ def test_no_run_and_damaged_records(compare, tmp_path):
 def test_study_needs_neither_torch_nor_scipy_stats():
     """They take seconds to import."""
     code = ("import sys, study; sys.argv = ['study.py', 'studies/lab/results.json']; study.main();"
-            "print(sorted({'torch', 'scipy.stats', 'matplotlib'} & sys.modules.keys()))")
+            "print(sorted({'torch', 'scipy.stats', 'matplotlib', 'vl_convert'} & sys.modules.keys()))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n"), done.stderr

@@ -39,7 +39,7 @@ def study_page(path, status, runs, rows, baseline, loss, more="", is_running=Fal
         sections["Curves"] = CURVES + paragraphs(format_objectives(experiments, baseline))
         charts["curves"] = study_curves(experiments, baseline, logs)
     sections["Options that differ"] = html_table(
-        differing_options(experiments, baseline or next(iter(experiments))).items())
+        differing_options(experiments, baseline or next(iter(experiments), None)).items())
     sections["Samples"] = format_samples(last_samples(experiments, logs))
     sections["Runs"] = html_table([cells_of_run(label, run, path) for label in experiments
                                    for run in experiments[label]],

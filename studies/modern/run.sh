@@ -27,9 +27,10 @@ compare() {  # NAME RUNS...
 
 alone() {
   study alone lab_modern config/cloud.py --batch_size=8 --max_tokens=307_200 \
-    --learning_rate=4e-3 --baseline=tuned_stack --arms rmsnorm rope qk_norm="$qk_norm" relu2 swiglu \
-    logit_softcap zero_init value_residual wsd="config/interventions/wsd.py --learning_rate=4e-3" \
-    gpt2_init muon="config/interventions/muon.py --learning_rate=8e-3"
+    --learning_rate=4e-3 --baseline=tuned_stack --arms rmsnorm rope relu2 swiglu logit_softcap \
+    zero_init value_residual gpt2_init qk_norm="$qk_norm" \
+    wsd="config/interventions/wsd.py --learning_rate=4e-3" \
+    muon="config/interventions/muon.py --learning_rate=8e-3"
 }
 
 core() {

@@ -1,0 +1,170 @@
+"""study.py makes what a study lacks: every run once, seed by seed, through stops and failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import study
+from nanolab.common import UserError
+from nanolab.study import jobs
+
+HERE = Path(study.__file__).parent
+BASE = str(HERE / "config/lab.py")
+
+# Instead of train.py: it notes that it was called, is stopped by SIGTERM while there is a file
+# `wait`, fails as `bad`, and leaves what a run does.
+TRAIN = """
+import json, os, signal, sys, time
+from config import Config
+from nanolab.options import load
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+config = vars(load(Config, sys.argv[1:]))
+folder, name = config["out_dir"], config["name"]
+print(folder, os.environ["OMP_NUM_THREADS"], config["resume"], file=open("calls", "a"))
+os.makedirs(folder, exist_ok=True)
+json.dump(config, open(folder + "/config.json", "w"))
+with open(folder + "/log.jsonl", "w") as log:
+    print(json.dumps({"step": 4, "tokens": 5 * 512, "loss": 4.0}), file=log)
+while os.path.exists("wait"):
+    time.sleep(0.05)
+if name == "bad":
+    sys.exit("first\\ntrain.py: it diverged")
+open(folder + "/best.pt", "w").close()
+json.dump({"best_val_loss": 3.0}, open(folder + "/summary.json", "w"))
+"""
+EVAL = """
+import json, sys
+folder = sys.argv[2].removesuffix("best.pt")
+config = json.load(open(folder + "config.json"))
+loss = 3 + config["seed"] ** 2 / 100 - (config["name"] == "small") / 7
+json.dump({"results": [{"name": config["name"], "test_loss": loss, "amp": "off",
+                        "dataset": "stdlib", "config": config}]},
+          open(folder + "best.test.json", "w"))
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """command(*words, wait=True) -> a process of study.py with the stand-ins for train.py and
+    eval.py; or, ended, its exit code, output and errors"""
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "eval.py").write_text(EVAL)
+
+    def call(*words, wait=True):
+        process = subprocess.Popen(
+            [sys.executable, HERE / "study.py", *words], cwd=tmp_path, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"})
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    return call
+
+
+def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
+    words = [BASE, "--max_steps=10", "--arms", "small=--n_layer=2", "bad=--dropout=0", "--jobs=2",
+             "--out=out/s"]
+    for number, whole_group in ((signal.SIGINT, True), (signal.SIGTERM, False)):
+        (tmp_path / "wait").touch()
+        process = command(*words, "--seeds=1", wait=False)
+        n_calls = 2 if whole_group else 4
+        while not (tmp_path / "calls").exists() or (
+                len((tmp_path / "calls").read_text().splitlines()) < n_calls):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        time.sleep(0.3)
+        (os.killpg if whole_group else os.kill)(process.pid, number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "the same command goes on" in err
+        assert not list(tmp_path.glob("out/s/*/1/summary.json"))
+        assert "out/s/baseline/1 has not ended" in out
+    (tmp_path / "wait").unlink()
+    (tmp_path / "calls").unlink()
+
+    code, out, err = command(*words, "--seeds=2")
+    assert code == 1 and "failed: out/s/bad/1: train.py: it diverged; out/s/bad/2" in err
+    assert "small       2  2.8821     -0.1429" in out and "wrote out/s/study.html" in err
+    assert sorted((tmp_path / "calls").read_text().splitlines()) == [
+        f"out/s/{name}/{seed} 1 True" for name in ("bad", "baseline", "small") for seed in (1, 2)]
+    assert "4 of 6 runs are done, 2 failed" in (tmp_path / "out/s/study.html").read_text()
+
+    (tmp_path / "calls").unlink()  # one seed more, and no run twice
+    code, out, _ = command(BASE, "--max_steps=10", "--arms", "small=--n_layer=2", "--seeds=3",
+                           "--out=out/s", "--threads=2")
+    assert code == 0 and "small       3" in out
+    assert sorted((tmp_path / "calls").read_text().splitlines()) == [
+        "out/s/baseline/3 2 True", "out/s/small/3 2 True"]
+    code, again, _ = command("out/s")
+    assert code == 0 and again.split("missing")[0] in out
+    code, _, err = command(BASE, "--max_steps=10", "--learning_rate=1", "--out=out/s")
+    assert code == 2 and "out/s/baseline/1 was made with learning_rate=0.0004, not 1" in err
+
+
+def test_the_reason_of_a_study_that_cannot_start(command, tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('train.py: there is no data')")
+    code, out, err = command(BASE, "--seeds=1", "--jobs=1")
+    assert code == 1 and "failed: out/study/baseline/1: train.py: there is no data" in err
+
+
+def planned(*arms, words=(BASE,), seeds=2, out="nowhere"):
+    return jobs.plan(SimpleNamespace(words=list(words), arms=arms, seeds=seeds, out=out,
+                                     baseline="baseline", loss="test_loss"))
+
+
+def test_what_an_arm_is(monkeypatch):
+    monkeypatch.chdir(HERE)
+    plan = planned("qk_norm", "config/interventions/rope.py",
+                   "mine=config/modern.py --batch_size='8' --beta2=0.9")
+    assert [job.folder for job in plan] == [f"nowhere/{name}/{seed}" for seed in (1, 2)
+                                            for name in ("baseline", "qk_norm", "rope", "mine")]
+    assert plan[1].words == [BASE, "config/interventions/qk_norm.py", "--name=qk_norm", "--seed=1",
+                             "--out_dir=nowhere/qk_norm/1", "--resume"]
+    assert plan[3].words[1:4] == ["config/modern.py", "--batch_size=8", "--beta2=0.9"]
+
+
+@pytest.mark.parametrize("arms, words, message", [
+    (["qk_norm", "qk_norm=--n_layer=1"], [BASE], "'qk_norm' cannot be the name of an arm"),
+    (["baseline=--n_layer=1"], [BASE], "'baseline' cannot be the name"),
+    (["../x=--n_layer=1"], [BASE], "cannot be the name"),
+    (["qk_nrm"], [BASE], "qk_nrm.py"), (["a=--n_lyer=2"], [BASE], "n_lyer"),
+    (["muon"], [BASE, "--optimizer=adamw"], "--optimizer would win over config/interventions/muon"),
+])
+def test_arms_that_do_not_fit_get_one_line(monkeypatch, arms, words, message):
+    """Before anything runs."""
+    monkeypatch.chdir(HERE)
+    with pytest.raises(UserError, match=message):
+        planned(*arms, words=words)
+
+
+def test_each_job_has_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    slots = jobs.environments(3, 2)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["4", "7", "4"]
+    assert {slot["OMP_NUM_THREADS"] for slot in slots} == {"2"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(jobs.shutil, "which", lambda name: name)
+    monkeypatch.setattr(jobs.subprocess, "run", lambda *args, **kw: SimpleNamespace(
+        stdout="GPU 0: A (UUID: GPU-1a)\nGPU 1: A (UUID: GPU-2b)\n"))
+    slots = jobs.environments(2, 1)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["GPU-1a", "GPU-2b"]
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["out/study", "--arms", "x"], "--arms needs a config file"),
+    (["out/study", "--n_layer=2"], "--n_layer=2 needs a config file"),
+    (["config/lab.py", "out/study"], "give one of the two"),
+    (["config/lab.py", "--jobs=0"], "must be at least 1")])
+def test_commands_that_do_not_fit(monkeypatch, capsys, argv, message):
+    monkeypatch.setattr(sys, "argv", ["study.py", *argv])
+    with pytest.raises((SystemExit, UserError)) as error:
+        study.main()
+    assert message in capsys.readouterr().err + str(error.value)
