@@ -11,7 +11,7 @@ from nanolab.checkpoint import load_model
 from nanolab.common import UserError
 from nanolab.distributed import pick_device
 from nanolab.huggingface import read_any
-from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
+from nanolab.tokenizer import END_OF_TEXT, encode_prompt, get_tokenizer, text_of
 
 
 class Loss(NamedTuple):
@@ -38,7 +38,7 @@ class LanguageModel:
         temperature, top_k, top_p: as for GPT.stream.
         """
         device = self.model.head.weight.device
-        prompt = torch.tensor([self.encode(text) or [self.tokenizer.eot_token]], device=device)
+        prompt = torch.tensor([self.encode(text or END_OF_TEXT)], device=device)
         generator = torch.Generator(device).manual_seed(seed)
         tokens = self.model.stream(prompt, max_new_tokens, temperature, top_k, top_p, generator)
         return text + b"".join(text_of(map(int, tokens), self.tokenizer)).decode(errors="replace")

@@ -89,14 +89,15 @@ def test_characters(small_run, tmp_path):
     """nanoGPT's characters have no end of text: the first of a text is not predicted."""
     checkpoint = torch.load(small_run("run", "--vocab_size=300") / "best.pt")
     weights = {name: p[:3] if len(p) == 300 else p for name, p in checkpoint["model"].items()}
-    torch.save({**checkpoint, "model": weights, "tokenizer": "character:abc",
+    torch.save({**checkpoint, "model": weights, "tokenizer": 'character:"abc"',
                 "config": {**checkpoint["config"], "vocab_size": 3}}, tmp_path / "abc.pt")
     lm = nanolab.load(tmp_path / "abc.pt", "cpu")
     expected = F.cross_entropy(logits_of(lm, [2, 0]), torch.tensor([0, 1]))
     assert lm.loss("cab").nats == pytest.approx(expected.item(), rel=1e-5)
     assert lm.tokens("cab") == ["c", "a", "b"] and set(lm.generate("a", 20)) <= set("abc")
-    with pytest.raises(UserError, match="no tokens for"):
-        lm.loss("abd")
+    for fails in (lambda: lm.loss("abd"), lm.generate):
+        with pytest.raises(UserError, match="no tokens for"):
+            fails()
 
 
 def test_loads_no_training_code(small_run):
