@@ -1,7 +1,7 @@
 """Turns text into a data set.
 
     python prepare.py stdlib                 Python's own library as bytes; needs no network
-    python prepare.py pypi                   the source of the pinned packages in studies/ladder/pypi.txt
+    python prepare.py pypi                   the source of packages (studies/ladder/pypi.txt)
     python prepare.py fineweb                FineWeb sample-10BT as GPT-2 tokens, as published
     python prepare.py fineweb --from=FOLDER  the same from a copy, or from the published token files
     python prepare.py fineweb-edu            FineWeb-Edu sample-10BT in the same way

@@ -265,7 +265,7 @@ class Config(GPTConfig):
             return (f"{shown('global_batch_size')} is not divisible by {shown('batch_size')}; "
                     f"batch_size could be {divisors_near(self.global_batch_size, self.batch_size)}")
         if self.epochs and self.max_steps:
-            return f"{shown('epochs')} and {shown('max_steps')} are two budgets; set one of them to 0"
+            return f"{shown('epochs')} and {shown('max_steps')} are two budgets; set one to 0"
         if self.schedule == "wsd" and self.warmup_fraction + self.cooldown_fraction > 1:
             return (f"{shown('warmup_fraction')} and {shown('cooldown_fraction')} together exceed "
                     "the whole run")

@@ -236,7 +236,7 @@ def save_checkpoint(path, checkpoint):
 def run_on_save(command):
     """Runs a shell command to its end. If it fails, one line says so and the run goes on."""
     try:
-        # in a session of its own: Ctrl-C, which ends a run in good order, must not end the last copy
+        # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
         done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
                               start_new_session=True)

@@ -10,8 +10,8 @@
     python -m studies.flags.flags refine    the best of them with half and twice its rate
     python -m studies.flags.flags best      the best of all these, five seeds
 
-All but `choose` and `agreement` print arguments for train.py, a line a run; run.sh runs them. Every run has 20
-tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern
+All but `choose` and `agreement` print arguments for train.py, a line a run; run.sh runs them. Every
+run has 20 tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern
 recipe at its size (studies/ladder/ladder.py); those of `rates` have half, once and twice its rate.
 `tuning` draws what the ladder drew for its recipes, from the same ranges. `refine` and `best` read
 the trials in out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
@@ -107,7 +107,8 @@ def agreement():
     holds = [small * large > 0 for (small, large), _, _ in map(compare, FLAGS)]
     interval = binomtest(sum(holds), len(holds)).proportion_ci(method="wilson")
     yield (f"{sum(holds)} of {len(holds)} signs at {SIZES[0]} hold at {SIZES[1]}: "
-           f"{sum(holds) / len(holds):.2f} (95 % interval {interval.low:.2f} to {interval.high:.2f})")
+           f"{sum(holds) / len(holds):.2f} (95 % interval {interval.low:.2f} to "
+           f"{interval.high:.2f})")
 
 
 def read_runs(results):
