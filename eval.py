@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from nanolab.checkpoint import checkpoint_file
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.data import read_meta
 from nanolab.distributed import end_distributed, init_distributed
@@ -47,8 +48,9 @@ def find_checkpoints(words):
         if not matches:
             raise UserError(f"nothing matches '{word}'")
         for match in matches:
-            runs = sorted(Path(match).rglob("best.pt")) if Path(match).is_dir() else []
-            found += map(str, runs or [match])
+            runs = {file.parent for name in ("best.pt", "last.pt")
+                    for file in Path(match).rglob(name)}
+            found += map(str, map(checkpoint_file, sorted(runs) or [match]))
     return list(dict.fromkeys(found))
 
 
@@ -112,8 +114,8 @@ def parse_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--ckpt", nargs="+", default=["out/best.pt"],
-        help="checkpoints, runs' folders, folders of runs, globs in quotes, gpt2, gpt2-medium, ... "
-             "or a folder in Hugging Face's layout (default: out/best.pt)")
+        help="checkpoints, nanoGPT's too, runs' folders, folders of runs, globs in quotes, folders "
+             "in Hugging Face's layout, or gpt2, gpt2-medium, ... (default: out/best.pt)")
     add("--json", metavar="FILE", help="write the results, for study.py")
     add("--batch_size", type=int, default=16, help="windows at a time (default: %(default)s)")
     add("--dataset", help="default: the one the checkpoint was trained on")

@@ -27,6 +27,7 @@ def swiglu(x):
 
 NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}  # RMSNorm: Zhang and Sennrich, 2019
 ACTIVATIONS = {"gelu": partial(F.gelu, approximate="tanh"),
+               "gelu_erf": F.gelu,  # Hendrycks and Gimpel, 2016, without an approximation
                "relu2": lambda x: F.relu(x).square(),  # So et al., "Primer", 2021
                "swiglu": swiglu}  # Shazeer, "GLU variants improve transformer", 2020
 
@@ -161,6 +162,8 @@ class GPT(nn.Module):
         self.wpe = None
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        elif config.position != "rope":  # which Attention has
+            raise ValueError(f"GPT has no rule for position={config.position!r}")
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.x_lambdas = self.x0_lambdas = None
@@ -275,6 +278,8 @@ def initialise(model, generator):
     on leaves every other weight as it was.
     """
     as_pytorch, zero_init = model.config.init == "pytorch", model.config.zero_init
+    if not as_pytorch and model.config.init != "gpt2":
+        raise ValueError(f"initialise has no rule for init={model.config.init!r}")
     # GPT-2: the residual stream's variance does not grow with depth
     residual_scale = (2 * model.config.n_layer) ** -0.5
     parameters = dict(model.named_parameters())

@@ -84,7 +84,7 @@ def parse_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--ckpt", default="out/best.pt",
-        help="a checkpoint, a run's folder (its best.pt), a folder in Hugging Face's layout, or "
+        help="a checkpoint, nanoGPT's too, a run's folder, a folder in Hugging Face's layout, or "
              "gpt2, gpt2-medium, gpt2-large, gpt2-xl (default: %(default)s)")
     add("--prompt", help="default: the run's sample_prompt")
     add("--prompt_file", metavar="FILE",

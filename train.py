@@ -1,7 +1,7 @@
 """One training run: a GPT-2-class model from scratch, on one device or many, with the same result.
 
     python train.py config/local_3090.py
-    torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
+    torchrun --standalone --nproc_per_node=8 train.py config/cloud.py
 
 Step s trains on windows s*G to (s+1)*G - 1 of the data's order, however many processes and
 micro-steps share them. G is global_batch_size; a window is block_size + 1 tokens.
@@ -80,7 +80,7 @@ def train(config, on_step=lambda step, model: None):
     log = RunLog(config, meta, state, max_steps, model, clock, world)
     saver = CheckpointSaver(
         config.out_dir, partial(pack, config, meta, state, model, average, optimizer, scaler),
-        start.best_val_loss, enabled=world.rank == 0 and config.save_weights)
+        start.best_val_loss, config.on_save, enabled=world.rank == 0 and config.save_weights)
     stop = StopSignal()
     batches = micro_batches(train_data, config, batch_size, state.step, world)
 
@@ -129,8 +129,8 @@ def train(config, on_step=lambda step, model: None):
                 if is_due(config.sample_every, state.step):
                     log.sample()
                 if last_step or is_due(config.eval_every, state.step):
-                    best_now = fast_average if state.averaged_steps else fast_model
-                    state.val_loss = mean_loss(best_now, val_data, config.eval_tokens, batch_size,
+                    eval_model = fast_average if state.averaged_steps else fast_model
+                    state.val_loss = mean_loss(eval_model, val_data, config.eval_tokens, batch_size,
                                                world)
                     state.seconds = clock.total()
                     is_best = saver.is_best(state.val_loss)

@@ -26,7 +26,7 @@ import torch
 
 from bench.gpu import RATES, least_seconds, measure_rates
 from bench.nanogpt import describe, nanogpt_folder, print_row, run_nanogpt, shape_of
-from nanolab.common import argument_parser, run_script, write_atomically
+from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.distributed import World, autocast_dtype, pick_device
 from nanolab.plots import read_log
 
@@ -42,7 +42,7 @@ VARIANTS = {
     "V5 6 sequences": (["--batch_size=6", "--global_batch_size=48"], {}),
     "V5 24 sequences": (["--batch_size=24", "--global_batch_size=48"], {}),
     "V5 48 sequences": (["--batch_size=48", "--global_batch_size=48"], {}),
-    "V6 overnight": (["config/overnight_3090.py", "--batch_size=16", "--global_batch_size=64",
+    "V6 overnight": (["config/overnight_3090.py", "--batch_size=32", "--global_batch_size=64",
                       "--dataset=stdlib", "--vocab_size=50257", "--save_every=0"], {}),
     "V7 float16": (["--amp=float16"], {}),
     "V7 16-bit sums": (["--amp=float16", "--fp16_sums"], {}),
@@ -95,11 +95,11 @@ def main():
         nanogpt = {"nanoGPT": False, "nanoGPT with biases": True}
     for turn in (1, 2):
         for name in [*variants, *nanogpt]:
-            if name in nanogpt:
+            try:
                 row = run_nanogpt(dict(shape), on_gpu, args.device, args.data_dir, args.nanogpt,
-                                  nanogpt[name])
-            else:
-                row = run(name, args.steps)
+                                  nanogpt[name]) if name in nanogpt else run(name, args.steps)
+            except UserError as error:
+                row = {"error": str(error)}
             record["rows"].append({"variant": name, "turn": turn, **row})
             write_atomically(args.json, json.dumps(record, indent=1) + "\n")
             print_figures(name, row, limit, turn)

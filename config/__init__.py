@@ -54,8 +54,9 @@ class GPTConfig:
         0.0, "with qk_norm: attention logits lie within -qk_bound and qk_bound; 0: the square root "
         "of the head size, which follows from the usual scale", within="[0, inf)")
     activation: str = option(
-        "gelu", "of the MLP: gelu, relu2 (ReLU squared), or swiglu (gated, 8/3 n_embd wide instead "
-        "of 4)", choices=("gelu", "relu2", "swiglu"))
+        "gelu", "of the MLP: gelu (GPT-2's, by tanh), gelu_erf (exact, nanoGPT's), relu2 (ReLU "
+        "squared), or swiglu (gated, 8/3 n_embd wide instead of 4)",
+        choices=("gelu", "gelu_erf", "relu2", "swiglu"))
     logit_softcap: float = option(
         0.0, "logits x become cap * tanh(x / cap); 0: unchanged", within="[0, inf)")
     zero_init: bool = option(
@@ -211,6 +212,9 @@ class Config(GPTConfig):
         617, "steps between saves of last.pt; 0: only at the end", within="[0, inf)")
     save_weights: bool = option(
         True, "keep last.pt and best.pt; False: a timing run, which leaves log and summary only")
+    on_save: str = option(
+        "", "shell command to run after each save, in the background, such as 'rsync -a out/ "
+        "HOST:out'; '': none")
     log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
     sample_every: int = option(
         0, "steps between samples for the log; 0: none", within="[0, inf)")
@@ -278,8 +282,9 @@ OPTIONS = {f.name: f for f in fields(Config)}
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
 # change them. `seed` acts through SEEDS.
 RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "dry_run", "data_dir", "batch_size",
-                     "threads", "device", "eval_every", "save_every", "save_weights", "log_every",
-                     "sample_every", "sample_prompt", "wandb", "dollars_per_hour", "seed"}
+                     "threads", "device", "eval_every", "save_every", "save_weights", "on_save",
+                     "log_every", "sample_every", "sample_prompt", "wandb", "dollars_per_hour",
+                     "seed"}
 
 
 def divisors(total):

@@ -3,7 +3,7 @@
 # the baseline's 3.691526, one run each (Giles Thomas, "Writing an LLM from scratch", part 32j,
 # 2026; 3 h 11 min on 8x A100 40 GB).
 #
-#     torchrun --standalone --nproc_per_node=8 train.py config/cloud.py --batch_size=12
+#     torchrun --standalone --nproc_per_node=8 train.py config/cloud.py
 
 name = "cloud"
 batch_size = 12

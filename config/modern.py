@@ -14,3 +14,4 @@ name = "modern"
 optimizer = "muon"
 position = "rope"
 qk_norm = True
+qk_bound = 12.0  # studies/qk_bound

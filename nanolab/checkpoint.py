@@ -1,6 +1,7 @@
 """Checkpoints: load one, and save atomically in the background. start.py resumes from them."""
 
 import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,23 +13,39 @@ from tqdm import tqdm
 from config import OPTIONS, Config, GPTConfig
 from model import GPT
 from nanolab.common import UserError, describe, load_tensors, versions
+from nanolab.distributed import print0
 from nanolab.options import check
 
 CHECKPOINT_FORMAT = 1
 OLD_NAMES = {"value_share": "v0_lambda", "embedding_share": "ve_lambda"}  # of parameters
 
 
+def checkpoint_file(path):
+    """The file that a path names: of a run's folder best.pt, and where that is missing last.pt,
+    which is then said. Any other path is returned as it is."""
+    path = Path(path)
+    best = path / "best.pt" if path.is_dir() else path
+    last = best.with_name("last.pt")
+    if best.name == "best.pt" and not best.exists() and last.is_file():
+        print0(f"note: there is no {best}, so this is {last}", file=sys.stderr)
+        return last
+    return best if best.is_file() else path
+
+
 def read_checkpoint(path, mmap=False):
-    """A file that train.py saved, or its run's folder, for best.pt. -> a dict, tensors on the CPU.
-    Executes nothing from the file.
+    """A file that train.py saved, or its run's folder (see checkpoint_file). -> a dict, tensors on
+    the CPU. Executes nothing from the file.
 
     mmap: leave the tensors on disk until they are used. Raises UserError.
     """
-    if Path(path, "best.pt").is_file():
-        path = Path(path, "best.pt")
-    checkpoint = load_tensors(path, mmap)
+    path = checkpoint_file(path)
+    return checked(load_tensors(path, mmap), path)
+
+
+def checked(checkpoint, path):
+    """What a file held, if it is a checkpoint, with all options. Raises UserError."""
     if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of nanolab")
+        raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT")
     if checkpoint["format"] != CHECKPOINT_FORMAT:
         raise UserError(f"{path} has format {checkpoint['format']}; this nanolab reads format "
                         f"{CHECKPOINT_FORMAT}")
@@ -133,22 +150,29 @@ def pack(config, meta, state, model, average, optimizer, scaler):
 class CheckpointSaver:
     """Saves last.pt and best.pt in the background: a thread writes one file after the other.
 
-    Only rank 0 has one that is enabled. As a context manager it waits for the last file.
-    pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt.
+    Only rank 0 has one that is enabled. As a context manager it waits for the last file, and for
+    the last command.
+    pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt;
+    on_save: a shell command to run after each file; '': none.
     """
 
-    def __init__(self, out_dir, pack, best_val_loss, enabled):
+    def __init__(self, out_dir, pack, best_val_loss, on_save, enabled):
         self.out_dir, self.pack, self.enabled = Path(out_dir), pack, enabled
         self.best_val_loss = best_val_loss  # only a best.pt on disk counts
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.pending_save = self.writer.submit(bool)  # a finished Future: nothing is pending
         self.buffers, self.snapshot = {}, None
+        self.on_save, self.runner = on_save, ThreadPoolExecutor(max_workers=1)
+        self.last_command = self.runner.submit(bool)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.writer.shutdown()
+        if not self.last_command.done():
+            tqdm.write("waiting for the last --on_save", file=sys.stderr)
+        self.runner.shutdown()
 
     def wait(self):
         self.pending_save.result()
@@ -184,6 +208,9 @@ class CheckpointSaver:
         saved = save_checkpoint(self.out_dir / name, {**checkpoint, "best_val_loss": best})
         if saved:
             self.best_val_loss = best
+            # a command that still waits for the one before it sees this file too
+            if self.on_save and (self.last_command.running() or self.last_command.done()):
+                self.last_command = self.runner.submit(run_on_save, self.on_save)
         return saved
 
 
@@ -204,6 +231,21 @@ def save_checkpoint(path, checkpoint):
         tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept",
                    file=sys.stderr)
         return False
+
+
+def run_on_save(command):
+    """Runs a shell command to its end. If it fails, one line says so and the run goes on."""
+    try:
+        # in a session of its own: Ctrl-C, which ends a run in good order, must not end the last copy
+        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+                              start_new_session=True)
+        said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        problem = said[0] if done.returncode else None
+    except OSError as error:  # no memory for a process
+        problem = describe(error)
+    if problem:
+        tqdm.write(f"--on_save failed ({problem[:500]}): {command}", file=sys.stderr)
 
 
 def snapshot_to_cpu(checkpoint, buffers):

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
@@ -82,7 +83,7 @@ def stop(exit_code, message, each_rank):
     if each_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(line, file=sys.stderr)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
-        time.sleep(3)  # torchrun ends all ranks when one has ended: the first prints its line before
+        time.sleep(3)  # torchrun ends all ranks when one ends: the first prints its line before
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun adds about 40 lines of its own; its summary, their end, then has this one.
         with contextlib.suppress(OSError):
@@ -195,6 +196,7 @@ def code_diff():
     return "\n".join(filter(None, [git("diff", "HEAD", "--", "*.py"), *files])) + "\n"
 
 
+@functools.cache  # each takes milliseconds, and every checkpoint has them
 def versions():
     return {"python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
@@ -244,6 +246,9 @@ def load_tensors(path, mmap=False):
     except PermissionError:
         raise UserError(f"no permission to read {path}") from None
     except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
+        if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path} holds a {found[1]}; nanolab loads only tensors and plain "
+                            "values, for other objects could run code") from None
         raise UserError(f"{path} is damaged or no checkpoint of nanolab "
                         f"({type(error).__name__})") from None
 

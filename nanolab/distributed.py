@@ -157,10 +157,10 @@ def keep_freed_memory():
         libc.mallopt(-2, 2**26)  # M_TOP_PAD
 
 
-def print0(text):
+def print0(text, file=None):
     """Prints on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def machine(world):

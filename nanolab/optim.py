@@ -14,10 +14,12 @@ def make_optimizer(model, config):
 
     decay='all': every parameter decays, as published; 'matrices': only 2-D weights, not biases and
     norms. Parameters that are treated alike form one group; its "lr_scale" is for
-    set_learning_rate. Raises ValueError for a parameter or an optimizer that no rule covers.
+    set_learning_rate. Raises ValueError for a parameter or an option that no rule covers.
     """
     if config.optimizer not in ("adamw", "muon", "normuon"):
         raise ValueError(f"make_optimizer has no rule for optimizer={config.optimizer!r}")
+    if config.decay not in ("all", "matrices"):
+        raise ValueError(f"make_optimizer has no rule for decay={config.decay!r}")
     uses_muon = config.optimizer != "adamw"
     adamw_decay = config.adamw_weight_decay
     if adamw_decay is None:
@@ -226,9 +228,9 @@ def decay_weights(params, updates, share, cautious):
 
 
 def normalise_neurons(matrices, states, beta2=0.95):
-    """NorMuon: divides each row (of a wide matrix, each column) of the orthogonalised updates by the
-    root of its running mean square, and keeps each matrix's norm (Li et al., "NorMuon", 2025, arXiv
-    2510.05491; as in modded-nanogpt's records/track_3_optimization/results/20260503_normuon).
+    """NorMuon: divides each row (of a wide matrix, each column) of the orthogonalised updates by
+    the root of its running mean square, and keeps each matrix's norm (Li et al., "NorMuon", 2025,
+    arXiv 2510.05491; as in modded-nanogpt's records/track_3_optimization/results/20260503_normuon).
 
     matrices: (n, rows, columns); states: of the n / n_split weights that they come from.
     """
@@ -249,7 +251,7 @@ def newton_schulz(matrices):
     """Approximates the orthogonal factor of each matrix: (n, rows, columns), U S V' -> about U V'.
 
     Five Newton-Schulz iterations with Jordan's coefficients bring the singular values to between
-    0.7 and 1.2. They run in 16 bits where the device computes in them.
+    0.68 and 1.2. They run in 16 bits where the device computes in them.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]

@@ -92,7 +92,8 @@ def read_config_file(file, options):
     except SyntaxError as error:
         raise config_error(f"{error.filename or file}, line {error.lineno}: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        line = next((frame.lineno for frame in frames if frame.filename == file), 1)
         raise config_error(f"{file}, line {line}: {type(error).__name__}: {error}") from None
     assigned = {key: value for key, value in namespace.items() if not key.startswith("_")
                 and not isinstance(value, types.ModuleType) and not callable(value)}

@@ -195,7 +195,9 @@ def options_of_run(files, given):
     except (OSError, ValueError, TypeError):
         raise config_error(f"{path} is damaged; resume with the config files and flags that the "
                            "run was started with") from None
-    replaced = {"resume", "extend", "out_dir", "code"}
+    if options.get("on_save") and "on_save" not in given:
+        print0(f"note:   {path} has an on_save; a folder runs no commands, so give it again")
+    replaced = {"resume", "extend", "out_dir", "code", "on_save"}
     replaced |= set(SEEDS) if "seed" in given else set()
     replaced |= {"max_steps"} if "max_tokens" in given else set()
     replaced |= set(INIT_OPTIONS) if options.get("init_from") else set()

@@ -83,16 +83,21 @@ def gpt2_from_file(path):
         is_gpt2 = False
     if not is_gpt2:
         raise UserError(f"{path} is damaged, or not GPT-2's vocabulary")
-    # GPT-2 writes a byte that is no visible character as a character from 256 on.
-    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    bytes_of = {**{chr(byte): byte for byte in visible},
-                **{chr(256 + i): byte for i, byte in enumerate(hidden)}}
+    bytes_of = {character: byte for byte, character in byte_characters().items()}
     end_of_text = {END_OF_TEXT: vocabulary.pop(END_OF_TEXT)}
     ranks = {bytes(bytes_of[character] for character in token): i
              for token, i in vocabulary.items()}
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks,
                              special_tokens=end_of_text)
+
+
+def byte_characters():
+    """How GPT-2's vocabulary writes bytes: {byte: character}. A byte that is no visible character
+    is one from 256 on."""
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {**{byte: chr(byte) for byte in visible},
+            **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
 
 
 def vocabulary_sha256(vocabulary):

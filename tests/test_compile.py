@@ -1,23 +1,26 @@
-"""torch.compile: what it makes of the model, how often it compiles, and compiled runs.
-
-The head is the GPU's: the loop over chunks stays outside the graph.
-"""
+"""Compiled runs: how often torch.compile compiles, and two compiled processes. The head is the
+GPU's, and inductor is left out, which takes minutes on a slow CPU."""
 
 import pytest
 import torch
 
-from conftest import SMALL, call, losses
+import fake_graphs
+import nanolab.head
+import train
+from config import Config
+from conftest import losses, run_quickly, run_ranks
 from model import GPT, GPTConfig
-from nanolab.kernels import logits_to_gradient_, loss_of_logits
-from nanolab.measure import mean_loss
-from probes import (counting_backend, flag_combinations, force_gpu_head, small_gpt_config,
-                    without_progress)
-
-CPU = torch.device("cpu")
+from nanolab.distributed import World
+from nanolab.evaluation import mean_loss
+from probes import flag_sets, force_gpu_head, small_gpt_config
 
 
 class Windows:
     """Stands for a data set."""
+    block_size = 16
+
+    def __len__(self):
+        return 100
 
     def batch(self, ids, device):
         draw = torch.Generator().manual_seed(ids[0])
@@ -25,53 +28,82 @@ class Windows:
         return tokens[:, :-1], tokens[:, 1:]
 
 
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def test_the_trunk_is_one_graph(monkeypatch):
-    """Whatever the flags, with and without 16 bits; and a second step compiles nothing."""
-    force_gpu_head(monkeypatch, kernels=(loss_of_logits, logits_to_gradient_))
-    inputs, targets = Windows().batch(range(4), CPU)
-    for i, flags in enumerate(flag_combinations(4)):
-        torch._dynamo.reset()
-        trunk = []
-        compiled = torch.compile(GPT(small_gpt_config(**flags)), backend=counting_backend(trunk))
-        for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=i % 2 == 1):
-                loss = compiled(inputs, targets)
-            loss.backward()
-            assert len(trunk) == 1, f"{len(trunk)} graphs with {flags}"
-
-
 def test_a_run_compiles_few_graphs(monkeypatch):
-    """Training and validation in turn, the last batch of a validation short: 3 graphs of the trunk
-    (training, validation, a short batch) and 3 of the head's kernels (the short batch needs another
-    for the loss; validation wants no gradient)."""
-    trunk, head = [], []
-    force_gpu_head(monkeypatch, kernels=[torch.compile(kernel, backend=counting_backend(head))
-                                         for kernel in (loss_of_logits, logits_to_gradient_)])
-    gpt = GPT(small_gpt_config(**flag_combinations(1)[-1]))
-    compiled = torch.compile(gpt, backend=counting_backend(trunk))
+    """Training and validation in turn, the last batch of a validation short: one graph for each."""
+    force_gpu_head(monkeypatch)
+    torch._dynamo.reset()
+    graphs, world = [], World(torch.device("cpu"), None)
+    compiled = torch.compile(GPT(small_gpt_config(**flag_sets(2)[-1])),
+                             backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for step in range(3):
-        compiled(*Windows().batch(range(step, step + 4), CPU)).backward()
-        mean_loss(compiled, Windows(), 7 + step % 2, 4, CPU)
-    compiled(*Windows().batch(range(4), CPU)).backward()
-    assert len(trunk) <= 3 and len(head) <= 3
+        compiled(*Windows().batch(range(step, step + 4), None)).backward()
+        mean_loss(compiled, Windows(), 16 * (7 + step % 2), 4, world)
+    compiled(*Windows().batch(range(4), None)).backward()
+    assert len(graphs) <= 3
 
 
-def test_two_compiled_processes(small_run, data_dir, tmp_path):
+@pytest.mark.parametrize("compile, batch_size, n_gpus, one_graph, cuda_graphs", [
+    ("auto", 12, 1, True, False), ("graphs", 12, 1, True, True), ("graphs", "auto", 1, True, False),
+    ("graphs", 12, 8, False, False)])
+def test_cuda_graphs(monkeypatch, compile, batch_size, n_gpus, one_graph, cuda_graphs):
+    """On one GPU, without the trees that would overwrite gradients, and not while sizes are
+    tried."""
+    asked, real_compile = {}, torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: (
+        asked.update(options) or real_compile(model, **options)))  # refuses unknown options
+    config = Config(compile=compile, batch_size=batch_size, dropout=0.0)
+    train.make_fast(GPT(small_gpt_config()), config,
+                    World(torch.device("cuda", 0), None, 0, n_gpus))
+    assert asked == {"fullgraph": one_graph, "options": {
+        "triton.cudagraphs": cuda_graphs, "triton.cudagraph_trees": False}}
+
+
+def as_with_trees(outputs):
+    """Tensors that nobody else holds, so autograd takes them, and their memory, as .grad."""
+    return [x.view_as(x) if isinstance(x, torch.Tensor) else x for x in outputs]
+
+
+@pytest.mark.parametrize("give, same", [(list, True), (as_with_trees, False)])
+def test_gradients_of_cuda_graphs_add_up(small_run, monkeypatch, give, same):
+    """A run of 4 micro-steps with fake graphs, and a validation between its steps, is the eager
+    run. With what trees would do it is another."""
+    flags = ["--batch_size=2", "--eval_every=2", "--grad_clip=0.1", "--max_steps=3", "--n_layer=1"]
+    eager = small_run("eager", *flags)
+    force_gpu_head(monkeypatch)
+    graphs, compile = fake_graphs.use_fake_graphs(monkeypatch), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: (
+        compile(model, fullgraph=True, backend=fake_graphs.backend(give))))
+    torch._dynamo.reset()
+    captured = small_run("graphs", *flags, "--compile=graphs")
+    assert len(graphs) == 3  # forward, backward, validation
+    assert (losses(captured) == pytest.approx(losses(eager), rel=1e-6)) == same
+
+
+def test_a_validation_copies_each_loss():
+    """A CUDA graph writes every result to the same place."""
+    class Graph(torch.nn.Module):
+        place = torch.zeros(())
+
+        def forward(self, inputs, targets):
+            return self.place.add_(1)
+    world = World(torch.device("cpu"), None)
+    assert mean_loss(Graph(), Windows(), 16 * 12, 4, world) == (1 + 2 + 3) / 3
+
+
+def compiled_rank(argv):
+    compile = torch.compile
+    torch.compile = lambda model, **options: compile(model, backend="eager")
+    nanolab.head.cpu_head_loss = nanolab.head.HeadLoss.apply
+    run_quickly(argv)
+
+
+def test_two_compiled_processes(small_run, small_flags, tmp_path):
     """With more than one bucket of gradients (1 MiB, then 25) and 2 micro-steps: the loss curve of
     one process that is not compiled; and no warning from either."""
-    flags = ["--n_layer=1", "--n_embd=160", "--max_steps=5", "--batch_size=2",
-             "--optimizer=muon"]
+    flags = ["--n_layer=1", "--n_embd=160", "--max_steps=3", "--batch_size=2", "--optimizer=muon"]
     assert 4 * GPT(GPTConfig(257, 32, 1, 2, 160)).num_params() > 2**20
     one = small_run("one", *flags)
-    result = call("train.py", *SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", *flags,
-                  "--compile=True", f"--out_dir={tmp_path / 'two'}", processes=2, timeout=300)
-    assert result.returncode == 0, result.stderr
+    printed = run_ranks(2, compiled_rank, small_flags("two", *flags, "--compile=True"),
+                        output=tmp_path / "printed.txt", timeout=300)
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
-    assert without_progress(result.stderr) == []
+    assert "Warning" not in printed

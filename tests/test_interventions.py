@@ -40,7 +40,7 @@ INTERVENTIONS = {
     "muon": {"optimizer": "muon"},
     "no_amp": {"amp": "off", "tf32": False},
     "normuon": {"optimizer": "normuon"},
-    "qk_norm": {"qk_norm": True},
+    "qk_norm": {"qk_norm": True, "qk_bound": 12.0},
     "qkv_bias": {"qkv_bias": True},
     "relu2": {"activation": "relu2"},
     "remove_dropout": {"dropout": 0.0},

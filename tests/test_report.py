@@ -1,35 +1,32 @@
-"""loss.png and report.html: what they show, and when they are written."""
+"""What a run reports: loss.png, report.html, summary.json, Weights & Biases."""
 
+import html
+import json
+import pathlib
 import re
+import sys
 import types
 
 import nanolab.runlog
-import train
-from conftest import losses
+import nanolab.start
+from conftest import run_main, stop_at
 from nanolab import plots
 from nanolab.checkpoint import read_checkpoint
-from nanolab.logfile import having, read_entries
+from nanolab.plots import having, read_entries
 
 
 def test_chart(monkeypatch):
-    """The band has the extremes of every bin; the best validation and each skipped update are
-    marked."""
+    """The band has the extremes of every bin; best validation and skipped updates are marked."""
     figures = []
-    monkeypatch.setattr(plots, "save_figure",
-                        lambda figure, *args, **options: figures.append(figure))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *args, **kw: figures.append(figure))
     train_log = [{"step": i, "tokens": i + 1, "loss": 3.0 + i % 7 / 100, "lr": 1e-3,
-                  "grad_norm": 1.0, "skipped": False}
-                 for i in range(10_000)]
+                  "grad_norm": 1.0, "skipped": False} for i in range(10_000)]
     train_log[4321]["loss"], train_log[4322]["loss"] = 3.5, 2.5
     train_log[77].update(loss=None, grad_norm=None, skipped=True)
-    val = [{"step": s, "tokens": s, "val_loss": loss} for s, loss in ((2000, 3.2), (4000, 3.1),
-                                                                      (6000, None), (8000, 3.15))]
-    plots.plot_run(train_log, val, types.SimpleNamespace(name="run", grad_clip=0.0))
+    val_log = [{"step": step, "tokens": step, "val_loss": loss}
+               for step, loss in ((2000, 3.2), (4000, 3.1), (6000, None), (8000, 3.15))]
+    plots.plot_run(train_log, val_log, types.SimpleNamespace(name="run", grad_clip=0.0))
     top = figures[0].axes[0]
-    labels = [text.get_text() for text in top.get_legend().get_texts()]
-    assert labels[0] == "training, smallest to largest of 13 steps" and labels[
-        1] == "training, mean of the 200 steps around"
-    assert labels[-2:] == ["best.pt: 3.1000 after 4,000 steps", "skipped updates: 1"]
     ends = top.collections[0].get_paths()[0].vertices[:, 1]
     assert (ends.min(), ends.max()) == (2.5, 3.5)
     mean, _, best, skipped = top.lines
@@ -39,55 +36,116 @@ def test_chart(monkeypatch):
 
 
 def test_drawn_as_it_runs(small_run, monkeypatch):
-    """At most every 10 s, less often if drawing takes long, and at the end. The clock stands still
-    meanwhile."""
-    now, drawn_at, pages = [0.0], [], []
+    """At most every 10 s, less often if drawing takes long, and at the end. The clock stops."""
+    now, drawn_at = [0.0], []
 
     def plot_run(train_log, val, config):
         drawn_at.append(len(train_log))
         now[0] += 0.25
         return b"png"
 
-    def learning_rate_at(*args):
+    def on_step(step, model):
         now[0] += 1
-        return 1e-3
+        monkeypatch.setattr(nanolab.runlog, "plot_run", plot_run)
 
-    real = nanolab.runlog.format_report
     monkeypatch.setattr(nanolab.runlog, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(nanolab.runlog, "plot_run", plot_run)
-    monkeypatch.setattr(nanolab.runlog, "format_report",
-                        lambda *args: pages.append(real(*args)) or pages[-1])
-    monkeypatch.setattr(train, "learning_rate_at", learning_rate_at)
-    run = small_run("run", "--max_steps=40")
+    run = small_run("run", "--max_steps=40", on_step=on_step)
     assert drawn_at == [11, 37, 40]
-    assert ["refresh" in page for page in pages
-            ] == [True, True, False] and "run of nanolab: step 11 of 40" in pages[0]
     assert read_checkpoint(run / "last.pt")["timed_seconds"] == 39
     assert (run / "loss.png").read_bytes() == b"png"
 
 
-def test_a_damaged_log_is_not_drawn(small_run, monkeypatch, capsys):
-    """The run goes on, and says why there is no chart."""
-    monkeypatch.setattr(nanolab.runlog, "plot_run", plots.plot_run)
-    monkeypatch.setattr(nanolab.runlog, "read_entries", lambda path: [{"loss": 1.0}])
-    run = small_run("run", "--max_steps=2")
-    assert "could not draw" in capsys.readouterr().err and not (run / "loss.png").exists()
-    assert read_checkpoint(run / "last.pt")["step"] == 2
+def test_a_chart_that_fails_ends_no_run(small_run, monkeypatch, capsys):
+    monkeypatch.setattr(nanolab.runlog, "read_entries", lambda path: [{"step": 1, "loss": 1.0}, 5])
+    assert (small_run("run", "--max_steps=2") / "summary.json").exists()
+    assert "could not draw" in capsys.readouterr().err
 
 
-def test_report(small_run, capsys):
-    """One file with chart, samples, losses, speed, machine and options; it loads nothing and
-    escapes what it quotes."""
-    run = small_run("run", "--name=<b>mine</b>", "--sample_every=5", "--sample_prompt=a<b",
-                    "--eval_every=4")
+def test_report(small_run):
+    """One file with chart, samples, losses and options; it loads nothing and escapes its texts."""
+    run = small_run("run", "--name=<b>mine</b>", "--sample_every=5", "--sample_prompt=a<b")
     page, entries = (run / "report.html").read_text(), read_entries(run / "log.jsonl")
-    assert "http" not in page and re.findall('(?:src|href)="([^,"]*)',
-                                             page) == ["data:image/png;base64"]
-    assert "<h1>&lt;b&gt;mine&lt;/b&gt;</h1>" in page and "<b>" not in page and "a<b" not in page
-    assert page.count("<pre>a&lt;b") == 2
-    for entry in having("val_loss", entries):
-        assert f"<tr><th>{entry['step']}</th><td>{entry['val_loss']:.4f}" in page
-    assert "<tr><th>n_embd</th><td>32</td></tr>" in page and "10 of 8 x 32 tokens; 0 skipped" in page
-    megabytes = re.search(r"peak memory</th><td>([\d,]+) MB", page).group(1)
-    assert f"peak memory {megabytes} MB" in capsys.readouterr().out
-    assert len(losses(run)) == 10
+    assert re.findall('(?:src|href)="([^,"]*)', page) == ["data:image/png;base64"]
+    assert "http" not in page.replace("http-equiv", "") and "refresh" not in page
+    assert "<h1>&lt;b&gt;mine&lt;/b&gt;</h1>" in page and "<b>" not in page
+    assert page.count("<pre>a&lt;b") == 2 and "<th>n_embd</th><td>32</td>" in page
+    assert f"<td>{having('val_loss', entries)[0]['val_loss']}</td>" in page
+
+
+def test_summary(small_run, monkeypatch):
+    """When the run began and ended and what code it ran on, kept over a resume; what it read."""
+    times = iter(f"2026-01-01T00:00:0{i}+00:00" for i in range(9))
+    for module in (nanolab.start, nanolab.runlog):
+        monkeypatch.setattr(module, "utc_now", lambda: next(times))
+    flags = ["--max_steps=6", "--dollars_per_hour=3600"]
+    run = small_run("run", *flags, on_step=stop_at(2))
+    assert not (run / "summary.json").exists()
+    monkeypatch.setattr(nanolab.start, "code_state", lambda: {"sha256": "another"})
+    small_run("run", *flags, "--resume")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["started"] == "2026-01-01T00:00:00+00:00" < summary["ended"]
+    assert summary["code"] == json.loads((run / "config.json").read_text())["code"]
+    assert summary["code"][0]["step"] == 0 and summary["code"][1:] == [
+        {"sha256": "another", "step": 3}]
+    assert (summary["steps"], summary["tokens"]) == (6, 6 * 8 * 32)
+    assert abs(summary["cost"] - summary["seconds"]) < 0.01
+    last = having("val_loss", read_entries(run / "log.jsonl"))[-1]["val_loss"]
+    assert summary["final_val_loss"] == summary["best_val_loss"] == last
+
+
+def test_dry_run(small_run, tmp_path, capsys):
+    """Memory, steps and time, for a new run and for one that goes on; no file is changed."""
+    small_run("new", "--dry_run", "--global_batch_size=32")
+    out = capsys.readouterr().out
+    assert re.search(r"memory: [1-9].*\ntime: .* \(4 micro-steps .* 10 steps take about \d", out)
+    assert not list(tmp_path.iterdir())
+    run = small_run("run", "--max_steps=4")
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+    small_run("run", "--resume", "--dry_run")
+    assert "6 steps take about" in capsys.readouterr().out
+    assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+
+
+class WandbRun:
+    """What stands for a Weights & Biases run."""
+    runs = []
+
+    def __init__(self, **options):
+        self.options, self.id = options, options["id"] or f"id{len(self.runs)}"
+        self.logged, self.summary, self.finished = [], {}, False
+        self.runs.append(self)
+
+    def log(self, values, step=None):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb(small_run, tiny_data, monkeypatch, capsys):
+    """It gets config, log, plot, summary and test loss; a resumed run goes on in its own."""
+    wandb = types.SimpleNamespace(init=WandbRun, Image=pathlib.Path,
+                                  Html=lambda text: html.unescape(text)[5:-6])  # <pre>, </pre>
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(WandbRun, "runs", [])
+    flags = [*tiny_data, "--wandb=project", "--eval_every=3", "--sample_every=5"]
+    folder = small_run("run", *flags, on_step=stop_at(4))
+    small_run("run", *flags, "--resume")
+    first, second = WandbRun.runs
+    assert first.options["project"] == "project" and first.options["config"]["n_embd"] == 32
+    assert first.finished and not first.summary
+    assert (second.options["id"], second.options["resume"]) == ("id0", "allow")
+    logged = [{"step": step, **values} for step, values in first.logged + second.logged
+              if "plot" not in values]
+    assert logged == read_entries(folder / "log.jsonl")
+    assert [entry["step"] for entry in having("sample", logged)] == [5, 10]
+    assert second.logged[-1][1]["plot"] == folder / "loss.png" and second.finished
+    assert second.summary == json.loads((folder / "summary.json").read_text())
+    for _ in range(2):  # the second time it is known, and not reported again
+        run_main(monkeypatch, "eval", "--ckpt", folder / "best.pt", "--device=cpu")
+    _, _, third = WandbRun.runs
+    loss = json.loads((folder / "best.test.json").read_text())["results"][0]["test_loss"]
+    assert third.options["id"] == "id0" and third.summary == {"best_test_loss": loss}
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    run_main(monkeypatch, "eval", "--ckpt", folder / "last.pt", "--device=cpu")
+    assert "test loss could not be added to Weights & Biases" in capsys.readouterr().err

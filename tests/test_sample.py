@@ -1,45 +1,115 @@
-"""Texts: by sample.py, where each depends on its own seed and not on those made beside it; and
-while training."""
+"""Samples, by sample.py and while training; where prompt, weights and vocabulary come from."""
 
 import json
 import re
+import shutil
 
 import pytest
+import torch
 
-import train
-from conftest import SMALL, assert_same_run, call, losses, run_main
+import model
+from conftest import (assert_same_run, call, equal_weights, losses, run_main, run_quickly,
+                      run_ranks, stop_at)
+from nanolab import tokenizer
+from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
-from test_resume import stop_at
+from nanolab.plots import having, read_entries
+from nanolab.tokenizer import get_tokenizer, gpt2_vocabulary_files
 
 
-def test_a_sample_depends_on_its_own_seed(small_run, monkeypatch, capsys):
-    run = small_run("run", "--max_steps=1")
-    flags = ["--ckpt", run / "best.pt", "--prompt=def main", "--max_new_tokens=60", "--device=cpu"]
-    run_main(monkeypatch, "sample", *flags, "--num_samples=3", "--seed=1")
-    side_by_side = re.split(r"^--- sample \d\n", capsys.readouterr().out, flags=re.M)[1:]
-    for i, text in enumerate(side_by_side):
-        run_main(monkeypatch, "sample", *flags, f"--seed={1 + i}")
-        assert capsys.readouterr().out == text
+@pytest.fixture
+def sample(small_run, monkeypatch, capsys):
+    """sample(*flags): what sample.py prints, from a run that has hardly learned."""
+    run = small_run("run", "--max_steps=1", "--sample_prompt=import o")
+
+    def run_sample(*flags):
+        capsys.readouterr()
+        run_main(monkeypatch, "sample", "--ckpt", run, "--max_new_tokens=60", "--device=cpu",
+                 *flags)
+        return capsys.readouterr().out
+    return run_sample
+
+
+def test_a_sample_depends_on_its_own_seed(sample):
+    side_by_side = re.split(r"^--- sample \d\n", sample("--num_samples=3", "--seed=1"),
+                            flags=re.M)[1:]
+    assert side_by_side == [sample(f"--seed={seed}") for seed in (1, 2, 3)]
     assert len(set(side_by_side)) == 3
 
 
-def test_the_runs_own_prompt_is_the_default(small_run, monkeypatch, capsys):
-    run = small_run("run", "--max_steps=1", "--sample_prompt=import o")
-    flags = ["--ckpt", run, "--max_new_tokens=5", "--device=cpu"]
-    for given, begins in ([], "import o"), (["--prompt=def"], "def"):
-        capsys.readouterr()
-        run_main(monkeypatch, "sample", *flags, *given)
-        assert capsys.readouterr().out.startswith(begins)
+def test_prompts(sample, tmp_path):
+    """The run's own is the default; --prompt, a file or standard input give another."""
+    assert sample().startswith("import o")
+    (tmp_path / "prompt.txt").write_text("def é:\n")
+    text = sample("--prompt_file", tmp_path / "prompt.txt")
+    assert text.startswith("def é:\n") and text == sample("--prompt=def é:\n")
+    with open(tmp_path / "prompt.txt") as file:
+        result = call("sample.py", "--ckpt", tmp_path / "run", "--prompt_file=-", "--device=cpu",
+                      "--max_new_tokens=60", stdin=file, PYTHONIOENCODING="ascii")
+    assert result.stdout == text.encode("ascii", "backslashreplace").decode() and not result.stderr
+
+
+def test_top_p():
+    """The most likely tokens, as many as it takes; all at 1, one near 0, each row for itself."""
+    probs = torch.tensor([[0.1, 0.5, 0.4], [0.8, 0.15, 0.05]])
+
+    def drawn(top_p):
+        draw = torch.Generator().manual_seed(1)
+        rows = [model.sample_token(probs.log(), None, top_p, draw).tolist() for _ in range(200)]
+        return [set(column) for column in zip(*rows)]
+
+    assert drawn(1e-9) == [{1}, {0}]
+    assert drawn(0.51) == [{1, 2}, {0}]
+    assert drawn(0.92) == [{0, 1, 2}, {0, 1}]
+    assert drawn(None) == drawn(1.0) == [{0, 1, 2}] * 2
+
+
+def test_options_of_sample(sample):
+    most_likely = sample("--temperature=0")
+    assert sample("--top_p=1e-6", "--num_samples=2").count(most_likely) == 2
+    assert sample("--top_k=1") == most_likely != sample()
+    assert sample("--top_p=1") == sample("--top_k=257") == sample() != sample("--top_p=0.3")
+
+
+def test_tokenizer_of_foreign_weights(sample, tmp_path):
+    """Weights that name no tokenizer are read as what --tokenizer says."""
+    expected = sample()
+    path = tmp_path / "run" / "best.pt"
+    torch.save({**read_checkpoint(path), "tokenizer": "unknown"}, path)
+    assert sample("--tokenizer=bytes") == expected
+
+
+@pytest.mark.parametrize("names", [("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")])
+def test_vocabulary_from_a_folder(tmp_path, monkeypatch, names):
+    """GPT-2's two files by their own names, which tiktoken would not find."""
+    text = "Été 12\n  spaces, 木<|endoftext|>"
+    expected = get_tokenizer("gpt2").encode(text, allowed_special="all")
+    for source, name in zip(gpt2_vocabulary_files(), names):
+        shutil.copy(source, tmp_path / name)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tokenizer, "reachable", lambda host: False)
+    get_tokenizer.cache_clear()
+    found = get_tokenizer("gpt2")
+    assert found.encode(text, allowed_special="all") == expected and found.decode(expected) == text
+    assert (found.n_vocab, found.eot_token) == (50257, 50256)
+    assert len(list(tmp_path.iterdir())) == 2, "and nothing is written there"
+
+    words = json.loads((tmp_path / names[1]).read_text())
+    words["a"], words["b"] = words["b"], words["a"]
+    (tmp_path / names[1]).write_text(json.dumps(words))
+    get_tokenizer.cache_clear()
+    with pytest.raises(UserError, match=f"{names[1]} is damaged, or not GPT-2's vocabulary"):
+        get_tokenizer("gpt2")
+    get_tokenizer.cache_clear()
 
 
 def samples(run):
-    entries = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-    return {entry["step"]: entry["sample"] for entry in entries if "sample" in entry}
+    return {entry["step"]: entry["sample"]
+            for entry in having("sample", read_entries(run / "log.jsonl"))}
 
 
-def test_samples_leave_no_trace(small_run, tiny_data, tmp_path, monkeypatch, capsys):
-    """In one process or two, with dropout, stopped or not: the same bits as without them, and the
-    same texts."""
+def test_samples_leave_no_trace(small_run, small_flags, tiny_data, tmp_path, capsys):
+    """In one process or two, with dropout, stopped or not: the bits are those without samples."""
     flags = [*tiny_data, "--batch_size=4", "--eval_every=4", "--max_steps=12"]
     sampling = [*flags, "--sample_every=3", "--sample_prompt=12 t"]
     without, whole = small_run("without", *flags), small_run("whole", *sampling)
@@ -47,32 +117,17 @@ def test_samples_leave_no_trace(small_run, tiny_data, tmp_path, monkeypatch, cap
     assert list(texts) == [3, 6, 9, 12] and len(set(texts.values())) > 1
     assert all(text.startswith("12 t") and len(text) > 9 for text in texts.values())
     assert "step 9, a sample:\n  | 12 t" in capsys.readouterr().out
-    monkeypatch.setattr(train, "learning_rate_at", stop_at(5))
-    parts = small_run("parts", *sampling)
-    monkeypatch.undo()
+    parts = small_run("parts", *sampling, on_step=stop_at(5))
     small_run("parts", *sampling, "--resume")
     assert_same_run(whole, parts)
     assert samples(parts) == texts
-    for log in (whole / "log.jsonl", parts / "log.jsonl"):
-        log.write_text("".join(line for line in log.read_text().splitlines(True)
-                               if "sample" not in line))
-    assert_same_run(without, parts)
-    two = call("train.py", *SMALL, *sampling, f"--out_dir={tmp_path / 'two'}", processes=2)
-    assert two.returncode == 0, two.stderr
-    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-5) and list(
-        samples(tmp_path / "two")) == list(texts)
+    assert equal_weights(parts / "last.pt", without / "last.pt")
+    assert losses(parts) == losses(without)
+    run_ranks(2, run_quickly, small_flags("two", *sampling), output=tmp_path / "output")
+    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-5)
+    assert list(samples(tmp_path / "two")) == list(texts)
 
 
 def test_a_model_that_diverged_still_trains(small_run, tiny_data):
     run = small_run("run", *tiny_data, "--learning_rate=1e25", "--sample_every=1", "--max_steps=3")
     assert "no sample" in samples(run)[3]
-
-
-def test_samples_need_a_tokenizer(small_run, tiny_data, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "read_meta", lambda *args: {**real(*args), "tokenizer": "unknown"})
-    with pytest.raises(UserError, match="tokenizer is unknown.*without --sample_every"):
-        small_run("run", *tiny_data, "--sample_every=1")
-    assert not (tmp_path / "run").exists()
-
-
-real = train.read_meta

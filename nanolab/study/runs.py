@@ -23,7 +23,7 @@ DEFAULTS = {option.name: option.default for option in fields(Config)}
 SEEDS = ("init_seed", "data_seed", "dropout_seed")
 
 # Of a machine or a command, so no part of a result.
-NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "wandb",
+NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "on_save", "wandb",
                 "dollars_per_hour"}
 
 # Runs that differ only in these are one experiment: their results are the same up to noise.

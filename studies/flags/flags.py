@@ -3,13 +3,14 @@
     python -m studies.flags.flags baseline  the ladder's own runs that the others are compared with
     python -m studies.flags.flags alone     every flag, at 2x32 and 2x48, five seeds
     python -m studies.flags.flags choose    what helped, by out/flags_*.json, or by our results
+    python -m studies.flags.flags agreement how often a flag's sign at 2x32 holds at 2x48
     python -m studies.flags.flags rates     what helped ours, together, at 2x64: three rates
     python -m studies.flags.flags stack     the same at the modern recipe's rate, five seeds
     python -m studies.flags.flags tuning    the stack with values of its own: 24 random trials
     python -m studies.flags.flags refine    the best of them with half and twice its rate
     python -m studies.flags.flags best      the best of all these, five seeds
 
-All but `choose` print arguments for train.py, a line a run; run.sh runs them. Every run has 20
+All but `choose` and `agreement` print arguments for train.py, a line a run; run.sh runs them. Every run has 20
 tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern
 recipe at its size (studies/ladder/ladder.py); those of `rates` have half, once and twice its rate.
 `tuning` draws what the ladder drew for its recipes, from the same ranges. `refine` and `best` read
@@ -22,6 +23,8 @@ both sizes, is more than two standard errors below 0. STACK was chosen when 2x48
 
 import statistics
 from pathlib import Path
+
+from scipy.stats import binomtest
 
 from nanolab.common import run_script
 from nanolab.study.runs import read_file
@@ -98,6 +101,15 @@ def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
             standard_error(both))
 
 
+def agreement():
+    """The decision accuracy of Magnusson et al. ("DataDecide", 2025, arXiv 2504.11393): of all
+    flags, the fraction whose difference has the same sign at both sizes, with Wilson's interval."""
+    holds = [small * large > 0 for (small, large), _, _ in map(compare, FLAGS)]
+    interval = binomtest(sum(holds), len(holds)).proportion_ci(method="wilson")
+    yield (f"{sum(holds)} of {len(holds)} signs at {SIZES[0]} hold at {SIZES[1]}: "
+           f"{sum(holds) / len(holds):.2f} (95 % interval {interval.low:.2f} to {interval.high:.2f})")
+
+
 def read_runs(results):
     """The runs of flags_RESULTS.json, one's own if there are any."""
     own = Path(f"out/flags_{results}.json")
@@ -152,7 +164,7 @@ def run(name, flags, size, seed, values):
 
 
 def main():
-    run_command(baseline, alone, choose, rates, stack, tuning, refine, best)
+    run_command(baseline, alone, choose, agreement, rates, stack, tuning, refine, best)
 
 
 if __name__ == "__main__":

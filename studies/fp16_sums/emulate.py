@@ -1,21 +1,26 @@
-"""Float16 products on a CPU, with sums in 32 bits or in 16, emulated in every product of a run.
+"""16-bit products on a CPU: what fp16_sums does to sums, gradients and losses, without a GPU.
 
-    python -m studies.fp16_sums.emulate 32 config/modern.py config/ladder.py ...   # train.py's words
-    python -m studies.fp16_sums.emulate 16 config/modern.py config/ladder.py ...
-    python -m studies.fp16_sums.emulate error       # relative errors of the products of one batch
-    python -m studies.fp16_sums.emulate gradients   # of a model of 163 million parameters, one batch
+    python -m studies.fp16_sums.emulate products          # relative errors of single products
+    python -m studies.fp16_sums.emulate gradients         # of a model of 163 million parameters
+    python -m studies.fp16_sums.emulate show FILE.json    # what the two printed, as a table
+    python -m studies.fp16_sums.emulate PRECISION config/modern.py ...     # a run, as by train.py
 
-Inputs and outputs of a product are rounded to float16. With 16, so is its sum after every 16 terms,
-as tensor cores that add in float16 do; their order of terms differs. Attention and the head's
-gradient of the hidden states keep 32-bit sums, as fp16_sums does on a GPU (nanolab/head.py). The
-gradients are scaled by 65,536 before they are rounded, as GradScaler does at its start; a product
-beyond 65,504 becomes infinite, and train.py skips that update.
+PRECISION is bfloat16, float16 (both with sums in 32 bits) or fp16_sums. In every product of a
+linear layer and of the head, forward and backward, the inputs and the result are rounded to 16
+bits. With fp16_sums so is each sum after every 16 terms, as by a tensor core that adds in float16;
+the order of its terms differs. As in nanolab/head.py, the hidden states' gradient is then made in
+bfloat16. Attention stays in float32 here. It keeps 32-bit sums on a GPU.
+
+Gradients are multiplied by 65,536 before they are rounded, which is where GradScaler starts. What
+is beyond 65,504 becomes infinite, and train.py skips that update.
 """
 
+import json
+import re
 import sys
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import nanolab.head
@@ -25,39 +30,49 @@ from model import GPT, GPTConfig
 from nanolab.common import run_script
 from nanolab.options import load
 from nanolab.start import options_of_run
+from nanolab.study.tables import format_table
 
+PRECISIONS = ("bfloat16", "float16", "fp16_sums")
 TERMS = 16  # of a sum before it is rounded
 SCALE = 2.0**16  # of the gradients
-sums_in_16_bits = False
+LENGTHS = (64, 768, 3072, 12_288, 32_768)  # of sums
+LOGIT_SDS = (0.5, 2)  # 0.5: about that of initial weights
+
+precision = "float32"
 
 
-def to_half(x):
-    return x.half().float()
+def rounded(x):
+    return x.to(torch.bfloat16 if precision == "bfloat16" else torch.float16).float()
 
 
-def product(a, b, keep_32=False):
-    """(M, K) @ (K, N) as float16 tensor cores compute it, in float32 tensors."""
-    a, b = to_half(a), to_half(b)
-    K = a.shape[1]
-    if keep_32 or not sums_in_16_bits or K <= TERMS:
-        return to_half(a @ b)
-    n = -(-K // TERMS)
-    a, b = F.pad(a, (0, n * TERMS - K)), F.pad(b, (0, 0, 0, n * TERMS - K))
-    total = to_half(a[:, :TERMS] @ b[:TERMS])
-    for i in range(TERMS, n * TERMS, TERMS):
-        total = to_half(torch.addmm(total, a[:, i:i + TERMS], b[i:i + TERMS]))
+def product(a, b):
+    """(M, K) @ (K, N) as tensor cores compute it, in float32 tensors."""
+    a, b = rounded(a), rounded(b)
+    if precision != "fp16_sums":
+        return rounded(a @ b)
+    total = rounded(a[:, :TERMS] @ b[:TERMS])
+    for i in range(TERMS, a.shape[1], TERMS):
+        total.addmm_(a[:, i:i + TERMS], b[i:i + TERMS])
+        total.copy_(total.half())
     return total
 
 
+def product_of_gradients(grad, head):
+    """As nanolab.head's."""
+    if precision != "fp16_sums":
+        return product(grad, head)
+    return rounded(grad).bfloat16().float() @ rounded(head).bfloat16().float()
+
+
 class EmulatedLinear(torch.autograd.Function):
-    """F.linear, whose three products are emulated."""
+    """F.linear with emulated products."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         y = product(x.flatten(0, -2), weight.T)
-        return (y if bias is None else to_half(y + bias)).view(*x.shape[:-1], -1)
+        return (y if bias is None else rounded(y + bias)).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -69,27 +84,27 @@ class EmulatedLinear(torch.autograd.Function):
 
 
 class EmulatedHead(torch.autograd.Function):
-    """nanolab.head.HeadLoss, whose products are emulated."""
+    """nanolab.head.HeadLoss with emulated products. It scales its gradients in float32."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad):
         logits = product(hidden, weight.T)
         loss, grad = nanolab.head.loss_and_gradient(logits, targets[:, None], len(weight), cap)
-        grad = grad * SCALE / len(hidden)
         if needs_grad:
-            ctx.save_for_backward(product(grad, weight, keep_32=True) / SCALE,
-                                  product(grad.T, hidden) / SCALE)
+            ctx.save_for_backward(product_of_gradients(grad, weight), product(grad.T, hidden))
+        ctx.n_rows = len(hidden)
         return loss / len(hidden)
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *(grad * grad_loss for grad in ctx.saved_tensors), None, None, None, None
+        scale = grad_loss / ctx.n_rows
+        return *(grad * scale for grad in ctx.saved_tensors), None, None, None, None
 
 
-def emulate(bits):
-    """From here on in this process."""
-    global sums_in_16_bits
-    sums_in_16_bits = bits == 16
+def emulate(name):
+    """All products of this process, from here on."""
+    global precision
+    precision = name
     nn.Linear.forward = lambda self, x: EmulatedLinear.apply(x, self.weight, self.bias)
     nanolab.head.cpu_head_loss = EmulatedHead.apply
 
@@ -98,52 +113,94 @@ def relative_error(x, exact):
     return float((x - exact).norm() / exact.norm())
 
 
-def print_errors():
-    """Of one product of random numbers with sums of this length, and of the head's own."""
-    global sums_in_16_bits
-    draw = torch.Generator().manual_seed(0)
-    print("| sum of | bfloat16 | float16, 32-bit sums | 16-bit sums |\n| ---: | ---: | ---: | ---: |")
-    for K in (64, 768, 3072, 12_288):
+def errors_of_product(a, b):
+    """{precision: relative error of a @ b}"""
+    exact, errors = a.double() @ b.double(), {}
+    for name in PRECISIONS:
+        emulate(name)
+        errors[name] = relative_error(product(a, b), exact)
+    return errors
+
+
+def products():
+    """Of random numbers, with sums of these lengths. Then of the two products of the head that make
+    gradients: random hidden states and weights, logits of this SD, targets drawn from their
+    softmax. What is summed up, the weights or the hidden states, has nothing in common, or a part
+    that all share, as large as the rest."""
+    draw, rows = torch.Generator().manual_seed(0), []
+    for K in LENGTHS:
         a, b = torch.randn(64, K, generator=draw), torch.randn(K, 64, generator=draw)
-        exact, errors = a.double() @ b.double(), []
-        errors.append(relative_error((a.bfloat16().float() @ b.bfloat16().float()).bfloat16(),
-                                     exact))
-        for sums_in_16_bits in (False, True):
-            errors.append(relative_error(product(a, b), exact))
-        print(f"| {K:,} | {' | '.join(f'{error:.1e}' for error in errors)} |", flush=True)
+        rows.append({"product": f"random numbers, {K:,} terms", **errors_of_product(a, b)})
+    for common in (0, 1):
+        for sd in LOGIT_SDS:
+            of_hidden, of_head = head_gradients(sd, common, draw)
+            case = f"logits of SD {sd}, " + ("a part in common" if common else "nothing in common")
+            rows += [
+                {"product": f"hidden states' gradient, {case}", **errors_of_product(*of_hidden)},
+                {"product": f"head's gradient, {case}", **errors_of_product(*of_head)}]
+    return rows
 
 
-def print_gradient_errors():
-    """Of the published shape at its initial weights, 128 tokens: the relative error of the whole
-    gradient, and of the worst parameter."""
-    tokens = torch.randint(50257, (1, 129), generator=torch.Generator().manual_seed(0))
-    model = GPT(GPTConfig(dropout=0.0, init="gpt2"))
-    gradients = {}
-    plain, head = nn.Linear.forward, nanolab.head.cpu_head_loss
-    for name, bits in (("float32", 0), ("float16, 32-bit sums", 32), ("16-bit sums", 16)):
-        if bits:
-            emulate(bits)
+def head_gradients(sd, common, draw):
+    """-> the factors of 64 hidden states' gradient, summed over 50,257 token ids, and of the
+    gradient of the head at 64 of 4,096 ids, summed over 12,288 hidden states"""
+    def random_vectors(n, common=0):
+        return torch.randn(n, 768, generator=draw) + common * torch.randn(768, generator=draw)
+
+    def gradient_of_logits(hidden, weight):
+        logits = hidden @ weight.T
+        targets = torch.multinomial(logits.softmax(-1), 1, generator=draw)
+        return nanolab.head.loss_and_gradient(logits, targets, len(weight), 0)[1]
+    scale = sd / 768**0.5
+    weight = random_vectors(50257, common) * scale
+    of_hidden = gradient_of_logits(random_vectors(64), weight), weight
+    hidden, weight = random_vectors(12_288, common), random_vectors(4096) * scale
+    grad = torch.cat([gradient_of_logits(rows, weight)[:, ::64] for rows in hidden.split(1024)])
+    return of_hidden, (grad.T, hidden)
+
+
+def gradients():
+    """Of the published shape at its initial weights, for 1,024 random tokens: the relative error of
+    each kind of weight's gradient."""
+    tokens = torch.randint(50257, (1, 1025), generator=torch.Generator().manual_seed(0))
+    model = GPT(GPTConfig(dropout=0.0))
+
+    def gradients_by_kind():
         model.zero_grad()
         model(tokens[:, :-1], tokens[:, 1:]).backward()
-        gradients[name] = {key: p.grad.clone() for key, p in model.named_parameters()}
-        if bits:
-            mine, exact = gradients[name], gradients["float32"]
-            whole = relative_error(*(torch.cat([g[key].flatten() for key in exact])
-                                     for g in (mine, exact)))
-            worst = max(exact, key=lambda key: relative_error(mine[key], exact[key]))
-            print(f"{name}: gradient off by {whole:.1e}; worst {worst}, "
-                  f"{relative_error(mine[worst], exact[worst]):.1e}", flush=True)
-    nn.Linear.forward, nanolab.head.cpu_head_loss = plain, head
+        found = {}
+        for name, p in model.named_parameters():
+            kind = re.sub(r"^\D+\.\d+\.", "", name) if p.ndim == 2 else "norms and biases"
+            found.setdefault(kind, []).append(p.grad.flatten().clone())
+        return {kind: torch.cat(grads) for kind, grads in found.items()}
+    exact = gradients_by_kind()
+    rows = [{"gradient": kind} for kind in (*exact, "all")]
+    for name in PRECISIONS:
+        emulate(name)
+        found, squares = gradients_by_kind(), 0
+        for row, kind in zip(rows, exact):
+            row[name] = relative_error(found[kind], exact[kind])
+            squares += float((found[kind] - exact[kind]).norm()) ** 2
+        rows[-1][name] = (squares / sum(float(each.norm()) ** 2 for each in exact.values())) ** 0.5
+    return rows
+
+
+def show(path):
+    rows = json.loads(Path(path).read_text())
+    header = list(rows[0])
+    cells = [[row[header[0]], *(f"{100 * row[name]:.2g} %" for name in header[1:])]
+             for row in rows]
+    return format_table([header, *cells], markdown=True)
 
 
 def main():
     what, *words = sys.argv[1:]
-    if what == "error":
-        print_errors()
-    elif what == "gradients":
-        print_gradient_errors()
+    if what in ("products", "gradients"):
+        print(json.dumps({"products": products, "gradients": gradients}[what](), indent=1))
+    elif what == "show":
+        print(show(*words))
     else:
-        emulate(int(what))
+        emulate(what)
         train.train(load(Config, words, options_of_run))
 
 

@@ -1,0 +1,23 @@
+# config/overnight_3090.py on 8 A100s of 40 GB, filled up to one hour of rent: the published budget
+# (config/modern_3090.py), so that its test loss has published ones to compare with, 3.577761 of
+# config/cloud.py and 3.538161 of config/local_3090.py. NOT RUN YET; all figures are predictions.
+#
+#     bash runs/cloud.sh                                                  # all of it
+#     torchrun --standalone --nproc_per_node=8 train.py config/cloud_hour.py      # training alone
+#
+# Time. 8 x 208,338 tokens/s, the card's limit, x 0.75 (docs/gpu.md) = 1,250,000 tokens/s: 43
+# minutes for 6,219 steps. Not in it: averaging gradients, 652 MB a step; Muon's products, 1.6 TFLOP
+# a step, of which every GPU does all; 25 validations and saves; compiling. The environment, the
+# data and the test take about 10 minutes more (runs/cloud.sh). So a step has 0.48 s where 0.42 are
+# predicted. For other cards, --dry_run says; 8 H100s (limit 516,929) would take 18 minutes, 4 A100s
+# twice as long. To fill another hour, give another --max_steps.
+#
+# Batch: 8 processes x 2 micro-steps x 32 sequences, with the memory of config/overnight_3090.py, 18
+# GB predicted. 1, 2, 4 or 16 GPUs make the same run.
+
+from config.modern_3090 import *
+
+name = "cloud_hour"
+out_dir = "out/cloud_hour"
+eval_every = 250               # 1.8 minutes
+save_every = 250               # what a machine that vanishes can cost

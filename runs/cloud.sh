@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# One command on a box of 8 GPUs that was rented a minute ago: from nothing to a model that is
+# trained, tested, sampled and exported.
+#
+#     git clone URL nanolab && cd nanolab
+#     DOLLARS_PER_HOUR=12 bash runs/cloud.sh --dry_run    # measures a step, says the price, stops
+#     DOLLARS_PER_HOUR=12 bash runs/cloud.sh              # the same, asks, and does the rest
+#
+# --yes does not ask. All other words go to train.py: files and flags on top of CONFIG's.
+#
+# After the question, all of it runs in a session of its own, so a lost connection and Ctrl-C stop
+# only what you see. The same command, given again, shows it again; or goes on, if it has ended
+# early. A process that dies is started again with --resume, ten times at most. To stop:
+#     kill -- -$(cat out/cloud_hour/cloud.pid)
+#
+# NOT RUN ON RENTED GPUS YET. Predicted for 8 x A100 of 40 GB, at 12 dollars an hour (the published
+# baseline cost 35 to 42 dollars in 3.41 hours):
+#
+#                              minutes   dollars   GB
+#     environment                    3      0.60    6   torch and CUDA
+#     dry run                        2      0.40
+#     data, copied                   1      0.20    7   3.3e9 tokens x 2 bytes; 1 Gbit/s
+#     or prepared here               5      1.00   10   to download, a third of sample-10BT; 1 Gbit/s
+#     training                      46      9.20    4   43 (config/cloud_hour.py); compiling, saves 3
+#     test, sample, export           3      0.60    1
+#     in all                  55 to 59  11 to 12   25
+#
+# What is copied: on a cheaper machine, `python prepare.py fineweb`; then DATA_FROM=me@HOST:nanolab/
+# data/fineweb, or a folder of a disk that is attached here. scp copies it.
+#
+# A box may vanish without warning. ON_SAVE is a command that is run after every save, and at the
+# end; give it a timeout of its own:
+#     ON_SAVE='rsync -a --timeout=60 out/cloud_hour/ me@HOST:cloud_hour'
+# On the next box, copy the folder back to out/cloud_hour and give the same command.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+CONFIG=${CONFIG:-config/cloud_hour.py}
+OUT_DIR=${OUT_DIR:-out/cloud_hour}
+DATASET=${DATASET:-fineweb}
+DATA_DIR=${DATA_DIR:-data}
+DATA_FROM=${DATA_FROM:-}
+ON_SAVE=${ON_SAVE:-}
+DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-0}
+log=$OUT_DIR/cloud.log
+
+ask=yes price_only=no detached=no flags=()
+for word in "$@"; do
+    case $word in
+        --yes) ask=no ;;
+        --dry_run) price_only=yes ;;
+        --detached) detached=yes ;;  # how this script starts itself
+        *) flags+=("$word") ;;
+    esac
+done
+
+main() {
+    environment
+    # the lock of a run that is under way is held by it until it ends
+    mkdir -p "$OUT_DIR"
+    exec 9>>"$OUT_DIR/cloud.lock"
+    if ! flock -n 9; then
+        echo "cloud.sh: is under way; this is $log. Ctrl-C ends only what you see"
+        follow -n 20
+    fi
+    price
+    [ $price_only = no ] || exit 0
+    if [ $ask = yes ]; then
+        read -rp "The box costs money until you give it back. Go on? [y/N] " answer || true
+        [[ ${answer:-} == [yY]* ]] || { echo "cloud.sh: nothing was started"; exit 1; }
+    fi
+    rm -f "$OUT_DIR/cloud.status"
+    local size=$(stat -c %s "$log" 2>/dev/null || echo 0)
+    setsid bash runs/cloud.sh --detached "${flags[@]}" </dev/null >>"$log" 2>&1 &
+    echo $! >"$OUT_DIR/cloud.pid"
+    follow -c +$((size + 1))
+}
+
+follow() {  # shows the log until the run has ended, and exits as it did
+    exec 9>&-
+    flock "$OUT_DIR/cloud.lock" true &
+    tail "$@" -f --pid=$! "$log"
+    exit "$(cat "$OUT_DIR/cloud.status" 2>/dev/null || echo 1)"
+}
+
+environment() {  # an active virtual environment is taken as it is
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        PATH=$HOME/.local/bin:$PATH
+        command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+        uv sync  # brings a Python of its own where there is none from 3.11 to 3.13
+        source .venv/bin/activate
+    fi
+    export PROCESSES=${PROCESSES:-$(python -c "import torch; print(torch.cuda.device_count())")}
+    if [ "$PROCESSES" = 0 ]; then
+        echo "cloud.sh: torch finds no GPU: nvidia-smi shows whether there is one, and whether its" \
+             "driver is older than torch's CUDA; PROCESSES=2 tries this script on a CPU" >&2
+        exit 1
+    fi
+    export CONFIG OUT_DIR DATASET DATA_DIR DATA_FROM ON_SAVE DOLLARS_PER_HOUR
+}
+
+train() {
+    torchrun --standalone --nproc_per_node="$PROCESSES" train.py $CONFIG --out_dir="$OUT_DIR" \
+        --dataset="$DATASET" --data_dir="$DATA_DIR" --dollars_per_hour="$DOLLARS_PER_HOUR" \
+        --on_save="$ON_SAVE" --resume "${flags[@]}" "$@"
+}
+
+price() {
+    if [ -f "$DATA_DIR/$DATASET/meta.json" ]; then
+        train --dry_run
+    else  # before any data is here, the same step on Python's own library
+        train --dry_run --dataset=stdlib --vocab_size=50257 --out_dir="$OUT_DIR/dry_run"
+    fi
+}
+
+get_data() {
+    local to=$DATA_DIR/$DATASET
+    if [ -f "$to/meta.json" ]; then
+        return
+    elif [ -n "$DATA_FROM" ]; then
+        rm -rf "$to.copy"
+        mkdir -p "$DATA_DIR"
+        scp -rq "$DATA_FROM" "$to.copy"
+        mv "$to.copy" "$to"
+    else
+        python prepare.py "$DATASET" --data_dir="$DATA_DIR"
+    fi
+}
+
+train_to_the_end() {
+    for try in {1..10}; do
+        echo "cloud.sh: start $try of at most 10, $(date)"
+        if train && [ -f "$OUT_DIR/summary.json" ]; then
+            return
+        fi
+        sleep 10  # a process that is left over may still be saving
+    done
+    echo "cloud.sh: the training has not ended after 10 starts"
+    exit 1
+}
+
+all_of_it() {
+    trap 'echo $? >"$OUT_DIR/cloud.status"' EXIT
+    get_data
+    train_to_the_end
+    torchrun --standalone --nproc_per_node="$PROCESSES" eval.py --ckpt "$OUT_DIR/best.pt" \
+        --data_dir="$DATA_DIR"
+    python sample.py --ckpt "$OUT_DIR/best.pt"
+    rm -rf "$OUT_DIR/export"
+    python -m nanolab.huggingface export "$OUT_DIR/best.pt" "$OUT_DIR/export"
+    bash -c "$ON_SAVE"
+    echo "cloud.sh: all done in $((SECONDS / 60)) minutes. $OUT_DIR/report.html is the run's page," \
+         "$OUT_DIR/export the model for transformers. The box costs money until you give it back"
+}
+
+if [ $detached = yes ]; then all_of_it; else main; fi
