@@ -275,7 +275,8 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
            f"batch_size {batch_size}")
     if meta["source"] == NANOGPT:
         print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
-               f"{config.vocab_size:,} kinds, tokenizer {kind_of(meta['tokenizer'])}; it has no test split")
+               f"{config.vocab_size:,} kinds, tokenizer {kind_of(meta['tokenizer'])}; it has no "
+               "test split")
 
 
 def main():

@@ -56,16 +56,16 @@ def own_files(source, left_out=None):
     Links are followed, and a file counts once. left_out: a Counter to which this adds the other
     files, by suffix or reason.
     """
-    path, left_out = Path(source), Counter() if left_out is None else left_out
-    matches = {path} if path.exists() else expand(str(source))
-    found = {file for match in matches
-             for file in (files_below(match) if match.is_dir() else [match])}
+    path, left_out, seen = Path(source), Counter() if left_out is None else left_out, set()
+    named = {path} if path.exists() else expand(str(source), seen)
+    found = {file for match in named
+             for file in (files_below(match, seen) if match.is_dir() else [match])}
     suffixes = set(READABLE)
     if path.is_file() or path.suffix and not path.is_dir():
         suffixes |= {path.suffix.lower()} - TABLES
     files = {}
     for file in sorted(found):
-        if is_hidden(file.name) and file not in matches:
+        if is_hidden(file.name) and file not in named:
             left_out["hidden"] += 1
         elif not file.is_file():
             left_out["broken link"] += 1
@@ -76,45 +76,38 @@ def own_files(source, left_out=None):
         else:
             files.setdefault(identity(file), str(file))
     if not files:
-        problem = "is empty" if matches else "does not exist"
-        if found:
-            problem = f"has no text to read; left out: {format_counts(left_out)}"
-        raise UserError(f"'{source}' {problem}; give stdlib, pypi, fineweb, fineweb-edu, or a "
-                        f"file, folder or glob of {' '.join(sorted(READABLE))}")
+        problem = f"has no text; left out: {format_counts(left_out) or 'none'}"
+        raise UserError(f"'{source}' {problem if named else 'does not exist'}; give stdlib, pypi, "
+                        "fineweb, fineweb-edu, or a file, folder or glob of "
+                        f"{' '.join(sorted(READABLE))}")
     return list(files.values())
 
 
-def expand(pattern):
+def expand(pattern, seen):
     """The matches of a glob, hidden ones if it asks for them. -> {Path}
 
-    glob.glob's ** would miss linked folders or enter a loop of links, and a folder may be "[1]".
+    Its ** is any folder that files_below enters: glob's own would not end in a loop of links.
     """
-    is_deep = "**" in pattern.split("/")
-    start, end = pattern.split("**", 1) if is_deep else os.path.split(pattern)
-    folders = [start or "."] if os.path.isdir(start or ".") else glob.glob(os.path.join(start, ""))
-    asks_for_hidden = is_hidden(os.path.basename(pattern))
-    return {file for folder in folders
-            for file in (files_below(folder) if is_deep else Path(folder).iterdir())
-            if file.match(end.strip("/") or "*") and is_hidden(file.name) == asks_for_hidden}
+    start, *end = pattern.split("**", 1)
+    matches = map(Path, glob.glob(pattern)) if not end else (
+        file for folder in glob.glob(start or ".") for file in files_below(folder, seen)
+        if file.match(end[0].strip("/") or "*"))
+    return {file for file in matches if not is_hidden(file.name) or is_hidden(Path(pattern).name)}
 
 
-def files_below(folder):
+def files_below(folder, seen):
     """Yields the files below a folder, and its hidden folders, which it does not enter.
 
-    Links are followed, but into each folder once. Raises OSError for a folder it may not read.
+    Links are followed. seen: the folders that it has entered, as a link may lead back to them.
     """
-    def fail(error):
-        raise error
-
-    seen = set()
-    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if identity(parent) in seen:
-            folders.clear()
-            continue
-        seen.add(identity(parent))
-        hidden = set(filter(is_hidden, folders))
-        folders[:] = sorted(set(folders) - hidden)
-        yield from (Path(parent, name) for name in [*names, *hidden])
+    if identity(folder) in seen:
+        return
+    seen.add(identity(folder))
+    for path in Path(folder).iterdir():
+        if is_hidden(path.name) or not path.is_dir():
+            yield path
+        else:
+            yield from files_below(path, seen)
 
 
 def is_hidden(name):
@@ -217,10 +210,11 @@ def file_ranges(path):
     if is_parquet(path):
         ranges, metadata = [], open_parquet(path, only_footer=True).metadata
         for i in range(metadata.num_row_groups):
-            n_rows, n_bytes = metadata.row_group(i).num_rows, metadata.row_group(i).total_byte_size
-            n = max(n_bytes // SHARD_BYTES, 1)
-            rows = sorted({n_rows * k // n for k in range(n + 1)})
-            ranges += [FileRange(path, *each, n_bytes / n, i) for each in zip(rows, rows[1:])]
+            group = metadata.row_group(i)
+            n = max(group.total_byte_size // SHARD_BYTES, 1)
+            rows = sorted({group.num_rows * k // n for k in range(n + 1)})
+            ranges += [FileRange(path, *each, group.total_byte_size / n, i)
+                       for each in itertools.pairwise(rows)]
         return ranges
     bounds = {0, size := os.path.getsize(path)}
     if size > SHARD_BYTES:
@@ -230,8 +224,8 @@ def file_ranges(path):
             end = re.compile(MARKER.encode() if has_markers and not is_records(path) else b"\n")
             ends = (end.search(data, i - 1) for i in range(SHARD_BYTES, size, SHARD_BYTES))
             bounds |= {end.end() for end in ends if end}
-    bounds = sorted(bounds)
-    return [FileRange(path, *each, each[1] - each[0]) for each in zip(bounds, bounds[1:])]
+    return [FileRange(path, start, stop, stop - start)
+            for start, stop in itertools.pairwise(sorted(bounds))]
 
 
 def group_into_shards(ranges):
@@ -308,7 +302,8 @@ def json_values(text, file_range, text_column):
             columns.update(record)
             yield i, record.get(text_column)
         except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{locate(file_range, i)} is no JSON object: {line[:60]!r}") from None
+            raise UserError(f"{locate(file_range, i)} is no JSON object, as each line must be: "
+                            f"{line[:60]!r}") from None
     check_column(file_range.path, text_column, columns or [text_column])
 
 
@@ -322,14 +317,17 @@ def parquet_rows(file_range, text_column):
         file = open_parquet(path)
         check_column(path, text_column, file.schema_arrow.names)
         row, batches = 0, file.iter_batches(256, row_groups=[group], columns=[text_column])
-    for batch in batches:
-        first = max(start - row, 0)
-        yield from enumerate(batch.column(0)[first:max(stop - row, 0)].to_pylist(), row + first)
-        if row + len(batch) > stop:
-            LEFT_OPEN.clear()
-            LEFT_OPEN[path, group, text_column] = row, itertools.chain([batch], batches)
-            return
-        row += len(batch)
+    try:
+        for batch in batches:
+            first = max(start - row, 0)
+            yield from enumerate(batch.column(0)[first:max(stop - row, 0)].to_pylist(), row + first)
+            if row + len(batch) > stop:
+                LEFT_OPEN.clear()
+                LEFT_OPEN[path, group, text_column] = row, itertools.chain([batch], batches)
+                return
+            row += len(batch)
+    except OSError as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
 
 
 def check_column(path, text_column, columns):

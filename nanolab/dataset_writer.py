@@ -77,9 +77,9 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
     groups = {**(given or {}), "text": files}
     stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
              for group, files in groups.items()}
-    ranges = {group: [file_range for file in files for file_range in file_ranges(file)]
+    ranges = {group: [r for file in files for r in file_ranges(file)]
               for group, files in groups.items()}
-    n_bytes = sum(file_range.n_bytes for file_range in ranges["text"]) + 1
+    n_bytes = sum(r.n_bytes for r in ranges["text"]) + 1
     if is_own:
         plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_RULES)
         # val and test have at least 256 KiB each, 60 windows of GPT-2's tokens, or 5 % of the text
@@ -99,8 +99,8 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
         if is_complete(folder, plan):
             return
         # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
-        n_tokens = sum(r.n_bytes for group in ranges.values() for r in group)
-        n_tokens = n_tokens // (1 if tokenizer == "bytes" else 2) + 1
+        n_tokens = (sum(r.n_bytes for group in ranges.values() for r in group)
+                    // (1 if tokenizer == "bytes" else 2) + 1)
         writer = DatasetWriter(folder, plan, tokenizer)
         splits = [split for split in ("test", "val") if split not in ranges]  # to take from files
         with writer.progress_bar(n_tokens) as bar:
@@ -111,14 +111,15 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
                 writer.save()
         known = np.load(writer.known_file)
         for group in ranges:
-            limits, names, left_out = [], [group], []
-            if group == "text":
-                limits, names, left_out = writer.hash_limits, [*splits, "train"], known
+            limits, names = (writer.hash_limits, [*splits, "train"]) if group == "text" else (
+                [], [group])
             for path in writer.tokenize(group, ranges[group], 1, **options):  # they exist by now
                 with np.load(path) as shard:
                     tokens, documents = shard["tokens"], shard["documents"]
+                # Of each document, then of each token: which of the names; -1: left out.
                 ids = np.searchsorted(np.array(limits, np.uint64), documents["hash"])
-                ids[np.isin(documents["hash"], left_out)] = -1
+                if group == "text":
+                    ids[np.isin(documents["hash"], known)] = -1
                 ids = ids.repeat(documents["n_tokens"].astype(int))
                 for i, split in enumerate(names):
                     writer.append(split, tokens[ids == i])
@@ -131,7 +132,7 @@ def tokenize_groups(writer, ranges, workers, options, bar):
     array of DOCUMENT; how many documents are left out, and why."""
     documents, counts = {}, Counter()
     for group in ranges:
-        parts = [np.empty(0, DOCUMENT)]
+        parts = []
         for path in writer.tokenize(group, ranges[group], workers, **options):
             with np.load(path) as shard:
                 parts.append(shard["documents"])
@@ -139,14 +140,14 @@ def tokenize_groups(writer, ranges, workers, options, bar):
             bar.update(int(parts[-1]["n_tokens"].sum()))
         documents[group] = np.concatenate(parts)
     text = documents.pop("text")
-    known = np.concatenate([np.empty(0, "u8"), *(each["hash"] for each in documents.values())])
+    known = np.array([h for part in documents.values() for h in part["hash"]], "u8")
     np.save(writer.known_file, known)
     documents["train"] = text[~np.isin(text["hash"], known)]
     counts["in val or test"] = len(text) - len(documents["train"])
-    if empty := [split for split in documents if not len(documents[split])]:
-        raise UserError(f"there is no text for {empty[0]}")
     if +counts:
         print(f"documents left out: {format_counts(+counts)}")
+    if empty := [split for split in documents if not len(documents[split])]:
+        raise UserError(f"there is no text for {empty[0]}")
     return documents["train"], counts
 
 
@@ -170,8 +171,8 @@ def choose_hash_limits(documents, heldout, splits=("test", "val")):
                             "into train, val and test; use more or smaller ones")
         limits.append(int(hashes[last]))
         if (fraction := (ends[n_done - 1] - start) / ends[-1]) > 0.75 * heldout:
-            print(f"note: {split} is {fraction:.1%} of the text instead of {heldout / 2:.1%}: it has "
-                  "long or equal documents; use more text, or another --heldout")
+            print(f"note: {split} is {fraction:.1%} of the text instead of {heldout / 2:.1%}: it "
+                  "has long or equal documents; use more text, or another --heldout")
     return limits
 
 

@@ -216,10 +216,10 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     # text
     ({}, PREPARE, "'mine' does not exist"),
     ({}, ["prepare", "*.jsonl", "--data_dir=data"], "gives no name; choose one with --name"),
-    ({"mine/a.rtf": write("text")}, PREPARE, "has no .txt .md .jsonl .parquet file"),
+    ({"mine/a.rtf": write("text")}, PREPARE, "has no text; left out: .rtf 1"),
     ({"mine/a.txt": write("One.")}, PREPARE, "1 different documents are too few"),
     ({"mine/a.txt": write(bytes(range(256)) * 9)}, PREPARE, "a.txt is not UTF-8 text (byte 128)"),
-    ({"mine/a.jsonl": write('{"text": "one"}\n{"text": ')}, PREPARE, "not JSON"),
+    ({"mine/a.jsonl": write('{"text": "one"}\n{"text": ')}, PREPARE, "a.jsonl, line 2 is no JSON object"),
     ({"mine/a.jsonl": write('{"body": "one"}\n')}, PREPARE, "choose with --text_column"),
     ({"mine/a.jsonl": write_jsonl(1)}, PREPARE, "that is not text"),
     ({"mine/a.jsonl": write_jsonl("\ud800")}, PREPARE, "that is not text"),

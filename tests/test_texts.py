@@ -16,7 +16,7 @@ from pyarrow import Table, array
 from pyarrow.parquet import write_table
 
 import prepare
-from conftest import SMALL, call, run_main, run_quickly
+from conftest import SMALL, SPLITS, call, read_split, run_main, run_quickly
 from nanolab import corpus
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -25,22 +25,12 @@ from nanolab.data import read_meta
 from nanolab.dataset_writer import DatasetWriter
 from nanolab.tokenizer import END_OF_TEXT
 
-SPLITS = ("train", "val", "test")
-
 
 def make(monkeypatch, folder, *argv):
     """prepare.py of some source in this process. -> {split: [document]}"""
     run_main(monkeypatch, "prepare", *argv, f"--data_dir={folder}", "--tokenizer=bytes",
              "--name=made", "--workers=1")
-    return {split: read_split(folder / "made", split) for split in SPLITS}
-
-
-def read_split(folder, split):
-    tokens = np.fromfile(folder / f"{split}.bin", "<u2")
-    ends = np.flatnonzero(tokens == 256)
-    assert ends[-1] == len(tokens) - 1, "an end-of-text token closes every document"
-    return [bytes(document[:-1].astype(np.uint8)).decode()
-            for document in np.split(tokens, ends + 1)[:-1]]
+    return {split: read_split(folder, "made", split) for split in SPLITS}
 
 
 def stored_facts(folder):
@@ -90,7 +80,7 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
     assert len(own_files(folder / ".*/*.txt")) == 2, "asked for"
     (tmp_path / "[1] x").mkdir()
     (tmp_path / "[1] x" / "[2].txt").write_text("Text.")
-    for pattern in ("[1] x", "[1] x/[2].txt", "[1] x/*.txt", "[1] x/**/*.txt", "?1] x/*", "*x/*"):
+    for pattern in ("[1] x", "[1] x/[2].txt", "?1] x/*", "*x/*"):
         assert len(own_files(tmp_path / pattern)) == 1, pattern
 
 
@@ -369,7 +359,7 @@ def test_bad_records(tmp_path, monkeypatch, capsys, kind, bad):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"text": "cut', "line 3 is no JSON object: '{\"text\": \"cut'"),
+    ('{"text": "cut', "line 3 is no JSON object, as each line must be: '{\"text\": \"cut'"),
     ('["text"]', "line 3 is no JSON object"), ("[]", "line 3 is no JSON object"),
     ('"text"', "line 3 is no JSON object"), ("null", "line 3 is no JSON object"),
     (b'{"text": "\xe9"}', "mine.jsonl is not UTF-8 text (byte 33)"),
@@ -382,14 +372,14 @@ def test_bad_lines(tmp_path, monkeypatch, line, message):
         make(monkeypatch, tmp_path, tmp_path / "mine.jsonl")
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_column_that_no_record_has(tmp_path, monkeypatch, suffix):
-    if suffix == "jsonl":
-        (tmp_path / "mine.jsonl").write_text('{"id": 1, "body": "x"}\n{"id": 2}\n')
-    else:
-        write_table(Table.from_pydict({"id": [1], "body": ["x"]}), tmp_path / "mine.parquet")
-    with pytest.raises(UserError, match="has no column 'text' but id, body; choose with --text_c"):
-        make(monkeypatch, tmp_path, tmp_path / f"mine.{suffix}")
+def test_a_damaged_table_is_named(tmp_path, monkeypatch):
+    """Its footer is intact, so the damage is met when rows are decoded."""
+    path = tmp_path / "mine.parquet"
+    write_table(Table.from_pydict({"text": sentences(2000)}), path, use_dictionary=False)
+    content = path.read_bytes()
+    path.write_bytes(content[:2000] + b"x" * 1000 + content[3000:])
+    with pytest.raises(UserError, match="mine.parquet is damaged"):
+        make(monkeypatch, tmp_path, path)
 
 
 @pytest.mark.parametrize("kind", ["binary", "dictionary", "large_string"])
