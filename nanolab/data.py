@@ -76,9 +76,8 @@ def nanogpt_vocabulary(path):
         if "itos" not in meta:
             return size, guess_tokenizer(size)
         tokens = [meta["itos"][i] for i in range(len(meta["itos"]))]
-        if len(set(tokens)) == size and all(len(token) == 1 for token in tokens):
-            return size, CHARACTERS + "".join(tokens)
-        return size, UNKNOWN
+        are_characters = len(set(tokens)) == size and all(len(token) == 1 for token in tokens)
+        return size, CHARACTERS + "".join(tokens) if are_characters else UNKNOWN
     except Exception:  # a damaged pickle raises anything
         raise UserError(f"{path} is damaged, or has more than a vocabulary; delete it and give "
                         "--vocab_size") from None
@@ -130,7 +129,8 @@ class TokenDataset:
         self.block_size = block_size
         self.advice = f"delete {self.path.parent} and make it again with prepare.py"
         if meta["source"] == NANOGPT:
-            self.advice = "it needs uint16 tokens and the right --vocab_size"
+            self.advice = ("nanoGPT makes none: eval.py needs another --dataset" if split == "test"
+                           else "it needs uint16 tokens and the right --vocab_size")
         if split not in meta["splits"] or not self.path.is_file():
             raise UserError(f"the data set {self.path.parent} has no {split} split ({self.path}); "
                             f"{self.advice}")

@@ -78,6 +78,7 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
     assert len(own_files(folder / "**/*.txt")) == 3
     assert len(own_files(folder / "deep/**/*.txt")) == 3, "through the loop"
     assert len(own_files(folder / ".*/*.txt")) == 2, "asked for"
+    assert len(own_files(folder / "._*.txt")) == 1, "asked for"
     (tmp_path / "[1] x").mkdir()
     (tmp_path / "[1] x" / "[2].txt").write_text("Text.")
     for pattern in ("[1] x", "[1] x/[2].txt", "?1] x/*", "*x/*"):
@@ -419,16 +420,20 @@ def test_a_text_that_tiktoken_refuses_is_named(tmp_path, kind):
 
 
 def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
-    """The same bytes as from small groups; the shards depend on the file alone."""
-    rows = sentences(300)
-    for name, size in (("one", 300), ("small", 7)):
+    """The same bytes as from small groups, each row decoded once; the shards depend on the file."""
+    rows, opened = sentences(900), []
+    for name, size in (("one", 900), ("small", 7)):
         write_table(Table.from_pydict({"text": rows}), tmp_path / f"{name}.parquet",
                     row_group_size=size)
     monkeypatch.setattr(corpus, "SHARD_BYTES", 2000)
     ranges = file_ranges(str(tmp_path / "one.parquet"))
     assert len(ranges) > 5 and all(r.n_bytes < 4000 for r in ranges)
-    made = [make(monkeypatch, tmp_path / name, tmp_path / f"{name}.parquet")
-            for name in ("one", "small")]
+    open_parquet = corpus.open_parquet
+    monkeypatch.setattr(corpus, "open_parquet", lambda path, only_footer=False: (
+        opened.append(only_footer), open_parquet(path, only_footer))[1])
+    made = [make(monkeypatch, tmp_path / "one", tmp_path / "one.parquet")]
+    assert opened == [True, False], "once for the footer, once for all rows"
+    made.append(make(monkeypatch, tmp_path / "small", tmp_path / "small.parquet"))
     assert made[0] == made[1] and sorted(sum(made[0].values(), [])) == sorted(rows)
     for name in ("one", "small"):  # as FineWeb
         prepare.prepare_fineweb([str(tmp_path / f"{name}.parquet")], tmp_path / f"{name}_web",
@@ -494,6 +499,8 @@ def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
     for prompt in ("abz", "ü", END_OF_TEXT):
         with pytest.raises(UserError, match="has characters that the model has no tokens for"):
             run_main(monkeypatch, "sample", f"--ckpt={tmp_path}/out", f"--prompt={prompt}")
+    with pytest.raises(UserError, match="no test split .*eval.py needs another --dataset"):
+        run_main(monkeypatch, "eval", "--ckpt", tmp_path / "out", f"--data_dir={tmp_path}")
     run_main(monkeypatch, "nanolab.huggingface", "export", tmp_path / "out/best.pt",
              tmp_path / "hf")
     files = {path.name for path in (tmp_path / "hf").iterdir()}
