@@ -57,7 +57,6 @@ def is_complete(folder, plan):
 
 
 HELDOUT = 0.02  # of stdlib and of much text, for val and test: half each
-OWN_RULES = 2  # the second set of rules by which your own text is read, cut and split
 
 
 def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1, heldout=HELDOUT):
@@ -81,7 +80,7 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
               for group, files in groups.items()}
     n_bytes = sum(r.n_bytes for r in ranges["text"]) + 1
     if is_own:
-        plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_RULES)
+        plan = fingerprint(source, stats, tokenizer, text_column, heldout)
         # val and test have at least 256 KiB each, 60 windows of GPT-2's tokens, or 5 % of the text
         heldout = heldout or min(max(HELDOUT, 2**19 / n_bytes), 0.1)
         # A text longer than val is cut: into eighths of val, but not into less than a window's

@@ -283,7 +283,13 @@ def test_a_kill_with_ready_made_splits(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DatasetWriter, "append", interrupted_append)
         make(monkeypatch, tmp_path / "killed", *argv)
+    older = json.loads((tmp_path / "killed/made/nanolab_unfinished/progress.json").read_text())
     assert make(monkeypatch, tmp_path / "killed", *argv) == whole
+    del older["facts"]  # as older code wrote it, whose shards were others: start again
+    progress = tmp_path / "older/made/nanolab_unfinished/progress.json"
+    progress.parent.mkdir(parents=True)
+    progress.write_text(json.dumps(older))
+    assert make(monkeypatch, tmp_path / "older", *argv) == whole
     assert len(whole["val"]) == 30 and len(whole["train"] + whole["test"]) == 30
 
 
