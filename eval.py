@@ -2,6 +2,7 @@
 
     python eval.py --ckpt out/best.pt
     python eval.py --ckpt 'out/lab/*/*'        every run in these folders; study.py compares them
+    python eval.py --ckpt gpt2 out/finetune --dataset=mine        before and after fine-tuning
     torchrun --standalone --nproc_per_node=8 eval.py --ckpt out/best.pt
 
 The loss is the mean cross-entropy over all whole windows of the test split. Each token is predicted
@@ -19,8 +20,8 @@ from nanolab.checkpoint import checkpoint_file
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.data import read_meta
 from nanolab.distributed import end_distributed, init_distributed
-from nanolab.evaluation import (amp_name, load_results, measure_test_loss, save_results,
-                                test_set_error)
+from nanolab.evaluation import (amp_name, load_results, loss_of, measure_loss, paired_difference,
+                                save_results, test_set_error)
 from nanolab.huggingface import read_any
 
 
@@ -33,7 +34,9 @@ def main():
         results.append(evaluate(path, args, world))
         if world.rank == 0:
             print(format_result(results[-1]) if len(paths) == 1 else
-                  f"{path}: {results[-1]['test_loss']:.6f}", flush=True)
+                  f"{path}: {loss_of(results[-1]):.6f}", flush=True)
+    if world.rank == 0 and len(paths) == 2:
+        print(format_difference(*results))
     if world.rank == 0 and args.json:
         write_atomically(args.json, json.dumps({"runs": results}, indent=1) + "\n")
     end_distributed()
@@ -57,18 +60,19 @@ def find_checkpoints(words):
 def evaluate(path, args, world):
     """The test result of one checkpoint: the saved one, or measured and saved."""
     # other machines may not see rank 0's disk
-    saved = world.from_rank_0(lambda: load_results(path))
+    saved = world.from_rank_0(lambda: load_results(path, args.split))
     for result in saved["results"]:
         if is_current(result, args, world):
-            return {**result, "path": path}
+            return {"split": "test", **result, "path": path}  # older ones do not say it
     checkpoint = read_any(path)
     config = checkpoint["config"]
     dataset = args.dataset or config["dataset"] or "fineweb"  # None: of Hugging Face's weights
-    result = measure_test_loss(checkpoint, args.data_dir or config["data_dir"], dataset,
-                               args.batch_size, world)
-    if world.rank == 0 and config["dataset"]:
-        save_results(path, {**saved, "results": [*saved["results"], result]})
-        if config["wandb"] and dataset == config["dataset"]:
+    block_size = args.block_size or config["block_size"]
+    result = measure_loss(checkpoint, args.data_dir or config["data_dir"], dataset, args.split,
+                          block_size, args.batch_size, world)
+    if world.rank == 0 and config["dataset"] and block_size == config["block_size"]:
+        save_results(path, args.split, {**saved, "results": [*saved["results"], result]})
+        if config["wandb"] and dataset == config["dataset"] and args.split == "test":
             log_to_wandb(path, config, result["test_loss"])
     return result
 
@@ -78,9 +82,11 @@ def is_current(result, args, world):
     config = result["config"]
     if "batch_size" not in config:  # older results have only some options
         return False
-    meta = read_meta(args.data_dir or config["data_dir"], args.dataset or config["dataset"])
-    test_sha256 = meta["splits"].get("test", {}).get("sha256")
-    return (result["test_sha256"], result["amp"]) == (test_sha256, amp_name(world))
+    meta = read_meta(args.data_dir or config["data_dir"], args.dataset or config["dataset"],
+                     config["vocab_size"])
+    sha256 = meta["splits"].get(args.split, {}).get("sha256")
+    return (result[f"{args.split}_sha256"], result["amp"], result.get("block_size")) == (
+        sha256, amp_name(world), args.block_size or config["block_size"])
 
 
 def log_to_wandb(path, config, loss):
@@ -96,16 +102,32 @@ def log_to_wandb(path, config, loss):
               f"({type(error).__name__})", file=sys.stderr)
 
 
+def format_difference(first, other):
+    """Of two results, such as before and after fine-tuning."""
+    same = ("dataset", "split", "block_size", "group_windows", f"{first['split']}_sha256")
+    if any(first[key] != other[key] for key in same):
+        return "difference: none, the windows are not the same (--block_size=N cuts both alike)"
+    difference, half_width = paired_difference(first, other)
+    interval = "no interval, for the text is a single document"
+    if half_width is not None:
+        low, high = difference - half_width, difference + half_width
+        interval = (f"95 % interval {low:+.4f} to {high:+.4f} for other such documents; another "
+                    "seed is not in it")
+    return f"difference: {difference:+.4f}, {interval}"
+
+
 def format_result(result):
-    n, error = result["averaged_steps"], test_set_error(result)
+    n, error, bits = result["averaged_steps"], test_set_error(result), result["bits_per_byte"]
     average = f"average of the last {n:,} steps' weights, " if n else ""
-    of_text = "a single document" if error is None else f"{error:.4f} nats, by the test documents"
+    of_text = "a single document" if error is None else f"{error:.4f} nats, by the documents"
+    bits = f"{bits:.6f}" if bits else "not known: the data set does not say its bytes"
+    split = result["split"]
     return (f"{result['path']}: {result['name']}, step {result['step']:,}, {average}"
-            f"on the test split of {result['dataset']}\n"
-            f"test loss       {result['test_loss']:.6f} nats per token\n"
+            f"on the {split} split of {result['dataset']}\n"
+            f"{f'{split} loss':16}{loss_of(result):.6f} nats per token\n"
             f"standard error  {of_text}\n"
             f"perplexity      {result['perplexity']:.3f}\n"
-            f"bits per byte   {result['bits_per_byte']:.6f}\n"
+            f"bits per byte   {bits}\n"
             f"windows         {result['windows']:,} of {result['block_size']:,} tokens, "
             f"{result['tokens']:,} tokens")
 
@@ -120,12 +142,17 @@ def parse_arguments():
     add("--batch_size", type=int, default=16, help="windows at a time (default: %(default)s)")
     add("--dataset", help="default: the one the checkpoint was trained on")
     add("--data_dir", help="default: the one the checkpoint was trained with")
+    add("--split", default="test", choices=("test", "val"),
+        help="val is saved in NAME.val.json, which study.py does not read (default: %(default)s)")
+    add("--block_size", type=int,
+        help="tokens in a window, if fewer than the checkpoint's; such a result is not saved")
     add("--amp", default="off", choices=("auto", "off", "bfloat16", "float16"),
         help="autocast; the published losses were measured in float16 (default: %(default)s)")
     add("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error("--batch_size must be at least 1")
+    for key in ("batch_size", "block_size"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            parser.error(f"--{key} must be at least 1")
     return args
 
 

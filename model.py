@@ -176,15 +176,15 @@ class GPT(nn.Module):
             self.head.weight = self.wte.weight
         initialise(self, torch.Generator().manual_seed(seed))
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens, targets=None, z_loss=0.0):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T), the mean cross-entropy in nats, a
-        scalar."""
+        scalar. z_loss: as head_loss has it."""
         x = self.hidden_states(tokens)
         if targets is None:
             return self.logits(x)
         # F.cross_entropy of self.logits(x), without all the logits in memory
         return head_loss(x.flatten(0, 1), self.head.weight, targets.flatten(),
-                         self.config.logit_softcap)
+                         self.config.logit_softcap, z_loss)
 
     def hidden_states(self, tokens, cache=None, position=0):
         """(B, T) token ids from `position` on, which end before block_size -> (B, T, C), the head's

@@ -1,42 +1,106 @@
-"""Compares runs: which change lowers the loss, by how much, and what is not shown.
+"""Makes the runs of a study and compares them: which idea lowers the loss, by how much, and what is
+not shown.
 
-    python study.py out/lab                          every run in the folder that eval.py measured
+    python study.py config/lab.py --arms qk_norm config/interventions/relu2.py --seeds=5 --jobs=2
+    python study.py out/study                        compares what is there
     python study.py 'out/lab/*/*' --baseline=modern --plot=lab.png
     python study.py studies/lab/results.json         a study that is on record
     python study.py out/lab --validation             by validation loss: nothing need be measured
 
-RUNS are run folders, folders of runs, checkpoints, globs in quotes, and results files: what --json
-writes, or by hand [{"name": "baseline", "test_loss": 3.69, "seed": 42}, ...] with any options.
-Runs of one name that differ only in their seeds are one experiment. Without --baseline, the
-experiments are compared with the one named baseline.
+With config files it makes what --out lacks of the baseline, which is these files alone, and of
+each arm, seed by seed. Flags of train.py are for all runs. An arm is a name in
+config/interventions/, a config file, or NAME='config/x.py --flag=value'. The same command goes on
+after Ctrl-C; with a larger --seeds it adds runs. Fix the number of seeds before you look: a study
+that stops when it likes its verdict is wrong more often than 5 times in 100.
+
+Else RUNS are run folders, folders of runs, checkpoints, globs in quotes, and results files: what
+--json writes, or by hand [{"name": "baseline", "test_loss": 3.69, "seed": 42}, ...] with any
+options. Runs of one name that differ only in their seeds are one experiment. Without --baseline,
+the experiments are compared with the one named baseline.
 """
 
 import csv
 import sys
 import textwrap
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.study import tables
-from nanolab.study.runs import (FACTS, as_json, choose_baseline, group_by_experiment, has_loss,
-                                read_file, read_runs)
+from nanolab.study.runs import (as_json, choose_baseline, group_by_experiment, has_loss, read_file,
+                                read_run, read_runs)
 
 
 def main():
     args = parse_arguments()
-    loss = "val_loss" if args.validation else "test_loss"
-    runs, unmeasured, unfinished = read_runs(args.runs, args.validation)
-    compared = [run for run in runs if has_loss(run, loss)]
-    missing = format_missing(runs, loss, unmeasured, unfinished)
-    if not compared:
-        raise UserError("; ".join(missing) or f"{' '.join(args.runs)}: no runs")
-    check_data(compared, args.validation)
+    status, failures, stopped = "", {}, False
+    if args.words:
+        from nanolab.study.jobs import make_runs, plan
+        status, failures, stopped = make_runs(plan(args), args, LivePage(args).draw)
+    study = read_study(args)
+    if not (study.rows or args.words):
+        raise UserError("; ".join(study.missing) or f"{' '.join(args.runs)}: no runs")
+    if study.rows:
+        print_table(args, study)
+    print(*study.missing, sep="\n", end="\n" if study.missing else "")
+    write_files(args, study, status)
+    if failures:
+        raise UserError("failed: " + "; ".join(map(": ".join, failures.items())))
+    if stopped:
+        raise KeyboardInterrupt
+
+
+@dataclass
+class Study:
+    """What there is of a study. runs: the measured ones; others: the rest; rows: of the table."""
+    loss: str
+    runs: list
+    others: list
+    missing: list
+    baseline: str | None
+    experiments: dict
+    rows: list
+
+
+def read_study(args):
+    """-> Study. Raises UserError."""
+    runs, unmeasured, unfinished = read_runs(args.runs, args.loss == "val_loss")
+    others = [read_run(path, validation=True) for path in (
+        *unmeasured, *(f"{folder}/best.pt" for folder in unfinished))
+        if Path(path).with_name("config.json").exists()]
+    compared = [run for run in runs if has_loss(run, args.loss)]
+    check_data(compared, args.loss)
     experiments = group_by_experiment(compared)
-    baseline = choose_baseline(experiments, args.baseline)
-    rows = tables.compare(experiments, baseline, loss)
-    print_table(args, rows, baseline, loss)
-    print(*missing, sep="\n", end="\n" if missing else "")
-    write_files(args, runs, rows, experiments, baseline)
+    wanted = args.baseline
+    if args.words and wanted not in experiments:
+        wanted = None  # not measured yet
+    baseline = choose_baseline(experiments, wanted)
+    return Study(args.loss, runs, others, format_missing(runs, args.loss, unmeasured, unfinished),
+                 baseline, experiments, tables.compare(experiments, baseline, args.loss))
+
+
+class LivePage:
+    """Draws the page while runs go: every 30 seconds, and in at most 1 % of the time."""
+
+    def __init__(self, args):
+        self.args, self.next = args, time.perf_counter() + 5
+
+    def draw(self, status):
+        start = time.perf_counter()
+        if start > self.next:
+            try:
+                write_page(self.args, read_study(self.args), status, is_running=True)
+            except (UserError, OSError):  # no run of the baseline yet; a full disk
+                pass
+            self.next = time.perf_counter() + max(30, 100 * (time.perf_counter() - start))
+
+
+def write_page(args, study, status, is_running=False):
+    from nanolab.study.page import study_page
+    page = study_page(args.page, status, [*study.runs, *study.others], study.rows, study.baseline,
+                      study.loss, "\n".join(study.missing), is_running)
+    write_atomically(args.page, page)
 
 
 def format_missing(runs, loss, unmeasured, unfinished):
@@ -51,17 +115,17 @@ def format_missing(runs, loss, unmeasured, unfinished):
     return lines
 
 
-def check_data(runs, validation):
+def check_data(runs, loss):
     """Raises UserError if the runs were tested, or validated, on different data."""
-    data = {not validation and run.get("test_sha256") or run.get("dataset")
+    data = {loss == "test_loss" and run.get("test_sha256") or run.get("dataset")
             or run["config"].get("dataset") for run in runs}
     if len(data) > 1:
         raise UserError("these runs were measured on different data, so their losses cannot be "
                         "compared; show another study's differences with --beside")
 
 
-def print_table(args, rows, baseline, loss):
-    beside = None
+def print_table(args, study):
+    beside, rows, baseline, loss = None, study.rows, study.baseline, study.loss
     if args.beside:
         others = group_by_experiment([run for run in read_file(args.beside)
                                       if has_loss(run, loss)])
@@ -75,7 +139,7 @@ def print_table(args, rows, baseline, loss):
     else:
         sentences = map(wrapped, sentences)
     heading, *more = sentences
-    table = tables.format_comparison(rows, args.markdown, args.all, beside)
+    table = tables.format_table(tables.comparison_cells(rows, args.all, beside), args.markdown)
     print("\n\n".join(filter(None, [heading, table, *more])))
 
 
@@ -83,9 +147,10 @@ def wrapped(text):
     return "\n".join(textwrap.fill(line, 100) for line in text.splitlines())
 
 
-def write_files(args, runs, rows, experiments, baseline):
+def write_files(args, study, status):
+    rows = study.rows
     if args.json:
-        write_atomically(args.json, as_json(runs, rows=rows))
+        write_atomically(args.json, as_json(study.runs, rows=rows))
     if args.csv:
         with open(args.csv, "w", newline="") as file:
             columns = [key for key in dict.fromkeys(key for row in rows for key in row)
@@ -94,22 +159,47 @@ def write_files(args, runs, rows, experiments, baseline):
             writer.writeheader()
             writer.writerows(rows)
     if args.plot or args.curves:
-        from nanolab.study import plots  # matplotlib takes a second
-        if args.plot:
-            plots.plot_comparison(rows, baseline, args.plot)
-        if args.curves:
-            plots.plot_curves(experiments, baseline, args.curves)
-    for path in filter(None, (args.json, args.csv, args.plot, args.curves)):
+        draw_pictures(args, study)
+    if args.page:
+        write_page(args, study, status)
+    for path in filter(None, (args.json, args.csv, args.plot, args.curves, args.page)):
         print(f"wrote {path}", file=sys.stderr)
 
 
+def draw_pictures(args, study):
+    from nanolab import charts
+    from nanolab.study import page
+    if args.plot:
+        if not any("difference" in row for row in study.rows):
+            raise UserError("--plot draws differences: --baseline must name an experiment")
+        charts.save_picture(charts.differences_chart(study.rows, study.baseline), args.plot)
+    if args.curves:
+        logs = page.read_logs(study.runs)
+        if not logs:
+            raise UserError("--curves needs the runs' log.jsonl, which is missing or damaged")
+        experiments = page.in_order(study.experiments, study.rows, study.baseline)
+        charts.save_picture(page.study_curves(experiments, study.baseline, logs), args.curves)
+
+
 def parse_arguments():
+    """-> the arguments; in `words`, what the command lines of all runs share, or nothing if there
+    is nothing to run."""
     parser = argument_parser(__doc__)
+    parser.allow_abbrev = False
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUNS", help="folders, checkpoints, globs, results files")
+    add("runs", nargs="+", metavar="FILE.py|RUNS",
+        help="config files, to make runs; or folders, checkpoints, globs, results files")
+    add("--arms", nargs="+", metavar="ARM", default=[], help="what is compared with the baseline")
+    add("--seeds", type=int, default=5, metavar="N", help="seeds 1 to N (default: %(default)s)")
+    add("--jobs", type=int, default=1, metavar="N",
+        help="runs at a time; each has its own GPU, if there are some (default: %(default)s)")
+    add("--threads", type=int, default=1, metavar="N",
+        help="CPU threads of a run, on which its bits depend (default: %(default)s)")
+    add("--out", default="out/study", metavar="FOLDER",
+        help="where runs go: FOLDER/NAME/SEED, and study.html (default: %(default)s)")
     add("--baseline", metavar="NAME",
         help="the experiment that the others are compared with (default: baseline)")
-    add("--validation", action="store_true",
+    add("--validation", action="store_const", dest="loss", const="val_loss", default="test_loss",
         help="compare validation losses: to choose among experiments without the test split")
     add("--beside", metavar="FILE.json", help="results of another study, to show its differences")
     add("--all", action="store_true", help="more columns: SD, the interval if the test set were "
@@ -117,10 +207,25 @@ def parse_arguments():
     add("--markdown", action="store_true", help="print the table as Markdown, without a legend")
     add("--json", metavar="FILE", help="write the runs and the table's rows")
     add("--csv", metavar="FILE", help="write the table's rows")
+    add("--page", metavar="FILE.html", help="write a page with table, differences, curves, samples")
     add("--plot", metavar="FILE.png", help="draw the differences and their intervals")
-    add("--curves", metavar="FILE.png", help="draw the loss curves over the baseline's")
-    return parser.parse_args()
+    add("--curves", metavar="FILE.png", help="draw the curves of the baseline and the four best")
+    args, flags = parser.parse_known_args()
+    makes_runs = [word.endswith(".py") for word in args.runs]
+    if any(makes_runs) != all(makes_runs):
+        parser.error("config files make runs, anything else is compared: give one of the two")
+    if not any(makes_runs):
+        if flags or args.arms:
+            parser.error(f"{' '.join(flags) or '--arms'} needs a config file, to make runs")
+        args.words = []
+        return args
+    if min(args.seeds, args.jobs, args.threads) < 1:
+        parser.error("--seeds, --jobs and --threads must be at least 1")
+    args.words = [*args.runs, *flags]
+    args.runs, args.page = [args.out], args.page or f"{args.out}/study.html"
+    args.baseline = args.baseline or "baseline"
+    return args
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, if_interrupted="stopped; the same command goes on")

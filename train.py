@@ -33,13 +33,13 @@ from nanolab.dataset_writer import prepare_stdlib
 from nanolab.distributed import (DEFAULT_THREADS, SharedModel, end_distributed, init_distributed,
                                  n_threads, print0, use_threads)
 from nanolab.evaluation import mean_loss
+from nanolab.foreign_names import FOREIGN_NAMES
 from nanolab.memory import dry_run, largest_batch_size
 from nanolab.optim import (average_weights, count_steps, is_averaged, learning_rate_at,
                            make_optimizer, set_learning_rate)
 from nanolab.options import format_config, load
 from nanolab.runlog import RunLog, TrainingClock
 from nanolab.start import find_start, options_of_run
-from nanolab.tokenizer import kind_of
 
 MAX_SKIPPED = 20  # updates in a row that may be skipped
 
@@ -82,9 +82,12 @@ def train(config, on_step=lambda step, model: None):
         config.out_dir, partial(pack, config, meta, state, model, average, optimizer, scaler),
         start.best_val_loss, config.on_save, enabled=world.rank == 0 and config.save_weights)
     stop = StopSignal()
+    validate = lambda model: mean_loss(model, val_data, config.eval_tokens, batch_size, world)
     batches = micro_batches(train_data, config, batch_size, state.step, world)
 
     with log, saver:  # on exit: waits for the last save, then closes the log and frees its folder
+        if state.step == 0 and config.eval_every:
+            log.validation(validate(fast_model))  # of the initial weights
         inputs, targets = next(batches)
         for step in range(state.step, max_steps):
             on_step(step, model)
@@ -99,7 +102,7 @@ def train(config, on_step=lambda step, model: None):
                 if config.dropout:
                     seed_dropout(config.dropout_seed, step, micro_step * world.size + world.rank)
                 with world.autocast():
-                    loss = ddp_model(inputs, targets)
+                    loss = ddp_model(inputs, targets, config.z_loss)
                 inputs, targets = next(batches)  # prefetched while the device computes
                 scaler.scale(loss / grad_accum_steps).backward()  # scaled up only in float16
                 loss_sum += loss.detach()  # no .item(): it would wait for the device
@@ -126,16 +129,13 @@ def train(config, on_step=lambda step, model: None):
             # sample, validate, report, save: none of them changes the training or its timing
             last_step, stopping = state.step == max_steps, n_asked > 0
             with clock.stopped():
-                if is_due(config.sample_every, state.step):
+                if last_step or is_due(config.sample_every, state.step):
                     log.sample()
                 if last_step or is_due(config.eval_every, state.step):
-                    eval_model = fast_average if state.averaged_steps else fast_model
-                    state.val_loss = mean_loss(eval_model, val_data, config.eval_tokens, batch_size,
-                                               world)
+                    state.val_loss = validate(fast_average if state.averaged_steps else fast_model)
                     state.seconds = clock.total()
-                    is_best = saver.is_best(state.val_loss)
-                    log.validation(state.val_loss, is_best)
-                    if is_best:
+                    log.validation(state.val_loss, is_best=saver.is_best(state.val_loss))
+                    if saver.is_best(state.val_loss):
                         saver.save("best.pt", wait=last_step)
                 if last_step or not stopping and log.report_is_due():
                     log.report(saver.best_val_loss)  # before last.pt, which ends the run
@@ -275,13 +275,12 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
            f"batch_size {batch_size}")
     if meta["source"] == NANOGPT:
         print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
-               f"{config.vocab_size:,} kinds, tokenizer {kind_of(meta['tokenizer'])}; it has no "
-               "test split")
+               f"{config.vocab_size:,} kinds, tokenizer {meta['tokenizer']}; it has no test split")
 
 
 def main():
     sys.stdout, sys.stderr = OutputThatMayFail(sys.stdout), OutputThatMayFail(sys.stderr)
-    train(load(Config, sys.argv[1:], options_of_run))
+    train(load(Config, sys.argv[1:], options_of_run, FOREIGN_NAMES))
     end_distributed()
 
 

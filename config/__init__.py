@@ -84,7 +84,12 @@ ARCHITECTURE_OPTIONS = [f.name for f in fields(GPTConfig)
 # What applies to random weights only.
 INIT_OPTIONS = ("init", "init_seed", "zero_init")
 
+# With another value of these, the training loss is another quantity.
+OBJECTIVE_OPTIONS = ("dropout", "z_loss")
+
 SEEDS = ("init_seed", "data_seed", "dropout_seed")
+
+BUDGETS = {"max_tokens", "max_steps", "epochs"}
 
 
 @dataclass
@@ -107,7 +112,7 @@ class Config(GPTConfig):
         False, "continue from the last checkpoint in out_dir; start if there is none. Without a "
         "config file or a flag that makes another run, the options are those of config.json there")
     extend: bool = option(
-        False, "with --resume: go on to another max_steps, at the learning rates of a run planned "
+        False, "with --resume: go on to another budget, at the learning rates of a run planned "
         "that long. If the steps done had other rates, `name` says that it was extended")
     dry_run: bool = option(
         False, "measure one step, print what the run would need, and stop. Nothing is written to "
@@ -132,8 +137,14 @@ class Config(GPTConfig):
         "(the default is 20 x 163,009,536: 33,165 steps)", within="[1, inf)")
     max_steps: int = option(
         0, "training budget in steps; above 0 it wins over max_tokens", within="[0, inf)")
+    epochs: float = option(
+        0.0, "training budget in passes over the training split; above 0 it wins over max_tokens. "
+        "config.json then has the max_steps that it comes to", within="[0, inf)")
 
-    # --- optimiser and schedule
+    # --- objective, optimiser and schedule
+    z_loss: float = option(
+        0.0, "adds z_loss x log(Z)^2 to a token's training loss, Z the sum of exp(logits); "
+        "validation and test have the cross-entropy alone", within="[0, inf)")
     optimizer: str = option(
         "adamw", "'muon': Muon for the 2-D weights inside the blocks, AdamW for all others; "
         "learning_rate and weight_decay apply to both. 'normuon': the same with Muon's updates "
@@ -204,7 +215,8 @@ class Config(GPTConfig):
 
     # --- measuring, saving, logging
     eval_every: int = option(
-        617, "steps between validations; 0: only at the end", within="[0, inf)")
+        617, "steps between validations, the first before any step; 0: only at the end",
+        within="[0, inf)")
     eval_tokens: int = option(
         1_966_080, "tokens in one validation (at most what the validation split has)",
         within="[1, inf)")
@@ -217,7 +229,7 @@ class Config(GPTConfig):
         "HOST:out'; '': none")
     log_every: int = option(1, "steps between lines of log.jsonl", within="[1, inf)")
     sample_every: int = option(
-        0, "steps between samples for the log; 0: none", within="[0, inf)")
+        0, "steps between samples for the log; 0: only at the end", within="[0, inf)")
     sample_prompt: str = option(
         "Every effort moves you", "prompt of those samples and of sample.py; <|endoftext|>: an "
         "empty one")
@@ -252,6 +264,8 @@ class Config(GPTConfig):
         if self.batch_size != "auto" and self.global_batch_size % self.batch_size:
             return (f"{shown('global_batch_size')} is not divisible by {shown('batch_size')}; "
                     f"batch_size could be {divisors_near(self.global_batch_size, self.batch_size)}")
+        if self.epochs and self.max_steps:
+            return f"{shown('epochs')} and {shown('max_steps')} are two budgets; set one of them to 0"
         if self.schedule == "wsd" and self.warmup_fraction + self.cooldown_fraction > 1:
             return (f"{shown('warmup_fraction')} and {shown('cooldown_fraction')} together exceed "
                     "the whole run")

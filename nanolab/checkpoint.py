@@ -111,7 +111,7 @@ class RunState:
     timed_seconds: float = 0.0
     skipped: int = 0  # updates
     skipped_in_a_row: int = 0
-    name_suffix: str = ""  # marks a run whose schedule --extend changed, such as "_extended_400"
+    name_suffix: str = ""  # of a run whose schedule --extend changed: " (extended at step 8)"
     val_loss: float | None = None  # the last one
     averaged_steps: int = 0  # how many weights tail_average's mean is of
     code: list = field(default_factory=list)  # code_state(), and from which step on it ran

@@ -32,12 +32,14 @@ class UserError(Exception):
 
     exit_code: 2 for a mistake on the command line or in a config file, 1 for anything else.
     each_rank: every rank prints its own; by default only the first rank of a machine does.
+    details: more lines, one for each of several mistakes.
     """
 
-    def __init__(self, message, exit_code=1, each_rank=False):
+    def __init__(self, message, exit_code=1, each_rank=False, details=()):
         super().__init__(message)
         self.exit_code = exit_code
         self.each_rank = each_rank
+        self.details = list(details)
 
 
 def run_script(main, if_interrupted="stopped", if_failed=""):
@@ -54,7 +56,7 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
             word.encode()
         main()
     except UserError as error:
-        stop(error.exit_code, error, error.each_rank)
+        stop(error.exit_code, error, error.each_rank, error.details)
     except UnicodeEncodeError:  # bytes that are not text became surrogates
         stop(2, "the command line has bytes that are not UTF-8 text", each_rank=False)
     except MemoryError:
@@ -75,13 +77,13 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
         stop(130, if_interrupted, each_rank=True)
 
 
-def stop(exit_code, message, each_rank):
-    message = " ".join(str(message).splitlines())
-    if len(message) > 1000:  # the end says what is allowed
-        message = f"{message[:500]} ... {message[-300:]}"
-    line = f"{Path(sys.argv[0]).name}: {message}"
+def stop(exit_code, message, each_rank, details=()):
+    lines = [" ".join(str(each).splitlines()) for each in (message, *details)]
+    # of a long line, the end says what is allowed
+    lines = [f"{line[:500]} ... {line[-300:]}" if len(line) > 1000 else line for line in lines]
+    line = f"{Path(sys.argv[0]).name}: {lines[0]}"
     if each_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(line, *lines[1:], sep="\n  ", file=sys.stderr)
     elif "TORCHELASTIC_ERROR_FILE" in os.environ:
         time.sleep(3)  # torchrun ends all ranks when one ends: the first prints its line before
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -186,6 +188,12 @@ def code_state():
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "*.py")
     return {"commit": commit, "changed": None if changes is None else bool(changes),
             "sha256": digest.hexdigest()}
+
+
+def code_name(state):
+    """A code_state in a few words: its commit, or without git the start of its hash."""
+    changes = " with changes" if state.get("changed") else ""
+    return f"{(state.get('commit') or state['sha256'])[:7]}{changes}"
 
 
 def code_diff():

@@ -6,7 +6,6 @@ The shards depend on the files alone, not on the number of processes that will r
 
 import contextlib
 import glob
-import itertools
 import mmap
 import os
 import re
@@ -31,6 +30,7 @@ from nanolab.tokenizer import END_OF_TEXT
 READABLE = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # in a folder
 RECORDS = (".jsonl", ".ndjson", ".json")  # a JSON object a line
 TABLES = {".csv", ".tsv"}  # as text they would be mostly commas and quotes
+MAC_FOLDER = "__MACOSX"  # of attributes, in a Mac's .zip
 SHARD_BYTES = 4 * 2**20
 MARKER = re.escape(END_OF_TEXT) + "(?:\r?\n)?"  # of your own text: between two documents
 # Soft hyphens, joiners, marks of direction, variants of emoji, BOMs.
@@ -53,13 +53,15 @@ def own_files(source, left_out=None):
     """The text files of a path, a folder or a glob, sorted. Raises UserError.
 
     A folder gives its READABLE files; a file or glob may name another suffix, which is then text.
-    Links are followed, and a file counts once. left_out: a Counter to which this adds the other
-    files, by suffix or reason.
+    A file with several names counts once. left_out: a Counter that gets the others, by reason.
     """
-    path, left_out, seen = Path(source), Counter() if left_out is None else left_out, set()
-    named = {path} if path.exists() else expand(str(source), seen)
+    path, left_out = Path(source), Counter() if left_out is None else left_out
+    start, _, end = str(source).partition("**")  # glob.glob would run into a loop of links
+    named = [path] if path.exists() else [Path(match) for match in glob.glob(start or ".")
+                                          if Path(match).name != MAC_FOLDER]
     found = {file for match in named
-             for file in (files_below(match, seen) if match.is_dir() else [match])}
+             for file in (files_below(match, set()) if match.is_dir() else [match])
+             if path.exists() or file.match(end.strip("/") or "*")}
     suffixes = set(READABLE)
     if path.is_file() or path.suffix and not path.is_dir():
         suffixes |= {path.suffix.lower()} - TABLES
@@ -76,42 +78,28 @@ def own_files(source, left_out=None):
         else:
             files.setdefault(identity(file), str(file))
     if not files:
-        problem = f"has no text; left out: {format_counts(left_out) or 'none'}"
-        raise UserError(f"'{source}' {problem if named else 'does not exist'}; give stdlib, pypi, "
-                        "fineweb, fineweb-edu, or a file, folder or glob of "
-                        f"{' '.join(sorted(READABLE))}")
+        problem = ("does not exist" if not named else "has no text to read"
+                   + (f"; left out: {format_counts(left_out)}" if left_out else ""))
+        raise UserError(f"'{source}' {problem}; give stdlib, pypi, fineweb, fineweb-edu, or a "
+                        f"file, folder or glob of {' '.join(sorted(READABLE))}")
     return list(files.values())
 
 
-def expand(pattern, seen):
-    """The matches of a glob, hidden ones if it asks for them. -> {Path}
-
-    Its ** is any folder that files_below enters: glob's own would not end in a loop of links.
-    """
-    start, *end = pattern.split("**", 1)
-    matches = map(Path, glob.glob(pattern)) if not end else (
-        file for folder in glob.glob(start or ".") for file in files_below(folder, seen)
-        if file.match(end[0].strip("/") or "*"))
-    return {file for file in matches if not is_hidden(file.name) or is_hidden(Path(pattern).name)}
-
-
 def files_below(folder, seen):
-    """Yields the files below a folder, and its hidden folders, which it does not enter.
-
-    Links are followed. seen: the folders that it has entered, as a link may lead back to them.
-    """
+    """Yields the files below a folder, and its hidden folders, which it does not enter. Links are
+    followed, but into each folder once: `seen` has those that it entered."""
     if identity(folder) in seen:
         return
     seen.add(identity(folder))
     for path in Path(folder).iterdir():
-        if is_hidden(path.name) or not path.is_dir():
-            yield path
-        else:
+        if path.is_dir() and not is_hidden(path.name):
             yield from files_below(path, seen)
+        else:
+            yield path
 
 
 def is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"  # a Mac's .zip has its attributes there
+    return name.startswith(".") or name == MAC_FOLDER
 
 
 def identity(path):
@@ -210,11 +198,10 @@ def file_ranges(path):
     if is_parquet(path):
         ranges, metadata = [], open_parquet(path, only_footer=True).metadata
         for i in range(metadata.num_row_groups):
-            group = metadata.row_group(i)
-            n = max(group.total_byte_size // SHARD_BYTES, 1)
-            rows = sorted({group.num_rows * k // n for k in range(n + 1)})
-            ranges += [FileRange(path, *each, group.total_byte_size / n, i)
-                       for each in itertools.pairwise(rows)]
+            n_rows, n_bytes = metadata.row_group(i).num_rows, metadata.row_group(i).total_byte_size
+            n = max(n_bytes // SHARD_BYTES, 1)
+            rows = sorted({n_rows * k // n for k in range(n + 1)})
+            ranges += [FileRange(path, *each, n_bytes / n, i) for each in zip(rows, rows[1:])]
         return ranges
     bounds = {0, size := os.path.getsize(path)}
     if size > SHARD_BYTES:
@@ -224,8 +211,8 @@ def file_ranges(path):
             end = re.compile(MARKER.encode() if has_markers and not is_records(path) else b"\n")
             ends = (end.search(data, i - 1) for i in range(SHARD_BYTES, size, SHARD_BYTES))
             bounds |= {end.end() for end in ends if end}
-    return [FileRange(path, start, stop, stop - start)
-            for start, stop in itertools.pairwise(sorted(bounds))]
+    bounds = sorted(bounds)
+    return [FileRange(path, *each, each[1] - each[0]) for each in zip(bounds, bounds[1:])]
 
 
 def group_into_shards(ranges):
@@ -302,32 +289,26 @@ def json_values(text, file_range, text_column):
             columns.update(record)
             yield i, record.get(text_column)
         except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{locate(file_range, i)} is no JSON object, as each line must be: "
-                            f"{line[:60]!r}") from None
+            raise UserError(f"{locate(file_range, i)} is no JSON object: {line[:60]!r}") from None
     check_column(file_range.path, text_column, columns or [text_column])
 
 
-LEFT_OPEN = {}  # the row group that this process read last, from where it stopped
+LEFT_OPEN = {}  # the row group that this process read last: the next row, and the rows from there
 
 
 def parquet_rows(file_range, text_column):
     path, start, stop, _, group = file_range
-    row, batches = LEFT_OPEN.pop((path, group, text_column), (stop, None))
+    row, rows = LEFT_OPEN.pop((path, group, text_column), (stop, None))
     if row > start:  # else the rows before would be decoded again for each range of the group
         file = open_parquet(path)
         check_column(path, text_column, file.schema_arrow.names)
-        row, batches = 0, file.iter_batches(256, row_groups=[group], columns=[text_column])
-    try:
-        for batch in batches:
-            first = max(start - row, 0)
-            yield from enumerate(batch.column(0)[first:max(stop - row, 0)].to_pylist(), row + first)
-            if row + len(batch) > stop:
-                LEFT_OPEN.clear()
-                LEFT_OPEN[path, group, text_column] = row, itertools.chain([batch], batches)
-                return
-            row += len(batch)
-    except OSError as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+        batches = file.iter_batches(256, row_groups=[group], columns=[text_column])
+        row, rows = 0, (value for batch in batches for value in batch.column(0))
+    for i, value in zip(range(row, stop), rows):
+        if i >= start:
+            yield i, value.as_py()
+    LEFT_OPEN.clear()
+    LEFT_OPEN[path, group, text_column] = stop, rows
 
 
 def check_column(path, text_column, columns):

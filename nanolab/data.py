@@ -5,6 +5,7 @@ torch is imported where it is used: without it, the processes of prepare.py star
 
 import functools
 import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from nanolab.common import UserError, parse_json
 from nanolab.corpus import FINEWEBS
-from nanolab.tokenizer import CHARACTERS, UNKNOWN, get_tokenizer, guess_tokenizer, kind_of
+from nanolab.tokenizer import CHARACTERS, UNKNOWN, get_tokenizer, guess_tokenizer
 
 UNFINISHED = "nanolab_unfinished"  # the subfolder of a data set that is being made
 NANOGPT = "nanoGPT's prepare.py"  # the source of a data set that nanoGPT made
@@ -70,14 +71,15 @@ def nanogpt_vocabulary(path):
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
-        size = meta["vocab_size"]
+        size, itos = meta["vocab_size"], meta.get("itos", {})
         if type(size) is not int or not 0 < size <= 2**16:
             raise ValueError
-        if "itos" not in meta:
+        tokens = [itos[i] for i in range(len(itos))]
+        if not tokens:
             return size, guess_tokenizer(size)
-        tokens = [meta["itos"][i] for i in range(len(meta["itos"]))]
-        are_characters = len(set(tokens)) == size and all(len(token) == 1 for token in tokens)
-        return size, CHARACTERS + "".join(tokens) if are_characters else UNKNOWN
+        if len(set(tokens)) == size and all(len(token) == 1 for token in tokens):
+            return size, CHARACTERS + json.dumps("".join(tokens), ensure_ascii=False)
+        return size, UNKNOWN
     except Exception:  # a damaged pickle raises anything
         raise UserError(f"{path} is damaged, or has more than a vocabulary; delete it and give "
                         "--vocab_size") from None
@@ -94,7 +96,7 @@ def nanogpt_meta(folder, vocab_size):
     if not vocab_size:
         raise UserError(f"{folder} has token files as nanoGPT makes them, without meta.json and "
                         "test split: train.py reads them with --vocab_size=N (50257 for GPT-2's "
-                        "tokens), eval.py needs another --dataset")
+                        "tokens)")
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -129,8 +131,7 @@ class TokenDataset:
         self.block_size = block_size
         self.advice = f"delete {self.path.parent} and make it again with prepare.py"
         if meta["source"] == NANOGPT:
-            self.advice = ("nanoGPT makes none: eval.py needs another --dataset" if split == "test"
-                           else "it needs uint16 tokens and the right --vocab_size")
+            self.advice = "it needs uint16 tokens and the right --vocab_size"
         if split not in meta["splits"] or not self.path.is_file():
             raise UserError(f"the data set {self.path.parent} has no {split} split ({self.path}); "
                             f"{self.advice}")
@@ -236,8 +237,8 @@ def print_info(data_dir, dataset):
     Raises UserError if it is damaged.
     """
     meta = read_meta(data_dir, dataset, vocab_size=2**16)  # as many as nanoGPT's files can have
-    print(f"{Path(data_dir, dataset)}: from {meta['source']}; {kind_of(meta['tokenizer'])} tokens "
-          f"of {meta['vocab_size']:,} kinds, stored as {meta['dtype']}")
+    print(f"{Path(data_dir, dataset)}: from {meta['source']}; {meta['tokenizer']} tokens of "
+          f"{meta['vocab_size']:,} kinds, stored as {meta['dtype']}")
     damage, beginning = [], np.empty(0, np.int64)
     for split, facts in meta["splits"].items():
         try:

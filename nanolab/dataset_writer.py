@@ -57,6 +57,7 @@ def is_complete(folder, plan):
 
 
 HELDOUT = 0.02  # of stdlib and of much text, for val and test: half each
+OWN_RULES = 2  # the second set of rules by which your own text is read, cut and split
 
 
 def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1, heldout=HELDOUT):
@@ -65,60 +66,67 @@ def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1,
                  f"the standard library of Python {sys.version.split()[0]}", heldout, is_own=False)
 
 
-def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=None, given=None,
-                 facts=None, is_own=True):
+def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=None, given={},
+                 facts={}, is_own=True):
     """The documents of `files`, split by the hash of their text. Raises UserError.
 
     heldout: the fraction for val and test, half each. given: {split: files} of val, of test or of
     both, if they are not to come from `files`. facts: more for meta.json. is_own: not stdlib, whose
     bytes are published and stay what they were.
     """
-    groups = {**(given or {}), "text": files}
+    groups = {"text": files, **given}
     stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
              for group, files in groups.items()}
-    ranges = {group: [r for file in files for r in file_ranges(file)]
+    ranges = {group: [file_range for file in files for file_range in file_ranges(file)]
               for group, files in groups.items()}
-    n_bytes = sum(r.n_bytes for r in ranges["text"]) + 1
+    n_bytes = sum(file_range.n_bytes for file_range in ranges["text"])
     if is_own:
-        plan = fingerprint(source, stats, tokenizer, text_column, heldout)
+        plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_RULES)
         # val and test have at least 256 KiB each, 60 windows of GPT-2's tokens, or 5 % of the text
-        heldout = heldout or min(max(HELDOUT, 2**19 / n_bytes), 0.1)
+        heldout = heldout or min(max(HELDOUT, 2**19 / (n_bytes + 1)), 0.1)
         # A text longer than val is cut: into eighths of val, but not into less than a window's
         # 4 KiB or, of little text, than half a percent of it.
         size = int(min(max(heldout / 16 * n_bytes, 2**12), max(n_bytes / 200, 100), 2**20))
-        limit = min(max(heldout / 2 * n_bytes, size), 2**20) if len(groups) < 3 else 2**20
+        limit = min(max(heldout / 2 * n_bytes, size), 2**20) if len(given) < 2 else 2**20
         split = functools.partial(own_texts, limit=limit, size=size)
     else:
         other = [heldout] if heldout != HELDOUT else []  # so that older data sets keep their plan
         plan = fingerprint(source, stats["text"], tokenizer, text_column, *other)
-        max_length = min(max((n_bytes - 1) // 100, 2**14), 2**20)
+        max_length = min(max(n_bytes // 100, 2**14), 2**20)
         split = functools.partial(cut_at_line_ends, max_length=max_length)
     options = {"text_column": text_column, "split": split, "is_own": is_own}
     with dataset_lock(folder):
         if is_complete(folder, plan):
             return
         # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
-        n_tokens = (sum(r.n_bytes for group in ranges.values() for r in group)
-                    // (1 if tokenizer == "bytes" else 2) + 1)
-        writer = DatasetWriter(folder, plan, tokenizer)
-        splits = [split for split in ("test", "val") if split not in ranges]  # to take from files
+        n_tokens = sum(r.n_bytes for group in ranges.values() for r in group)
+        n_tokens = n_tokens // (1 if tokenizer == "bytes" else 2) + 1
+        writer, documents = DatasetWriter(folder, plan, tokenizer), {}
         with writer.progress_bar(n_tokens) as bar:
-            if writer.hash_limits is None:  # they depend on the hash of every document
-                documents, counts = tokenize_groups(writer, ranges, workers, options, bar)
-                writer.facts = {**(facts or {}), "documents_left_out": counts}
-                writer.hash_limits = choose_hash_limits(documents, heldout, splits)
-                writer.save()
-        known = np.load(writer.known_file)
-        for group in ranges:
-            limits, names = (writer.hash_limits, [*splits, "train"]) if group == "text" else (
-                [], [group])
+            for group in groups:
+                parts = [np.empty(0, DOCUMENT)]
+                for path in writer.tokenize(group, ranges[group], workers, **options):
+                    with np.load(path) as shard:
+                        parts.append(shard["documents"])
+                    bar.update(int(parts[-1]["n_tokens"].sum()))
+                documents[group] = np.concatenate(parts)
+        # All are there until the text is in its splits: it comes first.
+        known = np.array([hash_ for split in given for hash_ in documents[split]["hash"]], "u8")
+        splits = [split for split in ("test", "val") if split not in given]  # to take from files
+        if writer.hash_limits is None:  # they depend on the hash of every document
+            counts = leave_out(documents, known)
+            writer.facts = {**facts, "documents_left_out": counts}
+            writer.hash_limits = choose_hash_limits(documents["text"], heldout, splits)
+            writer.save()
+        for group in groups:
+            limits, names, left_out = [], [group], []
+            if group == "text":
+                limits, names, left_out = writer.hash_limits, [*splits, "train"], known
             for path in writer.tokenize(group, ranges[group], 1, **options):  # they exist by now
                 with np.load(path) as shard:
                     tokens, documents = shard["tokens"], shard["documents"]
-                # Of each document, then of each token: which of the names; -1: left out.
                 ids = np.searchsorted(np.array(limits, np.uint64), documents["hash"])
-                if group == "text":
-                    ids[np.isin(documents["hash"], known)] = -1
+                ids[np.isin(documents["hash"], left_out)] = -1
                 ids = ids.repeat(documents["n_tokens"].astype(int))
                 for i, split in enumerate(names):
                     writer.append(split, tokens[ids == i])
@@ -126,28 +134,20 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
         writer.finish(source, writer.facts)
 
 
-def tokenize_groups(writer, ranges, workers, options, bar):
-    """Tokenises all shards. -> the documents of the group "text" that are in no other group, as an
-    array of DOCUMENT; how many documents are left out, and why."""
-    documents, counts = {}, Counter()
-    for group in ranges:
-        parts = []
-        for path in writer.tokenize(group, ranges[group], workers, **options):
-            with np.load(path) as shard:
-                parts.append(shard["documents"])
-                counts.update(null=int(shard["n_null"]), empty=int(shard["n_empty"]))
-            bar.update(int(parts[-1]["n_tokens"].sum()))
-        documents[group] = np.concatenate(parts)
-    text = documents.pop("text")
-    known = np.array([h for part in documents.values() for h in part["hash"]], "u8")
-    np.save(writer.known_file, known)
-    documents["train"] = text[~np.isin(text["hash"], known)]
-    counts["in val or test"] = len(text) - len(documents["train"])
+def leave_out(documents, known):
+    """Drops the documents without text, and of "text" those whose hash is known. -> a Counter"""
+    counts = Counter()
+    for group, all_ in documents.items():
+        has_text = all_["n_tokens"] > 0
+        is_known = has_text & np.isin(all_["hash"], known) & (group == "text")
+        documents[group] = all_[has_text & ~is_known]
+        counts.update({"null or empty": int((~has_text).sum()),
+                       "in val or test": int(is_known.sum())})
+        if not len(documents[group]):
+            raise UserError(f"there is no text for {group.replace('text', 'train')}")
     if +counts:
         print(f"documents left out: {format_counts(+counts)}")
-    if empty := [split for split in documents if not len(documents[split])]:
-        raise UserError(f"there is no text for {empty[0]}")
-    return documents["train"], counts
+    return counts
 
 
 def choose_hash_limits(documents, heldout, splits=("test", "val")):
@@ -195,7 +195,6 @@ class DatasetWriter:
         self.n_tokens = Counter(progress.get("n_tokens"))
         self.hash_limits = progress.get("hash_limits")  # of a split by hash, once they are known
         self.facts = progress.get("facts", {})  # for meta.json, known at that time
-        self.known_file = self.unfinished / "known.npy"  # hashes of what is left out of train
         self.save()
 
     def read_progress(self):
@@ -315,18 +314,17 @@ def exit_with_parent():
 def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, is_own=False):
     """Tokenises a list of FileRange into an .npz file, unless it is there already. -> its path
 
-    It has the tokens (n,), of each document its DOCUMENT (m,), and the numbers of texts that are
-    null or empty. split: a function of a text that returns its documents; None: it is one. is_own:
-    see corpus.documents. Raises UserError.
+    It has the tokens (n,) and of each document its DOCUMENT (m,), which is 0 for a null or an empty
+    text. split: a function of a text that returns its documents; None: it is one. is_own: see
+    corpus.documents. Raises UserError.
     """
     if path.exists():
         return path
-    tokenizer, n_left_out = get_tokenizer(tokenizer_name), Counter()
-    tokens, facts = [np.empty(0, np.uint32)], []
+    tokenizer, tokens, facts = get_tokenizer(tokenizer_name), [np.empty(0, np.uint32)], []
     for file_range in shard:
         for place, text in documents(file_range, text_column, is_own):
             if text is None or not (text.strip() if is_own else text):
-                n_left_out["null" if text is None else "empty"] += 1
+                facts.append((0, 0, 0))
                 continue
             for document in split(text) if split else [text]:
                 try:
@@ -342,7 +340,6 @@ def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, 
     temporary = path.with_suffix(f".{os.getpid()}")
     with open(temporary, "wb") as file:
         np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),
-                 documents=np.array(facts, DOCUMENT), n_null=n_left_out["null"],
-                 n_empty=n_left_out["empty"])
+                 documents=np.array(facts, DOCUMENT))
     os.replace(temporary, path)
     return path

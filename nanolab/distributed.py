@@ -223,16 +223,16 @@ def thread_pool(n):
 
 
 class SharedModel(nn.Module):
-    """A model, (inputs, targets) -> mean loss, whose batches the threads share. A part has its own
-    gradients. They are summed in the order of the parts: the bits do not depend on which thread
-    ends first."""
+    """A model, (inputs, targets, ...) -> mean loss, whose batches the threads share. A part has its
+    own gradients. They are summed in the order of the parts: the bits do not depend on which
+    thread ends first."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs, targets):
-        return SharedLoss.apply(self.model, inputs, targets, torch.is_grad_enabled(),
+    def forward(self, inputs, targets, *options):
+        return SharedLoss.apply(self.model, inputs, targets, options, torch.is_grad_enabled(),
                                 *self.model.parameters())
 
 
@@ -240,13 +240,13 @@ class SharedLoss(torch.autograd.Function):
     """The mean loss over a batch, and at once its gradients."""
 
     @staticmethod
-    def forward(ctx, model, inputs, targets, needs_grad, *parameters):
+    def forward(ctx, model, inputs, targets, options, needs_grad, *parameters):
         autocasts, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
         def run(part_inputs, part_targets):
             fraction = len(part_inputs) / len(inputs)
             with torch.set_grad_enabled(needs_grad), torch.autocast("cpu", dtype, autocasts):
-                loss = fraction * model(part_inputs, part_targets)
+                loss = fraction * model(part_inputs, part_targets, *options)
             return loss.detach(), torch.autograd.grad(loss, parameters) if needs_grad else ()
 
         (loss, grads), *others = map_parts(run, inputs, targets)
@@ -262,4 +262,4 @@ class SharedLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grads, ctx.grads = ctx.grads, None
         torch._foreach_mul_(grads, grad_loss)
-        return None, None, None, None, *grads
+        return *[None] * 5, *grads

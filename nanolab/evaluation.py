@@ -1,4 +1,5 @@
-"""Mean losses; the test result of a checkpoint, which is saved in NAME.test.json beside it."""
+"""Mean losses; the test result of a checkpoint, which is saved in NAME.test.json beside it, and its
+difference to another's."""
 
 import hashlib
 import json
@@ -13,7 +14,6 @@ from nanolab import distributed
 from nanolab.checkpoint import load_model
 from nanolab.common import UserError, describe, parse_json, write_atomically
 from nanolab.data import TokenDataset, read_meta
-from nanolab.tokenizer import kind_of
 
 
 def mean_loss(model, dataset, n_tokens, batch_size, world):
@@ -47,15 +47,20 @@ def mean_losses(model, dataset, groups, batch_size, world):
     return [total / len(group) for total, group in zip(sums.tolist(), groups)]
 
 
-def measure_test_loss(checkpoint, data_dir, dataset, batch_size, world):
-    """The loss of a checkpoint, from read_checkpoint, on the test split: a dict, as study.py reads
-    it. Raises UserError."""
+def measure_loss(checkpoint, data_dir, dataset, split, block_size, batch_size, world):
+    """The loss of a checkpoint, from read_checkpoint, on a whole split, test or val, in windows of
+    block_size tokens: a dict, as study.py reads it. Raises UserError."""
     path, config = checkpoint["path"], checkpoint["config"]
-    meta = read_meta(data_dir, dataset)
+    meta = read_meta(data_dir, dataset, config["vocab_size"])
+    if split not in meta["splits"]:
+        raise UserError(f"the data set {dataset} has no {split} split; --split=val measures its "
+                        "validation split")
     if meta["tokenizer"] != checkpoint["tokenizer"]:
-        raise UserError(f"{path} was trained on {kind_of(checkpoint['tokenizer'])} tokens, "
-                        f"the data set {dataset} has {kind_of(meta['tokenizer'])}")
-    data = TokenDataset(data_dir, dataset, "test", config["block_size"])
+        raise UserError(f"{path} was trained on {checkpoint['tokenizer']} tokens, "
+                        f"the data set {dataset} has {meta['tokenizer']}")
+    if block_size > config["block_size"]:
+        raise UserError(f"{path} reads at most {config['block_size']} tokens, not {block_size}")
+    data = TokenDataset(data_dir, dataset, split, block_size, config["vocab_size"])
     model = load_model(checkpoint).to(world.device)
     n_parameters = model.num_params()
     if world.device.type == "cpu" and distributed.DEFAULT_THREADS > 1:
@@ -66,48 +71,70 @@ def measure_test_loss(checkpoint, data_dir, dataset, batch_size, world):
     sizes = [len(group) for group in groups]
     loss = math.fsum(map(math.prod, zip(losses, sizes))) / len(data)
     if not math.isfinite(loss):
-        raise UserError(f"the test loss of {path} is not finite: its weights are too large")
-    split, val_loss = meta["splits"]["test"], checkpoint.get("val_loss")
-    return {"name": config["name"], "path": path, "test_loss": loss,
-            "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": loss / math.log(2) * split["tokens"] / split["bytes"],
-            "windows": len(data), "tokens": len(data) * config["block_size"],
+        raise UserError(f"the {split} loss of {path} is not finite: its weights are too large")
+    facts, val_loss = meta["splits"][split], checkpoint.get("val_loss")
+    bits_per_byte = None  # nanoGPT's data sets do not say how many bytes their text has
+    if "bytes" in facts:
+        bits_per_byte = loss / math.log(2) * facts["tokens"] / facts["bytes"]
+    return {"name": config["name"], "path": path, "split": split,
+            "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits_per_byte,
+            "windows": len(data), "tokens": len(data) * block_size,
             "group_windows": sizes, "group_losses": [round(each, 5) for each in losses],
-            "block_size": config["block_size"], "parameters": n_parameters,
-            "dataset": dataset, "test_sha256": split["sha256"], "amp": amp_name(world),
+            "block_size": block_size, "parameters": n_parameters,
+            "dataset": dataset, f"{split}_sha256": facts["sha256"], "amp": amp_name(world),
             "step": checkpoint["step"], "trained_tokens": checkpoint["tokens"],
             "averaged_steps": checkpoint.get("averaged_steps", 0),
             "val_loss": val_loss if val_loss is not None and math.isfinite(val_loss) else None,
-            "code": checkpoint.get("code"), "config": config}
+            "code": checkpoint.get("code"), "config": config,
+            f"{split}_loss": loss}  # of val, in the place of the run's own
 
 
 def amp_name(world):
     return str(world.dtype).removeprefix("torch.") if world.dtype else "off"
 
 
+def loss_of(result):
+    return result[f"{result['split']}_loss"]
+
+
 def test_set_error(result):
     """The standard error of a test loss from the choice of the test documents: that of a weighted
     mean of groups of them. None for a single group."""
-    sizes, losses = (torch.tensor(result[key], dtype=torch.float64)
-                     for key in ("group_windows", "group_losses"))
-    if len(sizes) < 2:
+    return weighted_error(result["group_losses"], result["group_windows"])
+
+
+def weighted_error(values, weights):
+    """The standard error of a weighted mean; None of a single value."""
+    values, weights = (torch.tensor(each, dtype=torch.float64) for each in (values, weights))
+    if len(values) < 2:
         return None
-    deviations = sizes * (losses - result["test_loss"]) / sizes.sum()
-    return float((deviations.square().sum() * len(sizes) / (len(sizes) - 1)).sqrt())
+    deviations = weights * (values - (weights * values).sum() / weights.sum()) / weights.sum()
+    return float((deviations.square().sum() * len(values) / (len(values) - 1)).sqrt())
 
 
-def result_path(path):
-    return Path(path).with_suffix(".test.json")
+def paired_difference(first, other):
+    """The difference of two results' losses on the same windows, and the half-width of its 95 %
+    interval; None for a single document. What is hard for one is hard for the other, so it is
+    narrower than an interval of either."""
+    gaps = [b - a for a, b in zip(first["group_losses"], other["group_losses"], strict=True)]
+    error = weighted_error(gaps, first["group_windows"])
+    from scipy.special import stdtrit  # Student's t
+    return (loss_of(other) - loss_of(first),
+            None if error is None else float(stdtrit(len(gaps) - 1, 0.975)) * error)
 
 
-def load_results(path):
+def result_path(path, split):
+    return Path(path).with_suffix(f".{split}.json")
+
+
+def load_results(path, split):
     """What is saved for the checkpoint as it is: {"checkpoint_sha256": ..., "results": [...]}."""
     if not Path(path).is_file():
         return {"results": []}
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        saved = parse_json(result_path(path).read_text())
+        saved = parse_json(result_path(path, split).read_text())
         if saved["checkpoint_sha256"] == sha256 and all("config" in r for r in saved["results"]):
             return saved
     except (OSError, ValueError, KeyError, TypeError):
@@ -115,9 +142,9 @@ def load_results(path):
     return {"checkpoint_sha256": sha256, "results": []}
 
 
-def save_results(path, saved):
+def save_results(path, split, saved):
     try:
-        write_atomically(result_path(path), json.dumps(saved, indent=1) + "\n")
+        write_atomically(result_path(path, split), json.dumps(saved, indent=1) + "\n")
     except OSError as error:
         print(f"{path}: the result could not be saved ({describe(error)}); "
               "it will be measured again", file=sys.stderr)

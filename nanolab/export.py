@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 
 from nanolab.common import ROOT, UserError, describe
 from nanolab.gpt2 import gpt2_config, gpt2_weights, is_gpt2, untied
-from nanolab.tokenizer import (END_OF_TEXT, byte_characters, get_tokenizer,
-                               gpt2_vocabulary_files, kind_of)
+from nanolab.tokenizer import END_OF_TEXT, byte_characters, get_tokenizer, gpt2_vocabulary_files
 
 
 def export(checkpoint, model, folder):
@@ -53,10 +52,8 @@ def own_weights(model):
 def own_code():
     """-> {name: bytes}: for_transformers.py and what it imports of ours, as one file."""
     text = with_own_imports(ROOT / "nanolab" / "for_transformers.py", set())
-    return {"modeling_nanolab.py": f'"""{CODE_HEADER}"""\n\n{text}'.encode()}
-
-
-CODE_HEADER = "A model of nanolab, for transformers: files of nanolab, one after another."
+    header = '"""A model of nanolab, for transformers: files of nanolab, one after another."""'
+    return {"modeling_nanolab.py": f"{header}\n\n{text}".encode()}
 
 
 def with_own_imports(path, done):
@@ -113,17 +110,17 @@ BYTE_TOKENIZER = {
 
 def model_card(checkpoint, model, title, files):
     """README.md. files: the names of the others."""
-    config, tokenizer = checkpoint["config"], kind_of(checkpoint["tokenizer"])
+    config = checkpoint["config"]
     origin = f"imported by nanolab from `{Path(checkpoint['path']).name}`"
     if config["dataset"]:
         origin = (f"trained with nanolab as the run `{config['name']}` on "
-                  f"{checkpoint['tokens']:,} {tokenizer} tokens of `{config['dataset']}`")
+                  f"{checkpoint['tokens']:,} tokens of `{config['dataset']}`")
     card = CARD.format(kind="gpt2" if is_gpt2(model.config) else "custom_code", title=title,
                        n_parameters=model.num_params(), origin=origin)
     if "modeling_nanolab.py" in files:
         card += CODE_NOTE
     if "tokenizer_config.json" not in files:
-        card += f"\nThe folder has no tokenizer files ({tokenizer} tokens).\n"
+        card += NO_TOKENIZER_NOTE
     return card
 
 
@@ -142,6 +139,10 @@ CODE_NOTE = """
 **Loading it runs code**: `modeling_nanolab.py` in this folder is the model, so read it first.
 
     AutoModelForCausalLM.from_pretrained("THIS FOLDER", trust_remote_code=True)
+"""
+
+NO_TOKENIZER_NOTE = """
+There are no tokenizer files; `nanolab_tokenizer` in config.json says what the tokens are.
 """
 
 

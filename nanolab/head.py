@@ -16,9 +16,10 @@ def softcap(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def head_loss(hidden, weight, targets, cap):
+def head_loss(hidden, weight, targets, cap, z_loss=0.0):
     """Mean cross-entropy in nats of softcap(hidden @ weight.T, cap), (N, C) x (V, C), against N
-    token ids. -> a scalar.
+    token ids, plus z_loss times the mean of log(Z)^2, where Z is the sum of exp(logits) of a token
+    (Chowdhery et al., "PaLM", 2022). -> a scalar.
 
     The forward pass makes the gradients too, so no logits are kept for the backward pass. In eager
     code and on a CPU, they never exist at once either: a chunk of rows at a time is computed and
@@ -29,7 +30,7 @@ def head_loss(hidden, weight, targets, cap):
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     loss = cpu_head_loss if device == "cpu" else HeadLoss.apply
-    return loss(hidden, weight, targets, cap, dtype, torch.is_grad_enabled())
+    return loss(hidden, weight, targets, cap, dtype, torch.is_grad_enabled(), z_loss)
 
 
 EAGER_CHUNK = 2**25  # logits at a time: several float32 copies of 128 MiB
@@ -40,14 +41,14 @@ class HeadLoss(torch.autograd.Function):
     nothing here stops its graph."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad):
+    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad, z_loss=0.0):
         N, V = len(hidden), len(weight)
         # zero rows up to a multiple of 64, which GPUs multiply faster
         hidden, head = hidden.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, -V % 64))
         n_chunks = 1 if torch.compiler.is_compiling() else math.ceil(N * len(head) / EAGER_CHUNK)
         loss, grads, grad_weight = 0, [], 0
         for chunk, target in zip(hidden.chunk(n_chunks), targets[:, None].chunk(n_chunks)):
-            chunk_loss, grad = loss_and_gradient(chunk @ head.T, target, V, cap)
+            chunk_loss, grad = loss_and_gradient(chunk @ head.T, target, V, cap, z_loss)
             loss = loss + chunk_loss
             if needs_grad:
                 grads.append(product_of_gradients(grad, head))
@@ -63,7 +64,7 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         # in float32: the scale of a float16 loss is applied before anything is rounded again
         scale = grad_loss / ctx.n_rows
-        return *(grad.float() * scale for grad in ctx.saved_tensors), None, None, None, None
+        return *(grad.float() * scale for grad in ctx.saved_tensors), *[None] * 5
 
 
 def product_of_gradients(grad, head):
@@ -84,7 +85,7 @@ def sums_have_16_bits():
 sums_have_16_bits._dynamo_marked_constant = True
 
 
-def loss_and_gradient(logits, targets, V, cap):
+def loss_and_gradient(logits, targets, V, cap, z_loss=0.0):
     """(rows, padded V) logits, (rows, 1) targets -> the summed loss, and its gradient in the type
     of the logits; 0 for the padded columns."""
     token = torch.arange(logits.shape[1], device=logits.device)
@@ -94,10 +95,14 @@ def loss_and_gradient(logits, targets, V, cap):
     log_sum_exp = top + (x - top).exp().sum(-1, keepdim=True).log()
     # not a gather: it would be part of the next kernel, and the logits would be kept until then
     target_logits = torch.where(token == targets, x, 0).sum(-1, keepdim=True)
-    grad = (x - log_sum_exp).exp() - (token == targets).float()
+    loss, probs = log_sum_exp - target_logits, (x - log_sum_exp).exp()
+    if z_loss:
+        loss = loss + z_loss * log_sum_exp.square()
+        probs = probs * (1 + 2 * z_loss * log_sum_exp)
+    grad = probs - (token == targets).float()
     if cap:
         grad = grad * torch.where(token < V, 1 - (x / cap).square(), 0)  # softcap's derivative
-    return (log_sum_exp - target_logits).sum(), grad.to(logits.dtype)
+    return loss.sum(), grad.to(logits.dtype)
 
 
 # torch.compile would unroll the loops. (torch.compiler.disable is this, and imports the compiler.)
@@ -113,7 +118,7 @@ class CPUHeadLoss(torch.autograd.Function):
     """On a CPU, which takes the rows in chunks and the vocabulary in slices."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad):
+    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad, z_loss=0.0):
         N, V = len(hidden), len(weight)
         slices = [slice(first, min(first + CPU_SLICE, V)) for first in range(0, V, CPU_SLICE)]
         heads = [pad(weight[ids].to(dtype)) for ids in slices]
@@ -134,7 +139,12 @@ class CPUHeadLoss(torch.autograd.Function):
                 slope = 1 - (logits / cap).square()  # the derivative of softcap
             probs = torch.softmax(logits, dim=-1, out=logits)
             # the log of the sum of exp(logits) is top - log(max(probs))
-            loss += (top - target_logit - probs.amax(dim=-1, keepdim=True).log()).sum()
+            log_max = probs.amax(dim=-1, keepdim=True).log()
+            loss += (top - target_logit - log_max).sum()
+            if z_loss:
+                log_sum_exp = top - log_max
+                loss += z_loss * log_sum_exp.square().sum()
+                probs *= 1 + 2 * z_loss * log_sum_exp
             if not needs_grad:
                 continue
             # probs - one_hot(target)
@@ -154,7 +164,7 @@ class CPUHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss):
         scale = grad_loss / ctx.n_rows
-        return *(grad.mul_(scale) for grad in ctx.saved_tensors), None, None, None, None
+        return *(grad.mul_(scale) for grad in ctx.saved_tensors), *[None] * 5
 
 
 def pad(x, dim=0):

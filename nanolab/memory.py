@@ -121,8 +121,13 @@ def dry_run(config, n_steps, model, optimizer, dataset, batch_size, grad_accum_s
     rate = config.global_batch_size * config.block_size / seconds
     cost = seconds * n_steps / 3600 * config.dollars_per_hour
     print0(f"memory: {peak_memory(world.device) / 2**20:,.0f} MB at the peak of a step\n"
-           f"time:   {seconds:.3g} s a step ({grad_accum_steps} micro-steps of {micro_step:.3g} s, "
-           f"{update:.3g} s for the update), {rate:,.0f} tokens/s; {n_steps:,} steps take about "
+           f"time:   {short(seconds)} s a step ({grad_accum_steps} micro-steps of "
+           f"{short(micro_step)} s, {short(update)} s for the update), {rate:,.0f} tokens/s; "
+           f"{n_steps:,} steps take about "
            f"{format_duration(seconds * n_steps)}, validations and saves not counted"
            f"{f', and cost {cost:,.2f} dollars' if cost else ''}\n"
            f"dry run: nothing was written to {config.out_dir}")
+
+
+def short(seconds):
+    return f"{seconds:.3g}" if seconds < 100 else f"{seconds:,.0f}"

@@ -18,28 +18,30 @@ from pathlib import Path
 from nanolab.common import UserError
 
 
-def load(config_class, argv, stored=None):
+def load(config_class, argv, stored=None, foreign_names={}):
     """The config that a command line asks for: [FILE.py ...] [--key=value ...].
 
     Files apply in order, later ones win; flags win over files. `--key value` and, for a switch,
     `--key` are accepted too. `--help` prints every option and exits.
     stored: a function of (files, {option: value}) that gives a path and the options of an earlier
     run, which files and flags override; or None, {}.
+    foreign_names: {an option, "option=value" or file of another trainer: what it is here}.
     Raises UserError with exit code 2.
     """
     options = {f.name: f for f in fields(config_class)}
     files, flags = split_command_line(argv, options)
+    settings = [(key, value, file) for file in files for key, value in read_config_file(file)]
+    settings += [(key, text, f"--{key}") for key, text in flags]
+    refuse_unknown(files, settings, options, foreign_names)
     given, origin = {}, {}
-    for file in files:
-        for key, value in read_config_file(file, options).items():
-            given[key], origin[key] = check(options[key], value, file), file
-    for key, text in flags:
-        value = text if options[key].type is str else parse_literal(text)
-        given[key], origin[key] = check(options[key], value, f"--{key}"), f"--{key}"
+    for key, value, source in settings:
+        if source == f"--{key}" and options[key].type is not str:
+            value = parse_literal(value)
+        given[key], origin[key] = check(options[key], value, source), source
     if stored:
         path, earlier = stored(files, given)
+        refuse_unknown([], [(key, value, path) for key, value in earlier.items()], options, {})
         for key in earlier.keys() - given.keys():
-            require_known(key, options, path)
             given[key], origin[key] = check(options[key], earlier[key], path), path
     config = config_class.from_given(given)
 
@@ -67,8 +69,7 @@ def split_command_line(argv, options):
             files.append(word)
             continue
         key, equals, text = word.removeprefix("--").partition("=")
-        require_known(key, options, f"--{key}")
-        is_switch = bool in types_of(options[key])
+        is_switch = key not in options or bool in types_of(options[key])
         if not equals and words and not words[0].startswith("--") and not (
                 is_switch and words[0].endswith(".py")):
             text = words.pop(0)
@@ -80,13 +81,13 @@ def split_command_line(argv, options):
     return files, flags
 
 
-def read_config_file(file, options):
-    """The options that a config file assigns. It runs as plain Python in a namespace of its own."""
+def read_config_file(file):
+    """What a config file assigns: [(key, value)]; nothing if it is not there. It runs as plain
+    Python in a namespace of its own."""
     if not file.endswith(".py"):
         raise config_error(f"'{file}' is neither a config file (NAME.py) nor a flag (--key=value)")
     if not Path(file).is_file():
-        there = map(str, Path("config").rglob("*.py"))
-        raise config_error(f"there is no config file {file}{nearest(file, there)}")
+        return []  # refuse_unknown says so
     try:
         namespace = runpy.run_path(file)
     except SyntaxError as error:
@@ -95,11 +96,8 @@ def read_config_file(file, options):
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == file), 1)
         raise config_error(f"{file}, line {line}: {type(error).__name__}: {error}") from None
-    assigned = {key: value for key, value in namespace.items() if not key.startswith("_")
-                and not isinstance(value, types.ModuleType) and not callable(value)}
-    for key in assigned:
-        require_known(key, options, file)
-    return assigned
+    return [(key, value) for key, value in namespace.items() if not key.startswith("_")
+            and not isinstance(value, types.ModuleType) and not callable(value)]
 
 
 def parse_literal(text):
@@ -155,10 +153,28 @@ def lies_within(value, interval):
     return above and below and abs(value) < (2**63 if isinstance(value, int) else math.inf)
 
 
-def require_known(key, options, origin):
-    if key not in options:
-        raise config_error(f"unknown option '{key}' (from {origin}){nearest(key, options)}; "
-                           "--help lists them all")
+def refuse_unknown(files, settings, options, foreign_names):
+    """Raises UserError for all unknown files and options in [(key, value, source)] at once. Another
+    trainer's are answered with what they are here."""
+    names = {file: (f"there is no config file {file}", map(str, Path("config").rglob("*.py")))
+             for file in files if not Path(file).is_file()}
+    for key, value, source in settings:
+        if key not in options:
+            names[key] = f"unknown option '{key}' (from {source})", options
+        elif f"{key}={value}" in foreign_names:
+            names[f"{key}={value}"] = f"{key}={value} (from {source}) is no value of ours", ()
+    lines, advice = [], "--help lists all options"
+    for name, (problem, known) in names.items():
+        word = name.replace("-", "_")
+        if word in foreign_names:
+            advice = "docs/from_nanogpt.md has other trainers' names, --help all of nanolab's"
+            lines.append(f"{problem}; {foreign_names[word]}")
+        else:
+            lines.append(f"{problem}{nearest(word, known)}")
+    if len(lines) == 1:
+        raise config_error(f"{lines[0]}; {advice}")
+    if lines:
+        raise UserError(f"{len(lines)} names are unknown; {advice}", 2, details=lines)
 
 
 def nearest(word, known):

@@ -1,12 +1,11 @@
-"""What a run looks like: its log read, loss.png, and report.html, which has it all on one page.
+"""What a run looks like: its log read, and loss.png.
 
 matplotlib is imported at the first picture: every process of train.py imports this file.
 """
 
-import base64
 import gc
-import html
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,17 @@ from nanolab.common import UserError, parse_json
 def read_entries(path):
     """All lines, as dicts. None: a number that was not finite."""
     return [parse_json(line) for line in Path(path).read_text().splitlines()]
+
+
+def last_entry(path):
+    """The last whole line of a log that may be being written, as a dict; None if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(os.path.getsize(path) - 2**14, 0))
+            for line in reversed(file.read().split(b"\n")[:-1]):
+                return parse_json(line)
+    except (OSError, ValueError):
+        return None
 
 
 def read_log(path):
@@ -46,6 +56,7 @@ def plot_run(train, val, config):
     train, val: as read_log returns them. The grey band has a bin for about every pixel, from its
     smallest to its largest value, so that no spike is lost.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
     tokens, losses = millions_of_tokens(train), series(train, "loss")
     n, means = smooth(losses)
     figure, (top, middle, bottom) = new_figure(3, 1, figsize=(9, 9), sharex=True,
@@ -85,6 +96,8 @@ def plot_run(train, val, config):
                        label=f"clipped at {config.grad_clip:g}")
         bottom.legend(frameon=False)
     bottom.set_yscale("log")
+    bottom.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                     major_formatter="{x:g}")
     bottom.set_ylabel("gradient norm")
     bottom.set_xlabel("training tokens, millions")
     png = io.BytesIO()
@@ -136,49 +149,3 @@ def save_figure(figure, path, dpi=150):
     finally:
         plt.close(figure)
         gc.collect()  # its cycles hold megabytes, and a training loop hardly starts the collector
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h1 { margin-bottom: 0; overflow-wrap: anywhere } img { max-width: 100% }
-th, td { text-align: left; padding-right: 1.5rem; vertical-align: top; font-weight: normal }
-pre { background: #f5f5f5; padding: .7rem; white-space: pre-wrap; overflow-wrap: anywhere }
-"""
-
-
-def format_report(options, summary, entries, png, status, is_running):
-    """report.html: one file, without network, that shows what a run was and how it went.
-
-    options, summary: {name: value}; entries: of the log; png: the chart, bytes; is_running: a
-    browser then loads the page again every ten seconds.
-    """
-    title = html.escape(options["name"])
-    reload = '<meta http-equiv="refresh" content="10">' if is_running else ""
-    losses = {f"step {entry['step']:,}": entry["val_loss"] for entry in having("val_loss", entries)}
-    samples = "".join(f"<p>After step {entry['step']:,}:</p><pre>{html.escape(entry['sample'])}"
-                      "</pre>\n" for entry in reversed(having("sample", entries)))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{reload}
-<title>{title}: {status}</title><style>{STYLE}</style></head>
-<body>
-<h1>{title}</h1>
-<p>A training run of nanolab: {status}.</p>
-<p><img alt="Loss, learning rate and gradient norm over the training tokens"
-src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>
-{html_table(summary)}
-<h2>Validation loss, nats per token</h2>
-{html_table(losses)}
-<h2>Samples</h2>
-{samples or "<p>None were drawn (--sample_every).</p>"}
-<h2>Options</h2>
-{html_table(options)}
-</body>
-</html>
-"""
-
-
-def html_table(rows):
-    lines = (f"<tr><th>{html.escape(str(left))}</th><td>{html.escape(str(right))}</td></tr>"
-             for left, right in rows.items())
-    return "\n".join(["<table>", *lines, "</table>"])

@@ -4,22 +4,29 @@ report.html, summary.json; and the clock behind it."""
 import html
 import json
 import math
+import os
+import shlex
 import sys
 import textwrap
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from nanolab.common import (UserError, code_diff, code_state, describe, parse_json, utc_now,
+from config import OPTIONS
+from nanolab.checkpoint import checkpoint_file
+from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, parse_json, utc_now,
                             versions, write_atomically)
 from nanolab.distributed import machine, n_threads
+from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
-from nanolab.plots import format_report, having, import_matplotlib, plot_run, read_entries
+from nanolab.plots import having, import_matplotlib, plot_run, read_entries
+from nanolab.report import run_page
 from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token
@@ -58,7 +65,7 @@ class RunLog:
     """
 
     def __init__(self, config, meta, state, max_steps, model, clock, world):
-        self.config, self.state, self.max_steps = config, state, max_steps
+        self.config, self.meta, self.state, self.max_steps = config, meta, state, max_steps
         self.clock, self.world = clock, world
         self.draw_sample = make_sampler(model, config, meta["tokenizer"], world)
         self.enabled = world.rank == 0
@@ -73,7 +80,7 @@ class RunLog:
         self.bar = tqdm(total=max_steps, initial=state.step, unit="step", disable=not self.enabled,
                         mininterval=0.5 if sys.stderr.isatty() else 10.0)
         self.last_line = state.tokens, 0.0  # how many tokens, and seconds in steps, were logged
-        self.next_report = time.perf_counter() + 10
+        self.next_report = time.perf_counter() + 30
         self.unwritten = b""  # lines that wait for room on the disk
 
     def open_files(self):
@@ -123,14 +130,14 @@ class RunLog:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         self.bar.update()
 
-    def validation(self, val_loss, is_best):
+    def validation(self, val_loss, is_best=False):
         if self.enabled:
             best = ", the best so far" if is_best else ""
             tqdm.write(f"step {self.state.step:,}: validation loss {val_loss:.4f}{best}")
         self.write({"step": self.state.step, "tokens": self.state.tokens, "val_loss": val_loss})
 
     def sample(self):
-        if not self.enabled:
+        if not (self.enabled and self.draw_sample):
             return
         text = self.draw_sample()
         self.write({"step": self.state.step, "tokens": self.state.tokens, "sample": text})
@@ -165,6 +172,10 @@ class RunLog:
         while self.unwritten:
             self.unwritten = self.unwritten[self.file.write(self.unwritten):]
 
+    def cost(self):
+        """In dollars, so far."""
+        return self.state.seconds / 3600 * self.config.dollars_per_hour
+
     def summary(self, best_val_loss):
         state = self.state
         return {"name": self.config.name, "steps": state.step, "tokens": state.tokens,
@@ -173,15 +184,15 @@ class RunLog:
                 "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
                 "tokens_per_second": round(state.tokens_per_second(), 1),
                 "peak_memory_mb": round(peak_memory(self.world.device) / 2**20),
-                "cost": round(state.seconds / 3600 * self.config.dollars_per_hour, 2),
+                "cost": round(self.cost(), 2),
                 "started": state.started, "ended": utc_now(),
                 "machine": machine(self.world), "versions": versions(), "code": state.code}
 
     def report_is_due(self):
-        """Every ten seconds; less often if drawing takes more than 1 % of the time."""
+        """Every 30 seconds; less often if drawing takes more than 1 % of the time."""
         return time.perf_counter() > self.next_report
 
-    def report(self, best_val_loss):
+    def report(self, best_val_loss, stopped=False):
         """Writes loss.png and report.html, but for a timing run; at the end summary.json too."""
         if not self.enabled:
             return
@@ -197,26 +208,27 @@ class RunLog:
         try:
             entries = read_entries(self.out_dir / "log.jsonl")
             png = plot_run(having("loss", entries), having("val_loss", entries), self.config)
-            page = format_report(vars(self.config), summary, entries, png, status,
-                                 is_running=not is_last)
             write_atomically(self.out_dir / "loss.png", png)
+            page = run_page(vars(self.config), summary, entries, status,
+                            is_running=not (is_last or stopped))
             write_atomically(self.out_dir / "report.html", page)
-        except (OSError, ValueError, KeyError, TypeError) as error:  # a full disk, a damaged log
-            tqdm.write(f"could not draw {self.out_dir / 'loss.png'} ({describe(error)})",
+        except (OSError, ValueError, KeyError, TypeError, UserError,
+                CalledProcessError) as error:  # a full disk, a damaged log, a missing package
+            tqdm.write(f"could not draw the run in {self.out_dir} ({describe(error)})",
                        file=sys.stderr)
         now = time.perf_counter()
-        self.next_report = now + max(10, 100 * (now - start))
+        self.next_report = now + max(30, 100 * (now - start))
 
     def finish(self, best_val_loss):
         """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
         if not self.enabled:
             return
         self.bar.close()
-        state, best = self.state, self.out_dir / "best.pt"
+        state = self.state
         if state.step < self.max_steps:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
-            self.report(best_val_loss)
+            self.report(best_val_loss, stopped=True)
             if self.tracker:
                 self.tracker.finish()
             return
@@ -224,16 +236,36 @@ class RunLog:
             finish_wandb(self.tracker, self.out_dir)
         rate = state.tokens_per_second()
         flops = rate * self.flops_per_token
+        fraction = f"({flops / self.peak_flops:.1%})"
+        if flops > self.peak_flops:
+            fraction = "when the run started, on a busy machine"
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
-              f"{self.peak_flops / 1e9:,.1f} of matrix products here "
-              f"({flops / self.peak_flops:.1%}); peak memory "
+              f"{self.peak_flops / 1e9:,.1f} of matrix products here {fraction}; peak memory "
               f"{peak_memory(self.world.device) / 2**20:,.0f} MB")
         if self.config.save_weights:
-            ckpt = "" if str(self.out_dir) == "out" else f" --ckpt {best}"
-            print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s; validation loss "
-                  f"{state.val_loss:.4f}, best {best_val_loss:.4f}\n"
-                  f"next:   python eval.py --ckpt {best}\n"
-                  f"        python sample.py{ckpt}")
+            cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
+            print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
+                  f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
+            commands = next_commands(self.config, self.meta, bool(self.draw_sample))
+            for i, command in enumerate(commands):
+                print(f"{'' if i else 'next:':8}{command}")
+
+
+def next_commands(config, meta, can_sample):
+    """Command lines that work on what a finished run left, from the current folder."""
+    path = str(checkpoint_file(config.out_dir))
+    test_tokens = meta["splits"].get("test", {"tokens": 0})["tokens"]
+    split = ["--split=val"] if test_tokens <= config.block_size else []
+    commands = [["eval.py", "--ckpt", path, *split]]
+    before = config.init_from
+    if before in OPENAI_REVISIONS or before and Path(before).exists():
+        commands = [["eval.py", "--ckpt", before, path, f"--dataset={config.dataset}",
+                     f"--data_dir={config.data_dir}", f"--block_size={config.block_size}", *split]]
+    if can_sample:
+        is_default = path == str(Path(OPTIONS["out_dir"].default, "best.pt"))
+        commands.append(["sample.py", *([] if is_default else ["--ckpt", path])])
+    return [shlex.join(["python", os.path.relpath(ROOT / script), *words])
+            for script, *words in commands]
 
 
 def lock(path):
@@ -311,19 +343,22 @@ def matmul_peak(world):
 
 
 def make_sampler(model, config, tokenizer_name, world):
-    """A function that draws a sample after config.sample_prompt from the model as it is then.
+    """A function that draws a sample after config.sample_prompt from the model as it is then; None
+    for a timing run, or if the tokenizer is not there.
 
     It always draws the same random numbers, from a generator of its own, so samples differ by what
-    the model has learnt, and the training is as without them. Raises UserError if the tokenizer is
-    not there.
+    the model has learnt, and the training is as without them. Raises UserError if sample_every
+    needs the tokenizer.
     """
-    if not config.sample_every:
+    if not (config.sample_every or config.save_weights):
         return None
     try:
         tokenizer = get_tokenizer(tokenizer_name)
+        prompt = encode_prompt(tokenizer, config.sample_prompt, config.vocab_size)
     except UserError as error:
-        raise UserError(f"{error}; or train without --sample_every") from None
-    prompt = encode_prompt(tokenizer, config.sample_prompt, config.vocab_size)
+        if config.sample_every:
+            raise UserError(f"{error}; or train without --sample_every") from None
+        return None  # none at the end, then
 
     def draw():
         was_training = model.training

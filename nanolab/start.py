@@ -7,15 +7,14 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from config import (ARCHITECTURE_OPTIONS, INIT_OPTIONS, OPTIONS, RESUME_MAY_CHANGE, SEEDS, Config,
-                    GPTConfig)
+from config import (ARCHITECTURE_OPTIONS, BUDGETS, INIT_OPTIONS, OPTIONS, RESUME_MAY_CHANGE, SEEDS,
+                    Config, GPTConfig)
 from nanolab.checkpoint import RunState, load_weights, read_checkpoint
 from nanolab.common import UserError, code_state, parse_json, utc_now
 from nanolab.distributed import print0
 from nanolab.huggingface import read_any
 from nanolab.optim import count_steps, is_averaged, learning_rate_at
 from nanolab.options import config_error
-from nanolab.tokenizer import kind_of
 
 
 @dataclass
@@ -67,14 +66,15 @@ def find_start(config, meta):
     meta: the data set's read_meta. Raises UserError where config or data would make it another run.
     """
     if not config.init_from:
-        config = replace(config, vocab_size=config.vocab_size or meta["vocab_size"])
+        config = with_budget(replace(config, vocab_size=config.vocab_size or meta["vocab_size"]),
+                             meta)
     start = Start(config, resumed=checkpoint_to_resume(config, meta))
     if start.resumed:
-        start.config = with_architecture(config, start.resumed)
+        start.config = with_architecture(config, start.resumed, meta)
         follow_schedule(start)
     elif config.init_from:
         start.weights = read_any(config.init_from)
-        start.config = with_architecture(config, start.weights)
+        start.config = with_architecture(config, start.weights, meta)
         check_init_from(start.weights, start.config, meta["tokenizer"])
     if start.config.vocab_size < meta["vocab_size"]:
         raise config_error(f"vocab_size={start.config.vocab_size} is less than the "
@@ -93,7 +93,7 @@ def checkpoint_to_resume(config, meta):
     steps = {}
     for path in paths:
         checkpoint = read_run_checkpoint(path, mmap=True)
-        then, now = checkpoint["config"], vars(with_architecture(config, checkpoint))
+        then, now = checkpoint["config"], vars(with_architecture(config, checkpoint, meta))
         if changed := config_diff(then, now, checkpoint["step"], config.extend or bool(steps)):
             raise config_error(f"{path} belongs to another run: {'; '.join(changed)}")
         if checkpoint["data_sha256"] != meta["splits"]["train"]["sha256"]:
@@ -116,11 +116,21 @@ def read_run_checkpoint(path, mmap=False):
                         f"{step:,}") from None
 
 
-def with_architecture(config, checkpoint):
-    """The config with the architecture options that init_from left open, from a checkpoint."""
+def with_architecture(config, checkpoint, meta):
+    """The config with what init_from left open: the architecture, from a checkpoint, and with it
+    the budget."""
     source = GPTConfig.from_options(checkpoint["config"])
-    return replace(config, **{key: getattr(source, key) for key in ARCHITECTURE_OPTIONS
-                              if getattr(config, key) is None})
+    return with_budget(replace(config, **{key: getattr(source, key) for key in ARCHITECTURE_OPTIONS
+                                          if getattr(config, key) is None}), meta)
+
+
+def with_budget(config, meta):
+    """The config with max_steps in the place of epochs."""
+    if not config.epochs:
+        return config
+    n_windows = (meta["splits"]["train"]["tokens"] - 1) // config.block_size
+    return replace(config, epochs=0.0,
+                   max_steps=math.ceil(config.epochs * n_windows / config.global_batch_size))
 
 
 def check_init_from(weights, config, tokenizer):
@@ -134,9 +144,8 @@ def check_init_from(weights, config, tokenizer):
                                f"'{config.init_from}' has {key}={there!r}; leave out one of the "
                                "two")
     if weights["tokenizer"] != tokenizer:
-        raise config_error(f"init_from='{config.init_from}' reads {kind_of(weights['tokenizer'])} "
-                           f"tokens, but the data set {config.dataset} has {kind_of(tokenizer)} "
-                           "tokens")
+        raise config_error(f"init_from='{config.init_from}' reads {weights['tokenizer']} tokens, "
+                           f"but the data set {config.dataset} has {tokenizer} tokens")
     if "wpe.weight" in weights["model"]:
         weights["model"]["wpe.weight"] = weights["model"]["wpe.weight"][:config.block_size]
 
@@ -149,7 +158,7 @@ def config_diff(then, now, step, budget_may_change):
     """
     may_change = RESUME_MAY_CHANGE | ({"compile"} if not now["dropout"] else set())
     if budget_may_change or same_schedule_so_far(then, now, step):
-        may_change |= {"max_tokens", "max_steps"}
+        may_change |= BUDGETS
     return [f"{key} was {then[key]!r}, is {now[key]!r}"
             for key in now if key not in may_change and then[key] != now[key]]
 
@@ -173,7 +182,7 @@ def follow_schedule(start):
     planned, now = count_steps(SimpleNamespace(**then)), count_steps(config)
     is_same = same_schedule_so_far(then, vars(config), step)
     suffix = start.resumed.get("name_suffix", "")
-    start.name_suffix = suffix if is_same else f"{suffix}_extended_{step}"
+    start.name_suffix = suffix if is_same else f"{suffix} (extended at step {step})"
     start.config = replace(config, name=config.name.removesuffix(suffix) + start.name_suffix)
     if now != planned and step < now:
         rate = learning_rate_at(step, now, config)
@@ -187,7 +196,7 @@ def options_of_run(files, given):
     """For options.load: where --resume stands without a config file or a flag that makes another
     run, the options in out_dir/config.json. -> (path, {option: value}). Raises UserError."""
     path = Path(given.get("out_dir", OPTIONS["out_dir"].default), "config.json")
-    alone = not files and given.keys() <= RESUME_MAY_CHANGE | {"max_steps", "max_tokens"}
+    alone = not files and given.keys() <= RESUME_MAY_CHANGE | BUDGETS
     if not (given.get("resume") and alone and path.exists()):
         return None, {}
     try:
@@ -199,6 +208,6 @@ def options_of_run(files, given):
         print0(f"note:   {path} has an on_save; a folder runs no commands, so give it again")
     replaced = {"resume", "extend", "out_dir", "code", "on_save"}
     replaced |= set(SEEDS) if "seed" in given else set()
-    replaced |= {"max_steps"} if "max_tokens" in given else set()
+    replaced |= {"max_steps"} if given.keys() & {"max_tokens", "epochs"} else set()
     replaced |= set(INIT_OPTIONS) if options.get("init_from") else set()
     return path, {key: options[key] for key in options.keys() - replaced}

@@ -15,7 +15,7 @@ from nanolab.common import UserError, describe, parse_json, reachable
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "unknown"  # for weights and token files whose tokenizer nothing names
-CHARACTERS = "character:"  # begins the name of a tokenizer that goes on with its characters, by id
+CHARACTERS = "character:"  # begins a tokenizer's name; its characters follow, by id, as JSON
 GPT2_HOST = "openaipublic.blob.core.windows.net"
 GPT2_VOCABULARY = [f"https://{GPT2_HOST}/gpt-2/encodings/main/{file}"
                    for file in ("vocab.bpe", "encoder.json")]
@@ -27,8 +27,8 @@ GPT2_VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb81
 
 @functools.cache
 def get_tokenizer(name):
-    """'gpt2': 50,257 tokens. 'bytes': the 256 bytes and an end-of-text token. CHARACTERS + "abc": a
-    is 0, b is 1, c is 2, and what a model of these lacks has higher ids. -> tiktoken.Encoding
+    """'gpt2': 50,257 tokens. 'bytes': the 256 bytes and an end-of-text token. CHARACTERS + '"abc"':
+    a is 0, b is 1, c is 2, and what these lack has higher ids. -> tiktoken.Encoding
 
     Raises UserError, within 2 seconds if GPT-2's vocabulary is not here and the network is down.
     """
@@ -37,7 +37,8 @@ def get_tokenizer(name):
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)},
                                  special_tokens={END_OF_TEXT: 256})
     if name.startswith(CHARACTERS):
-        ranks = {character.encode(): i for i, character in enumerate(name[len(CHARACTERS):])}
+        characters = parse_json(name[len(CHARACTERS):])
+        ranks = {character.encode(): i for i, character in enumerate(characters)}
         for byte in range(256):
             ranks.setdefault(bytes([byte]), len(ranks))
         return tiktoken.Encoding("character", pat_str=r"[\s\S]", mergeable_ranks=ranks,
@@ -48,7 +49,7 @@ def get_tokenizer(name):
     if name != "gpt2":
         raise UserError(f"unknown tokenizer '{name}'; there are gpt2 and bytes")
     advice = ("connect once, or set TIKTOKEN_CACHE_DIR to a folder that has vocab.bpe and "
-              "encoder.json, or use --tokenizer=bytes")
+              "encoder.json (docs/data.md says where they are), or use --tokenizer=bytes")
     merges, vocabulary = gpt2_vocabulary_files()
     if vocabulary.name.endswith(".json"):
         return gpt2_from_file(vocabulary)
@@ -134,11 +135,6 @@ def encode_prompt(tokenizer, prompt, vocab_size):
         raise UserError(f"the prompt {prompt[:60]!r} has characters that the model has no tokens "
                         "for; choose another")
     return tokens
-
-
-def kind_of(tokenizer_name):
-    """A tokenizer's name without what belongs to it."""
-    return tokenizer_name.partition(":")[0]
 
 
 def text_of(tokens, tokenizer):

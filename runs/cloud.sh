@@ -149,7 +149,7 @@ all_of_it() {
     rm -rf "$OUT_DIR/export"
     python -m nanolab.huggingface export "$OUT_DIR/best.pt" "$OUT_DIR/export"
     bash -c "$ON_SAVE"
-    echo "cloud.sh: all done in $((SECONDS / 60)) minutes. $OUT_DIR/report.html is the run's page," \
+    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question. $OUT_DIR/report.html is the run's page," \
          "$OUT_DIR/export the model for transformers. The box costs money until you give it back"
 }
 

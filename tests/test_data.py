@@ -1,8 +1,10 @@
 """Data sets: what prepare.py makes of text, and the batches that training reads from it."""
 
+import hashlib
 import json
 import math
 import os
+import pathlib
 import re
 import time
 import types
@@ -16,15 +18,26 @@ from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 import prepare
-from conftest import (SPLITS, call, losses, no_file_larger_than, read_split, run_main, start,
-                      write_texts)
+from conftest import call, losses, no_file_larger_than, run_main, start, write_texts
 from nanolab import common, corpus, data, dataset_writer, tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
-from nanolab.corpus import own_files
+from nanolab.corpus import own_files, undressed
 from nanolab.data import TokenDataset, read_meta, window_ids
 from nanolab.dataset_writer import DatasetWriter, prepare_text
 from nanolab.tokenizer import encode, get_tokenizer
+
+SPLITS = ("train", "val", "test")
+
+
+def read_split(data_dir, name, split):
+    """The documents of a split, as text."""
+    meta = read_meta(data_dir, name)
+    tokens = np.fromfile(pathlib.Path(data_dir, name, f"{split}.bin"), meta["dtype"])
+    ends = np.flatnonzero(tokens == meta["eot_id"])
+    assert ends[-1] == len(tokens) - 1, "an end-of-text token closes every document"
+    decode = get_tokenizer(meta["tokenizer"]).decode
+    return [decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
 
 
 def read_bytes(folder):
@@ -87,9 +100,26 @@ def test_own_text_round_trip(tmp_path, monkeypatch, tokenizer):
                 for name in ("one", "two"))
     assert sorted(one["train"] + one["val"] + one["test"]) == sorted(rows)
     assert all(one[split] and sorted(one[split]) == sorted(two[split]) for split in SPLITS)
+    by_hash = sorted(rows, key=lambda row: hashlib.blake2b(undressed(row).encode(),
+                                                           digest_size=8).digest())
+    n_test, n_heldout = len(one["test"]), len(one["test"] + one["val"])
+    assert set(one["test"]) == set(by_hash[:n_test])
+    assert set(one["val"]) == set(by_hash[n_test:n_heldout])
     meta = read_meta(tmp_path / "data", "one")
     n_bytes = sum(facts["bytes"] for facts in meta["splits"].values())
     assert n_bytes == sum(len(row.encode()) for row in rows)
+
+
+def test_heldout_of_your_own_text(tmp_path, monkeypatch):
+    """Half of the fraction is test, half is val."""
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "Line number {i:04d}."}}\n'
+                                                 for i in range(1000)))
+    for name, flags, documents in (("default", [], [900, 50, 50]),
+                                   ("more", ["--heldout=0.3"], [700, 150, 150])):
+        run_main(monkeypatch, "prepare", tmp_path / "mine.jsonl", f"--data_dir={tmp_path}",
+                 "--tokenizer=bytes", f"--name={name}", *flags)
+        splits = read_meta(tmp_path, name)["splits"]
+        assert [splits[split]["documents"] for split in SPLITS] == documents
 
 
 def test_tokenising_processes_do_not_load_torch():

@@ -80,6 +80,7 @@ def test_flags(tmp_path, flags):
     assert has_code is (flags in WITH_CODE)
     theirs = read_hf_model(folder, trust_remote_code=has_code)
     assert type(theirs).__name__ == ("NanolabForCausalLM" if has_code else "GPT2LMHeadModel")
+    assert theirs.config.tie_word_embeddings is ours.config.tie_weights
     assert_same_logits(ours, theirs)
 
     tokens = torch.cat(prompts(5, 5))
@@ -203,7 +204,7 @@ def test_tokenizer(tmp_path, tokenizer, flags):
     end_of_text = json.loads((tmp_path / "folder" / "config.json").read_text())["eos_token_id"]
     if tokenizer == "unknown":
         assert not any("token" in name or "vocab" in name for name in names)
-        assert "no tokenizer files (unknown tokens)" in card and end_of_text is None
+        assert "no tokenizer files" in card and end_of_text is None
         return
     theirs = AutoTokenizer.from_pretrained(tmp_path / "folder", trust_remote_code=True)
     text = "Every effort moves you: été, 12 345  spaces,\r\n\n\x00<|endoftext|>new 😀"

@@ -229,7 +229,7 @@ def test_an_extended_tail(small_run, tiny_data):
         run = small_run("run", *flags, f"--max_steps={steps}")
         last = read_checkpoint(run / "last.pt")
         assert (last["step"], last["averaged_steps"]) == (steps, n_averaged)
-    assert last["config"]["name"] == "tail_extended_10_extended_12"
+    assert last["config"]["name"] == "tail (extended at step 10) (extended at step 12)"
 
 
 def test_resume_refuses_another_run(small_run, tiny_data):
@@ -283,14 +283,15 @@ def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
     whole = small_run("whole", *flags, "--max_steps=12")
     parts = small_run("parts", *flags, "--max_steps=8")
     resume(parts, "--extend", "--max_steps=10")
-    assert "this one is now short_extended_8" in capsys.readouterr().out
+    assert "this one is now short (extended at step 8)" in capsys.readouterr().out
     resume(parts, "--extend", "--max_steps=12")
     small_run("parts", *flags, "--max_steps=12", "--resume")
     assert f"{parts} is finished: 12 steps" in capsys.readouterr().out
     rates, longer = ([entry["lr"] for entry in read_log(folder / "log.jsonl")[0]]
                      for folder in (parts, whole))
     assert rates[10:] == longer[10:] and rates[2:8] != longer[2:8]
-    assert read_checkpoint(parts / "last.pt")["config"]["name"] == "short_extended_8_extended_10"
+    name = read_checkpoint(parts / "last.pt")["config"]["name"]
+    assert name == "short (extended at step 8) (extended at step 10)"
 
 
 def test_resume_by_the_folder_alone(small_run, tiny_data, tmp_path):

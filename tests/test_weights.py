@@ -336,14 +336,17 @@ def test_other_files(tmp_path, name, content, line):
 # --- a run that was stopped before its first validation
 
 def test_run_without_best(tmp_path, gpt2_data, small_run, monkeypatch, capsys):
-    """It has last.pt only: that is taken, and said, by its folder's name or best.pt's."""
+    """It has last.pt only: that is taken, and said, by its folder's name, best.pt's, or that of a
+    folder of runs."""
     run = small_run("run", "--dataset=words", f"--data_dir={gpt2_data}", on_step=stop_at(3))
     assert (run / "last.pt").exists() and not (run / "best.pt").exists()
     capsys.readouterr()
     note = f"note: there is no {run}/best.pt, so this is {run}/last.pt\n"
-    for command in (["sample", "--device=cpu", "--max_new_tokens=3", "--ckpt"],
-                    ["eval", "--device=cpu", "--ckpt"], ["nanolab.huggingface", "export"]):
-        for i, path in enumerate((run, run / "best.pt")):
+    for command, paths in (
+            (["sample", "--device=cpu", "--max_new_tokens=3", "--ckpt"], (run, run / "best.pt")),
+            (["eval", "--device=cpu", "--ckpt"], (run, run / "best.pt", tmp_path)),
+            (["nanolab.huggingface", "export"], (run, run / "best.pt"))):
+        for i, path in enumerate(paths):
             folder = [tmp_path / f"exported{i}"] if command[1] == "export" else []
             run_main(monkeypatch, command[0], *command[1:], path, *folder)
             printed = capsys.readouterr()

@@ -16,20 +16,17 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config
-from nanolab.common import UserError, parse_json
+from config import OBJECTIVE_OPTIONS, RESUME_MAY_CHANGE, SEEDS, Config
+from nanolab.common import UserError, code_name, parse_json
 
 DEFAULTS = {option.name: option.default for option in fields(Config)}
-SEEDS = ("init_seed", "data_seed", "dropout_seed")
+
+# Runs that differ only in these are one experiment: their results are the same up to noise.
+SAME_EXPERIMENT = RESUME_MAY_CHANGE | {*SEEDS, "compile"}
 
 # Of a machine or a command, so no part of a result.
 NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "on_save", "wandb",
                 "dollars_per_hour"}
-
-# Runs that differ only in these are one experiment: their results are the same up to noise.
-SAME_EXPERIMENT = {*NOT_RECORDED, "seed", *SEEDS, "batch_size", "threads", "device", "compile",
-                   "eval_every", "save_every", "save_weights", "log_every", "sample_every",
-                   "sample_prompt"}
 
 FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started", "ended", "code")
 NUMBERS = ("test_loss", "val_loss", "seconds", "tokens_per_second", "parameters", "trained_tokens")
@@ -149,6 +146,12 @@ def relevant_options(run):
     return {key: value for key, value in options.items() if key not in ignored}
 
 
+def changed_objective(run, other):
+    """The options by which the training losses of two runs cannot be compared."""
+    ours, theirs = settings(run), settings(other)
+    return [key for key in OBJECTIVE_OPTIONS if ours[key] != theirs[key]]
+
+
 def group_by_experiment(runs):
     """-> {label: runs}
 
@@ -169,6 +172,17 @@ def group_by_experiment(runs):
     return labelled
 
 
+def seeds_of(run):
+    options = settings(run)
+    return tuple(options[key] for key in SEEDS)
+
+
+def code_states(runs):
+    """The code that runs ran with: {SHA-256 of its files: a name}. {None: ...}: not on record."""
+    return {state.get("sha256"): code_name(state) if state.get("sha256") else "not on record"
+            for run in runs for state in run.get("code") or [{}]}
+
+
 def losses_by_seed(runs, loss="test_loss"):
     """-> {(init_seed, data_seed, dropout_seed): loss}
 
@@ -176,8 +190,7 @@ def losses_by_seed(runs, loss="test_loss"):
     """
     losses = {}
     for run in runs:
-        options = settings(run)
-        losses.setdefault(tuple(options[key] for key in SEEDS), []).append(run[loss])
+        losses.setdefault(seeds_of(run), []).append(run[loss])
     return {seeds: float(np.mean(repeats)) if len(set(repeats)) > 1 else repeats[0]
             for seeds, repeats in losses.items()}
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from nanolab.study import stats
-from nanolab.study.runs import losses_by_seed, settings
+from nanolab.study.runs import code_states, losses_by_seed, settings
 
 
 def compare(experiments, baseline, loss="test_loss", test=stats.compare_means):
@@ -22,7 +22,8 @@ def compare(experiments, baseline, loss="test_loss", test=stats.compare_means):
                "sd": stats.sample_sd(losses), "losses": losses, "verdict": "",
                "tokens": budget(runs), "tokens_per_second": mean_of(runs, "tokens_per_second"),
                "hours": (mean_of(runs, "seconds") or 0) / 3600 or None, "cost": cost_of(runs),
-               "seeds_cross": any(len(set(column)) < len(ours) for column in zip(*ours))}
+               "seeds_cross": any(len(set(column)) < len(ours) for column in zip(*ours)),
+               "code": code_states(runs)}
         if baseline and label != baseline:
             row.update(test(ours, losses_by_seed(experiments[baseline], loss)),
                        text_error=text_error(runs, experiments[baseline]),
@@ -130,9 +131,9 @@ def format_p(p):
     return "" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def format_comparison(rows, markdown=False, all_columns=False, beside=None):
-    """The table of compare. beside: (title, rows) of another study, whose differences get a
-    column."""
+def comparison_cells(rows, all_columns=False, beside=None):
+    """The cells of compare's table, the header first. beside: (title, rows) of another study, whose
+    differences get a column."""
     title, other_rows = beside or ("", [])
     theirs = {row["experiment"]: row.get("difference") for row in other_rows}
     cells = [["experiment", "n", "loss", "SD", "difference", "95 % interval", "p", "verdict",
@@ -154,7 +155,7 @@ def format_comparison(rows, markdown=False, all_columns=False, beside=None):
                       cost if isinstance(cost, str) else f"{cost:.2f}"])
     if not all_columns:
         cells = [line[:3] + line[4:9] for line in cells]
-    return format_table(cells, markdown)
+    return cells
 
 
 def format_heading(rows, baseline, loss):
@@ -230,4 +231,17 @@ def format_notes(rows, baseline, independent=True):
     if others:
         lines.append(f"Other training budgets than {baseline}'s {usual:,} tokens, so a difference "
                      f"is not of the option alone: {'; '.join(others)}.")
+    lines += filter(None, [format_code(rows, baseline)])
     return "\n".join(lines)
+
+
+def format_code(rows, baseline):
+    """A warning if these experiments are not of one code; "" if they are."""
+    if len({sha256 for row in rows for sha256 in row["code"]}) < 2:
+        return ""
+    usual = next((row["code"].keys() for row in rows if row["experiment"] == baseline), None)
+    named = [f"{row['experiment']}: {', '.join(row['code'].values())}" for row in rows
+             if row["experiment"] == baseline or len(row["code"]) > 1
+             or row["code"].keys() != usual]
+    return ("Different code, so a difference may not be of the option alone (code.diff in a run's "
+            f"folder has its changes): {'; '.join(named)}.")

@@ -19,7 +19,7 @@ def main():
     experiments = group_by_experiment(read_file("studies/published/results.json"))
     rows = tables.compare(experiments, "baseline", test=difference)
     print(tables.format_heading(rows, "baseline", "test_loss"), "",
-          tables.format_comparison(rows, markdown, all_columns=True), "",
+          tables.format_table(tables.comparison_cells(rows, all_columns=True), markdown), "",
           tables.format_notes(rows, "baseline", independent=False), sep="\n")
 
 

@@ -1,0 +1,187 @@
+"""The charts of a page, live or as a picture, drawn by Vega-Lite.
+
+Its JavaScript is part of the package vl-convert-python, so nothing needs the network.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from nanolab.common import UserError, write_atomically
+
+# Okabe and Ito's colours ("Color universal design", 2008), that the colour-blind can tell apart,
+# a little lighter or darker where white or black behind them asks for it. The first is the text's.
+# A seventh idea has the first one's colour again.
+COLORS = ["currentColor", *["#3a8fc7", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#8c6bb1"] * 20]
+GREY = "#808080"  # as far from white as from black
+N_POINTS = 20_000  # of all curves of a page together, about 25 bytes each
+SMOOTHING = {"none": 0, "2 %": 2, "10 %": 12}  # points on either side, of about 250
+
+CHART = {  # as the text around it, in light and in dark; the schema is a name: nothing is loaded
+    "$schema": "https://vega.github.io/schema/vega-lite/v6.json", "width": "container", "config": {
+        "background": None, "view": {"stroke": None}, "font": "system-ui, sans-serif",
+        "axis": {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 13,
+                 "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#80808040",
+                 "domainColor": GREY, "tickColor": GREY},
+        "title": {"color": "currentColor", "fontWeight": "normal", "anchor": "start",
+                  "fontSize": 13},
+        "text": {"color": "currentColor", "fontSize": 13}}}
+TICKS = {"tickCount": {"expr": "width / 90"}}
+
+
+@functools.cache
+def vega():
+    """The JavaScript of Vega-Lite, 0.9 MB. Bundling takes seconds and 150 MB, so another process
+    does it, once on a machine. Raises UserError if the package is missing."""
+    try:
+        name = f"vega-{version('vl-convert-python')}.js"
+    except PackageNotFoundError:
+        raise UserError("pip install -r requirements.txt: vl-convert-python is missing") from None
+    cache = Path.home() / ".cache/nanolab" / name
+    if cache.exists():
+        return cache.read_text()
+    code = "import vl_convert; print(vl_convert.javascript_bundle())"
+    script = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                            check=True).stdout
+    with suppress(OSError):  # a folder that cannot be written to
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        mine = cache.with_suffix(f".{os.getpid()}")  # several runs may be here at once
+        mine.write_text(script)
+        mine.replace(cache)
+    return script
+
+
+def save_picture(chart, path):
+    """A chart as a PNG file on white, 830 pixels wide on a page. Raises UserError."""
+    try:
+        import vl_convert
+    except ImportError:
+        raise UserError("pip install -r requirements.txt: vl-convert-python is missing") from None
+    picture = json.dumps({**chart, "width": 760, "background": "white", "padding": 10})
+    png = vl_convert.vegalite_to_png(picture.replace("currentColor", "black"), scale=2)
+    write_atomically(path, png)
+
+
+def thin(columns, n_points):
+    """(n, N) -> (n, at most n_points): means of equally many neighbours, without those that are
+    NaN."""
+    starts = np.arange(0, columns.shape[1], max(-(-columns.shape[1] // n_points), 1))
+    is_number = np.isfinite(columns)
+    sums, counts = (np.add.reduceat(values, starts, axis=1)
+                    for values in (np.where(is_number, columns, 0), is_number.astype(int)))
+    return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
+
+
+def curves_chart(labels, curves, views, n_shown=5):
+    """Curves over the training tokens, with switches for what is drawn.
+
+    labels: of the experiments, the first in the colour of the text; curves: [(index of the
+    experiment, name of the run, columns of the training, of the validations)]; columns: millions of
+    tokens and a value for each view, (1 + n views, n); views: {name: what the chart says above};
+    n_shown: experiments that are drawn before a reader ticks others.
+    """
+    n_points = max(50, min(250 if len(curves) > 1 else 1000, N_POINTS // max(len(curves), 1)))
+    keys, rows = [f"v{i}" for i in range(len(views))], []
+    for r, (e, _, train, val) in reversed(list(enumerate(curves))):  # the first on top
+        for kind, columns in (("train", thin(train, n_points)), ("val", val)):
+            rows += [f"{e},{r},{kind}," + ",".join("" if np.isnan(x) else f"{x:.5g}" for x in point)
+                     for point in columns.T]
+
+    def switch(name, value, kind, label, **more):
+        return {"name": name, "value": value, "bind": {"input": kind, "name": label, **more}}
+
+    params = [
+        {"name": "labels", "value": labels},
+        {"name": "runs", "value": [name for _, name, *_ in curves]},
+        {"name": "titles", "value": dict(zip(keys, views.values()))},
+        switch("view", "v0", "radio", "show", options=keys, labels=list(views)),
+        switch("smoothing", 2, "select", "mean over", options=list(SMOOTHING.values()),
+               labels=list(SMOOTHING)),
+        switch("start", 10, "range", "from % of the run", min=0, max=90, step=5),
+        *(switch(f"on{e}", e < n_shown, "checkbox", label) for e, label in enumerate(labels))]
+    shown = f"[{', '.join(f'on{e}' for e in range(len(labels)))}][datum.e]"
+    means = [{"window": [{"op": "mean", "field": "y0", "as": f"mean{n}"}], "frame": [-n, n],
+              "groupby": ["r", "kind"], "sort": [{"field": "t"}]} for n in SMOOTHING.values() if n]
+    y = " : ".join(f"smoothing == {n} ? datum.mean{n}" for n in SMOOTHING.values() if n)
+    encoding = {
+        "x": {"field": "t", "type": "quantitative", "title": "training tokens, millions",
+              "axis": TICKS, "scale": {"zero": False, "nice": False}},
+        "y": {"field": "y", "type": "quantitative", "title": None, "scale": {"zero": False}},
+        "detail": {"field": "r"},
+        "color": {"field": "e", "type": "nominal", "legend": None, "scale": {
+            "domain": list(range(len(labels))), "range": COLORS[:len(labels)]}},
+        "tooltip": [{"field": "experiment", "type": "nominal"}, {"field": "run", "type": "nominal"},
+                    {"field": "t", "type": "quantitative", "title": "million tokens"},
+                    {"field": "y", "type": "quantitative", "title": "value", "format": ".5"}]}
+    zoom = {"name": "zoom", "select": {  # a finger scrolls the page
+        "type": "interval", "zoom": "wheel![event.shiftKey]",
+        "translate": "[mousedown, window:mouseup] > window:mousemove!"}, "bind": "scales"}
+    # the names, in the order of the curves' ends
+    last = {"joinaggregate": [{"op": "argmax", "field": "t", "as": "last"}], "groupby": ["r"]}
+    ends = [{"filter": "datum.kind == 'train'"}, last, {"filter": "datum.t == datum.last.t"},
+            {"aggregate": [{"op": "mean", "field": "y", "as": "y"}],
+             "groupby": ["e", "experiment"]},
+            {"window": [{"op": "rank", "as": "rank"}],
+             "sort": [{"field": "y", "order": "descending"}]}]
+    label = {"field": "experiment", "type": "nominal"}
+    return {
+        **CHART, "height": 380, "title": {"text": {"expr": "titles[view]"}},
+        "data": {"values": "\n".join([f"e,r,kind,t,{','.join(keys)}", *rows]), "format": {
+            "type": "csv", "parse": dict.fromkeys(["e", "r", "t", *keys], "number")}},
+        "params": params, "transform": [
+            {"filter": shown}, {"calculate": "datum[view]", "as": "y0"}, *means,
+            {"calculate": f"datum.kind == 'val' ? datum.y0 : {y} : datum.y0", "as": "y"},
+            {"calculate": "labels[datum.e]", "as": "experiment"},
+            {"calculate": "runs[datum.r]", "as": "run"},
+            {"joinaggregate": [{"op": "max", "field": "t", "as": "end"}]},
+            {"filter": "datum.t >= start / 100 * datum.end && isValid(datum.y)"}],
+        "layer": [
+            {"transform": [{"filter": "datum.kind == 'train'"}], "params": [zoom],
+             "mark": {"type": "line", "clip": True, "strokeWidth": 1.3}, "encoding": encoding},
+            {"transform": [{"filter": "datum.kind == 'val'"}],
+             "mark": {"type": "point", "clip": True, "size": 35}, "encoding": encoding},
+            {"transform": ends, "encoding": {"color": encoding["color"], "text": label},
+             "mark": {"type": "text", "align": "right", "x": {"expr": "width"},
+                      "y": {"expr": "18 * datum.rank - 10"}}}]}
+
+
+def differences_chart(rows, baseline):
+    """The differences of tables.compare's rows, with the intervals that their verdicts use."""
+    look = {"better": (COLORS[1], COLORS[1]), "worse": (COLORS[2], "transparent")}
+    values = []
+    for row in rows:
+        if "difference" in row:
+            edge, fill = look.get(row["verdict"], (GREY, "transparent"))
+            middle = row["difference"]
+            label = f"{row['experiment']}  {middle:+.4f} {row['verdict']}"
+            values.append({"edge": edge, "fill": fill, "label": label, "gaps": row["gaps"],
+                           "difference": middle, "low": row.get("low", middle),
+                           "high": row.get("high", middle)})
+
+    def layer(mark, x, **channels):
+        x = {"type": "quantitative", "axis": TICKS, **x,
+             "title": f"difference in loss to {baseline}, nats per token"}
+        return {"mark": mark, "encoding": {"x": x, **channels}}
+
+    edge = {"field": "edge", "type": "nominal", "scale": None}
+    return {
+        **CHART, "height": 44 * len(values),
+        "data": {"values": values},
+        "encoding": {"y": {"field": "label", "type": "nominal", "sort": None, "axis": None}},
+        "layer": [
+            layer({"type": "rule", "color": GREY}, {"datum": 0}, y=None),
+            {**layer({"type": "tick", "color": GREY, "size": 9, "thickness": 1}, {"field": "gaps"}),
+             "transform": [{"flatten": ["gaps"]}]},
+            layer({"type": "rule", "size": 2.5}, {"field": "low"}, x2={"field": "high"},
+                  color=edge),
+            layer({"type": "point", "size": 90, "opacity": 1}, {"field": "difference"},
+                  stroke=edge, fill={**edge, "field": "fill"}),
+            layer({"type": "text", "align": "left", "dy": -15}, {"value": 0},
+                  text={"field": "label"})]}

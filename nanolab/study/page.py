@@ -1,0 +1,127 @@
+"""study.html: a study on one page, while it goes and after."""
+
+import html
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from nanolab.charts import curves_chart, differences_chart
+from nanolab.common import code_name
+from nanolab.plots import having, read_entries, series
+from nanolab.report import CURVES, LOSS_TITLE, chart, format_page, format_samples, html_table
+from nanolab.study import tables
+from nanolab.study.runs import (changed_objective, group_by_experiment, relevant_options, seeds_of,
+                                settings)
+
+
+def study_page(path, status, runs, rows, baseline, loss, more="", is_running=False):
+    """The page for the file `path`, as text.
+
+    runs: all that there are, measured or not; rows: tables.compare's, of those that are; baseline:
+    an experiment, or None; loss: "test_loss" or "val_loss"; more: lines about what is missing.
+    """
+    experiments = in_order(group_by_experiment(runs), rows, baseline)
+    logs = read_logs(runs)
+    sections, charts = {}, {}
+    if rows:
+        cells = tables.comparison_cells(rows)
+        sections["Verdicts"] = paragraphs(tables.format_heading(rows, baseline, loss)) + html_table(
+            cells[1:], cells[0]) + paragraphs(tables.format_legend(rows)) + paragraphs(
+                tables.format_notes(rows, baseline))
+    sections["Missing"] = paragraphs(more)
+    if any("difference" in row for row in rows):
+        sections["Differences"] = chart("differences") + (
+            "<p>Bars: the 95 % intervals of the verdicts. Grey ticks: the seeds.</p>")
+        charts["differences"] = differences_chart(rows, baseline)
+    if logs:
+        sections["Curves"] = CURVES + paragraphs(format_objectives(experiments, baseline))
+        charts["curves"] = study_curves(experiments, baseline, logs)
+    sections["Options that differ"] = html_table(
+        differing_options(experiments, baseline or next(iter(experiments))).items())
+    sections["Samples"] = format_samples(last_samples(experiments, logs))
+    sections["Runs"] = html_table([cells_of_run(label, run, path) for label in experiments
+                                   for run in experiments[label]],
+                                  ["run", "seed", "test loss", "validation", "minutes",
+                                   "tokens/s", "code", "machine"])
+    return format_page(str(Path(path).parent), status, sections, charts, is_running)
+
+
+def paragraphs(text):
+    return "".join(f"<p>{html.escape(line)}</p>\n" for line in text.splitlines())
+
+
+def in_order(experiments, rows, baseline):
+    """The experiments, the baseline first, then from the best to the worst."""
+    order = [baseline, *(row["experiment"] for row in rows), *experiments]
+    return {label: experiments[label] for label in dict.fromkeys(order) if label in experiments}
+
+
+def read_logs(runs):
+    """{path of a run: the entries of its log}, without those that are missing, damaged or being
+    written"""
+    logs = {}
+    for run in runs:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            entries = read_entries(Path(run["path"]).with_name("log.jsonl"))
+            logs[run["path"]] = [entry for entry in entries if entry["tokens"] >= 0]
+    return {path: entries for path, entries in logs.items() if entries}
+
+
+def study_curves(experiments, baseline, logs):
+    """The chart of the losses, and of their differences to the baseline's of the same seeds at as
+    many tokens."""
+    def columns(run, key):
+        entries = having(key, logs[run["path"]])
+        paired = logs.get(of_baseline.get(seeds_of(run)), ())
+        theirs = {entry["tokens"]: entry[key] for entry in having(key, paired)}
+        gaps = [theirs.get(entry["tokens"]) for entry in entries]
+        tokens, losses = series(entries, "tokens"), series(entries, key)
+        return np.stack([tokens / 1e6, losses, losses - np.array(gaps, float)])
+
+    of_baseline = {seeds_of(run): run["path"] for run in experiments.get(baseline, ())}
+    curves = [(e, f"seed {settings(run)['seed']}", columns(run, "loss"), columns(run, "val_loss"))
+              for e, runs in enumerate(experiments.values()) for run in runs
+              if run["path"] in logs]
+    views = {"loss": LOSS_TITLE, "difference":
+             f"difference in loss to the run of {baseline} with the same seeds"}
+    return curves_chart(list(experiments), curves, views if baseline else {"loss": LOSS_TITLE})
+
+
+def format_objectives(experiments, baseline):
+    """Says whose training loss is none to compare; "" if all are."""
+    if baseline not in experiments:
+        return ""
+    changed = {label: changed_objective(runs[0], experiments[baseline][0])
+               for label, runs in experiments.items()}
+    return "\n".join(f"{label} changes the training loss itself ({', '.join(keys)}): compare its "
+                     "circles only." for label, keys in changed.items() if keys)
+
+
+def differing_options(experiments, usual):
+    """{label: its options that differ from those of the experiment `usual`}"""
+    options = {label: set(relevant_options(runs[0]).items()) for label, runs in experiments.items()}
+    return {label: ", ".join(f"{key}={value}" for key, value in sorted(each - options[usual]))
+            for label, each in options.items() if label != usual}
+
+
+def last_samples(experiments, logs):
+    """[(where from, text)]: of each experiment the last sample of its first run that has one."""
+    found = []
+    for label, runs in experiments.items():
+        samples = [having("sample", logs.get(run["path"], ()))[-1:] for run in runs]
+        found += [(f"{label}, after {entry['tokens']:,} tokens", entry["sample"])
+                  for entry in sum(samples, [])[:1]]
+    return found
+
+
+def cells_of_run(label, run, page):
+    folder = Path(run["path"]).parent
+    link = html.escape(os.path.relpath(folder / "report.html", Path(page).parent), quote=True)
+    minutes = run["seconds"] / 60 if "seconds" in run else None
+    numbers = ((run.get("test_loss"), ".4f"), (run.get("val_loss"), ".4f"), (minutes, ".1f"),
+               (run.get("tokens_per_second"), ",.0f"))
+    return [f'<a href="{link}">{html.escape(label)}</a>', settings(run)["seed"],
+            *(tables.format_number(*number) for number in numbers),
+            ", then ".join(map(code_name, run.get("code") or ())), run.get("machine", "")]

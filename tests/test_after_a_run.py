@@ -1,0 +1,184 @@
+"""What a user does after a run: the commands that it prints, a data set without a test split, the
+loss before and after fine-tuning, prompts that are typed."""
+
+import builtins
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+from scipy.stats import ttest_rel
+
+import conftest
+import sample
+from conftest import evaluate, run_main
+from nanolab.checkpoint import read_checkpoint
+from nanolab.common import UserError
+from nanolab.evaluation import paired_difference
+from nanolab.memory import short
+from nanolab.tokenizer import get_tokenizer
+
+
+@pytest.fixture
+def next_commands(small_run, monkeypatch, capsys):
+    """next_commands(name, *flags): makes a run, runs the commands that it prints, each in this
+    process. -> [(command, what it prints)]"""
+    def run(name, *flags):
+        capsys.readouterr()
+        small_run(name, *flags)
+        lines = capsys.readouterr().out.partition("\nnext:")[2].splitlines()
+        results = []
+        for line in lines:
+            python, script, *words = shlex.split(line)
+            assert python == "python"
+            run_main(monkeypatch, script.removesuffix(".py"), *words, "--device=cpu")
+            results.append((line.strip(), capsys.readouterr().out))
+        return results
+    return run
+
+
+def without_test_split(tiny_data, folder):
+    """The same data set as nanoGPT's prepare.py would leave it. -> flags"""
+    source = tiny_data[1].removeprefix("--data_dir=")
+    (folder / "plain").mkdir()
+    for split in ("train", "val"):
+        shutil.copy(f"{source}/tiny/{split}.bin", folder / "plain")
+    return [*tiny_data, "--dataset=plain", f"--data_dir={folder}", "--vocab_size=257"]
+
+
+def test_the_next_commands_work(next_commands, tiny_data, tmp_path, monkeypatch):
+    """Of a plain run; of one that has neither a test split nor a tokenizer; of one from weights
+    with a longer context, where the loss is measured before and after."""
+    (evaluating, result), (sampling, text) = next_commands("a run", *tiny_data)
+    assert "'" in evaluating and "test loss" in result and sampling.startswith("python sample.py")
+    assert text.startswith("Every effort moves you")
+
+    flags = without_test_split(tiny_data, tmp_path)
+    [(evaluating, result)] = next_commands("plain", *flags)
+    assert evaluating.endswith("--split=val") and "val loss" in result
+
+    monkeypatch.setattr(conftest, "SMALL", [  # the model's shape is that of init_from
+        flag for flag in conftest.SMALL if not flag.startswith("--n_")])
+    (evaluating, result), _ = next_commands("tuned", *tiny_data, "--block_size=8",
+                                            f"--init_from={tmp_path / 'a run'}")
+    before, after, difference = result.splitlines()
+    change = float(re.search(r"difference: (\S+), 95 % interval", difference)[1])
+    assert change < 0 and change == pytest.approx(
+        float(after.split()[-1]) - float(before.split()[-1]), abs=1e-4)
+
+
+def test_a_run_without_best(tiny_data, small_run, capsys, monkeypatch):
+    """No validation was the best: last.pt is what the commands name."""
+    monkeypatch.setattr("nanolab.checkpoint.CheckpointSaver.is_best", lambda self, loss: False)
+    run = small_run("run", *tiny_data)
+    printed = capsys.readouterr().out
+    assert not (run / "best.pt").exists() and printed.count(str(run / "last.pt")) == 2
+
+
+def test_no_split_named_test(small_run, tiny_data, tmp_path, monkeypatch, capsys):
+    """eval.py says what does work; the result of val is saved apart from that of test, and read
+    again until the data change."""
+    run = small_run("run", *without_test_split(tiny_data, tmp_path))
+    with pytest.raises(UserError, match="plain has no test split; --split=val measures"):
+        evaluate(monkeypatch, capsys, "--ckpt", run)
+    printed = evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val")
+    assert "on the val split of plain" in printed and "not known" in printed
+    [result] = json.loads((run / "best.val.json").read_text())["results"]
+    assert result["val_loss"] == pytest.approx(read_checkpoint(run)["val_loss"], abs=0.2)
+    assert not (run / "best.test.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.measure_loss", None)
+        assert evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val") == printed
+    evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val", "--block_size=8")
+    saved = json.loads((run / "best.val.json").read_text())["results"]
+    assert len(saved) == 1, "of shorter windows nothing is saved"
+    with pytest.raises(UserError, match="reads at most 16 tokens, not 17"):
+        evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val", "--block_size=17")
+
+
+def test_paired_difference():
+    """With groups of equal size it is Student's paired interval (scipy's). Unequal groups weigh by
+    their windows."""
+    draw = torch.Generator().manual_seed(1)
+    one = (3 + torch.rand(9, generator=draw)).tolist()
+    other = [loss - 0.1 + 0.02 * torch.rand(1, generator=draw).item() for loss in one]
+
+    def result(losses, windows):
+        mean = sum(a * b for a, b in zip(losses, windows)) / sum(windows)
+        return {"group_losses": losses, "group_windows": windows, "split": "val", "val_loss": mean}
+
+    difference, half_width = paired_difference(result(one, [4] * 9), result(other, [4] * 9))
+    interval = ttest_rel(other, one).confidence_interval(0.95)
+    assert [difference - half_width, difference + half_width] == pytest.approx(list(interval))
+    assert half_width < 0.01, "the documents' own spread is not in it"
+    sizes = [1000, 1000, 1, 1, 1, 1, 1, 1, 1]
+    spread = [3.0, 3.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]
+    difference, _ = paired_difference(result([3.0] * 9, sizes), result(spread, sizes))
+    assert difference == pytest.approx(6 * 7 / 2007)
+    assert paired_difference(result([3.0], [5]), result([2.0], [5])) == (-1.0, None)
+
+
+def test_no_difference_of_other_windows(small_run, tiny_data, monkeypatch, capsys):
+    runs = [small_run(f"run{size}", *tiny_data, f"--block_size={size}") for size in (16, 8)]
+    assert "difference: none, the windows are not the same" in evaluate(
+        monkeypatch, capsys, "--ckpt", *runs)
+    assert "difference: " in evaluate(monkeypatch, capsys, "--ckpt", *runs, "--block_size=8")
+
+
+def test_typed_prompts(monkeypatch, capsys):
+    """A text is continued; an empty line goes on with what was printed, also after Ctrl-C; a prompt
+    that the model cannot read is told."""
+    tokenizer, asked = get_tokenizer("bytes"), []
+    typed = iter(["", "ab", "", "é", "", "x"])
+
+    def ask(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    def stream(text):
+        asked.append(text)
+        if text == "é":
+            raise UserError("no tokens for é")
+        yield from tokenizer.encode("-1" if text == "ab" else "-23")[:2]
+        if text != "x":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtins, "input", ask)
+    sample.continue_prompts(stream, tokenizer)
+    assert asked == ["ab", "ab-1", "é", "x"]
+    assert "-1\n-2\nno tokens for é\n\n-2\n\n" in capsys.readouterr().out
+
+
+def test_nanogpt_flags_of_sample(small_run, tiny_data, tmp_path, monkeypatch, capsys):
+    """--out_dir, --init_from=resume and --start are --ckpt and --prompt; FILE: reads a file."""
+    run = small_run("run", *tiny_data)
+    (tmp_path / "prompt.txt").write_text("12 t")
+
+    def text(*flags):
+        capsys.readouterr()
+        run_main(monkeypatch, "sample", *flags, "--max_new_tokens=20", "--device=cpu")
+        return capsys.readouterr().out
+
+    expected = text("--ckpt", run, "--prompt=12 t", "--num_samples=2")
+    assert expected.count("12 t") == 2
+    for flags in ([f"--out_dir={run}", "--init_from=resume", "--start=12 t"],
+                  ["--out_dir=elsewhere", f"--init_from={run}",
+                   f"--start=FILE:{tmp_path / 'prompt.txt'}"]):
+        assert text(*flags, "--num_samples=2") == expected
+
+
+def test_no_fraction_above_all(small_run, tiny_data, monkeypatch, capsys):
+    """Products timed on a busy machine may be slower than the training later."""
+    for rate, expected in ((1.0, "products here (0.0%);"),
+                           (1e12, "products here when the run started, on a busy machine;")):
+        monkeypatch.setattr("nanolab.checkpoint.RunState.tokens_per_second", lambda self: rate)
+        small_run(f"run{rate}", *tiny_data)
+        assert expected in re.search("speed: .*", capsys.readouterr().out)[0]
+
+
+def test_seconds_are_plain_numbers():
+    assert [short(s) for s in (1030.4, 99.96, 0.01234)] == ["1,030", "100", "0.0123"]
