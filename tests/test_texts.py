@@ -16,7 +16,7 @@ from pyarrow import Table, array
 from pyarrow.parquet import write_table
 
 import prepare
-from conftest import SMALL, call, run_main, run_quickly
+from conftest import SMALL, SPLITS, call, read_split, run_main, run_quickly
 from nanolab import corpus
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -25,22 +25,12 @@ from nanolab.data import read_meta
 from nanolab.dataset_writer import DatasetWriter
 from nanolab.tokenizer import END_OF_TEXT
 
-SPLITS = ("train", "val", "test")
-
 
 def make(monkeypatch, folder, *argv):
     """prepare.py of some source in this process. -> {split: [document]}"""
     run_main(monkeypatch, "prepare", *argv, f"--data_dir={folder}", "--tokenizer=bytes",
              "--name=made", "--workers=1")
-    return {split: read_split(folder / "made", split) for split in SPLITS}
-
-
-def read_split(folder, split):
-    tokens = np.fromfile(folder / f"{split}.bin", "<u2")
-    ends = np.flatnonzero(tokens == 256)
-    assert ends[-1] == len(tokens) - 1, "an end-of-text token closes every document"
-    return [bytes(document[:-1].astype(np.uint8)).decode()
-            for document in np.split(tokens, ends + 1)[:-1]]
+    return {split: read_split(folder, "made", split) for split in SPLITS}
 
 
 def stored_facts(folder):
@@ -88,6 +78,7 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
     assert len(own_files(folder / "**/*.txt")) == 3
     assert len(own_files(folder / "deep/**/*.txt")) == 3, "through the loop"
     assert len(own_files(folder / ".*/*.txt")) == 2, "asked for"
+    assert len(own_files(folder / "._*.txt")) == 1, "asked for"
     (tmp_path / "[1] x").mkdir()
     (tmp_path / "[1] x" / "[2].txt").write_text("Text.")
     for pattern in ("[1] x", "[1] x/[2].txt", "?1] x/*", "*x/**"):
@@ -232,6 +223,7 @@ def test_ready_made_splits(tmp_path, monkeypatch, capsys):
     """--val and --test are as they are; a text of theirs, in any dress, is left out of train."""
     folder, parts = tmp_path / "texts", {"train": sentences(50), "valid": sentences(8, 50),
                                          "test": sentences(9, 60)}
+    parts["train"][7] = "".join(sentences(20, 100))  # with both given, nothing needs to be cut
     parts["train"] += [DRESSES["CRLF"](parts["valid"][0]), DRESSES["NFD"](parts["test"][8])]
     folder.mkdir()
     for name, texts in parts.items():
@@ -247,13 +239,14 @@ def test_ready_made_splits(tmp_path, monkeypatch, capsys):
 
     made = make(monkeypatch, tmp_path / "one", folder, given[1], "--heldout=0.2")
     assert made["test"] == parts["test"] and 5 <= len(made["val"]) <= 8
-    assert sorted(made["train"] + made["val"]) == sorted(parts["train"][:51] + parts["valid"])
+    del parts["train"][7]
+    assert {*parts["train"][:50], *parts["valid"]} <= {*made["train"], *made["val"]}
 
     make(monkeypatch, tmp_path / "none", folder)
     assert "note: test.jsonl has the name of a split" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing that --val and --test do not have"):
         make(monkeypatch, tmp_path / "x", folder / "test.jsonl", given[1])
-    with pytest.raises(UserError, match="there is no text for train"):
+    with pytest.raises(UserError, match="no text for train; .* left out: in val or test 9"):
         (tmp_path / "copy.jsonl").write_bytes((folder / "test.jsonl").read_bytes())
         make(monkeypatch, tmp_path / "y", tmp_path / "copy.jsonl", *given)
 
@@ -290,7 +283,13 @@ def test_a_kill_with_ready_made_splits(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(DatasetWriter, "append", interrupted_append)
         make(monkeypatch, tmp_path / "killed", *argv)
+    older = json.loads((tmp_path / "killed/made/nanolab_unfinished/progress.json").read_text())
     assert make(monkeypatch, tmp_path / "killed", *argv) == whole
+    del older["facts"]  # as older code wrote it, whose shards were others: start again
+    progress = tmp_path / "older/made/nanolab_unfinished/progress.json"
+    progress.parent.mkdir(parents=True)
+    progress.write_text(json.dumps(older))
+    assert make(monkeypatch, tmp_path / "older", *argv) == whole
     assert len(whole["val"]) == 30 and len(whole["train"] + whole["test"]) == 30
 
 
@@ -369,7 +368,7 @@ def test_bad_records(tmp_path, monkeypatch, capsys, kind, bad):
 
 
 @pytest.mark.parametrize("line, message", [
-    ('{"text": "cut', "line 3 is no JSON object: '{\"text\": \"cut'"),
+    ('{"text": "cut', "line 3 is no JSON object, as each line must be: '{\"text\": \"cut'"),
     ('["text"]', "line 3 is no JSON object"), ("[]", "line 3 is no JSON object"),
     ('"text"', "line 3 is no JSON object"), ("null", "line 3 is no JSON object"),
     (b'{"text": "\xe9"}', "mine.jsonl is not UTF-8 text (byte 33)"),
@@ -390,6 +389,16 @@ def test_a_column_that_no_record_has(tmp_path, monkeypatch, suffix):
         write_table(Table.from_pydict({"id": [1], "body": ["x"]}), tmp_path / "mine.parquet")
     with pytest.raises(UserError, match="has no column 'text' but id, body; choose with --text_c"):
         make(monkeypatch, tmp_path, tmp_path / f"mine.{suffix}")
+
+
+def test_a_damaged_table_is_named(tmp_path, monkeypatch):
+    """Its footer is intact, so the damage is met when rows are decoded."""
+    path = tmp_path / "mine.parquet"
+    write_table(Table.from_pydict({"text": sentences(2000)}), path, use_dictionary=False)
+    content = path.read_bytes()
+    path.write_bytes(content[:2000] + b"x" * 1000 + content[3000:])
+    with pytest.raises(UserError, match="mine.parquet is damaged"):
+        make(monkeypatch, tmp_path, path)
 
 
 @pytest.mark.parametrize("kind", ["binary", "dictionary", "large_string"])
@@ -429,16 +438,20 @@ def test_a_text_that_tiktoken_refuses_is_named(tmp_path, kind):
 
 
 def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
-    """The same bytes as from small groups; the shards depend on the file alone."""
-    rows = sentences(300)
-    for name, size in (("one", 300), ("small", 7)):
+    """The same bytes as from small groups, each row decoded once; the shards depend on the file."""
+    rows, opened = sentences(900), []
+    for name, size in (("one", 900), ("small", 7)):
         write_table(Table.from_pydict({"text": rows}), tmp_path / f"{name}.parquet",
                     row_group_size=size)
     monkeypatch.setattr(corpus, "SHARD_BYTES", 2000)
     ranges = file_ranges(str(tmp_path / "one.parquet"))
     assert len(ranges) > 5 and all(r.n_bytes < 4000 for r in ranges)
-    made = [make(monkeypatch, tmp_path / name, tmp_path / f"{name}.parquet")
-            for name in ("one", "small")]
+    open_parquet = corpus.open_parquet
+    monkeypatch.setattr(corpus, "open_parquet", lambda path, only_footer=False: (
+        opened.append(only_footer), open_parquet(path, only_footer))[1])
+    made = [make(monkeypatch, tmp_path / "one", tmp_path / "one.parquet")]
+    assert opened == [True, False], "once for the footer, once for all rows"
+    made.append(make(monkeypatch, tmp_path / "small", tmp_path / "small.parquet"))
     assert made[0] == made[1] and sorted(sum(made[0].values(), [])) == sorted(rows)
     for name in ("one", "small"):  # as FineWeb
         prepare.prepare_fineweb([str(tmp_path / f"{name}.parquet")], tmp_path / f"{name}_web",
