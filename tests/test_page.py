@@ -41,7 +41,7 @@ def page(tmp_path, monkeypatch):
     for seed in (1, 2, 3):
         make_run(tmp_path / f"baseline/{seed}", 3 + seed / 10, seed=seed)
         make_run(tmp_path / f"mine/{seed}", 2.5 + seed / 9, "mine", seed, n_layer=2)
-        make_run(tmp_path / f"<b>/{seed}", 3 + seed ** 2 / 20, "<b>", seed, z_loss=1e-4)
+        make_run(tmp_path / f"x/{seed}", 3 + seed ** 2 / 20, "</script>", seed, z_loss=1e-4)
     log = tmp_path / "mine/1/log.jsonl"
     log.write_text(log.read_text() + json.dumps(
         {"step": 60, "tokens": 6000, "sample": "a </script> b"}) + "\n")
@@ -58,10 +58,10 @@ def test_what_a_page_has(page):
     body = text[text.index("<body>"):text.index("<script>")]
     assert len(text) < 2e6 and not re.search(r'(src|href)="(https?:|//)', text)
     for part in ("<td>better</td>", "<td>not shown</td>", 'href="mine/1/report.html"',
-                 "n_layer=2", "mine/4 has not ended", "a &lt;/script&gt; b", "&lt;b&gt;",
-                 "&lt;b&gt; changes the training loss itself (z_loss)", "c0ffee"):
+                 "n_layer=2", "mine/4 has not ended", "a &lt;/script&gt; b",
+                 "&lt;/script&gt; changes the training loss itself (z_loss)", "c0ffee"):
         assert part in body, part
-    assert "<b>" not in body and "</script> b" not in text
+    assert text.split("Object.entries(")[-1].count("</script>") == 1  # its own
 
 
 @pytest.mark.skipif(not BROWSER, reason="there is no browser to open the page with")

@@ -24,9 +24,9 @@ TRAIN = """
 import json, os, signal, sys, time
 from config import Config
 from nanolab.options import load
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 config = vars(load(Config, sys.argv[1:]))
 folder, name = config["out_dir"], config["name"]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("saved", file=open("saved", "a"))))
 print(folder, os.environ["OMP_NUM_THREADS"], config["resume"], file=open("calls", "a"))
 os.makedirs(folder, exist_ok=True)
 json.dump(config, open(folder + "/config.json", "w"))
@@ -86,6 +86,7 @@ def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130 and "the same command goes on" in err
         assert not list(tmp_path.glob("out/s/*/1/summary.json"))
+        assert len((tmp_path / "saved").read_text().split()) == n_calls
         assert "out/s/baseline/1 has not ended" in out
     (tmp_path / "wait").unlink()
     (tmp_path / "calls").unlink()
