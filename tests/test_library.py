@@ -87,7 +87,7 @@ def test_hidden_states(lm):
 
 def test_characters(small_run, tmp_path):
     """nanoGPT's characters have no end of text: the first of a text is not predicted."""
-    checkpoint = torch.load(small_run("run", "--vocab_size=300") / "best.pt")
+    checkpoint = torch.load(small_run("run", "--vocab_size=300") / "best.pt", weights_only=True)
     weights = {name: p[:3] if len(p) == 300 else p for name, p in checkpoint["model"].items()}
     torch.save({**checkpoint, "model": weights, "tokenizer": 'character:"abc"',
                 "config": {**checkpoint["config"], "vocab_size": 3}}, tmp_path / "abc.pt")
