@@ -188,7 +188,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({BEST: change_checkpoint(tokenizer="gpt2")}, EVAL, "was trained on gpt2 tokens"),
     ({TEST_BIN: GONE}, EVAL, "no test split"),
     ({BEST: scale_weights(1e30)}, EVAL, "the test loss of out/best.pt is not finite"),
-    ({}, [*EVAL, "--batch_size=0"], "--batch_size and --block_size must be"),
+    ({}, [*EVAL, "--batch_size=0"], "--batch_size must be"),
     # sample
     ({}, [*SAMPLE, "--prompt="], "--prompt is empty"),
     ({}, [*SAMPLE, "--prompt_file=nowhere"], "nowhere"),
