@@ -128,7 +128,7 @@ def curves_chart(labels, curves, views, n_shown=5):
     ends = [{"filter": "datum.kind == 'train'"}, last, {"filter": "datum.t == datum.last.t"},
             {"aggregate": [{"op": "mean", "field": "y", "as": "y"}],
              "groupby": ["e", "experiment"]},
-            {"window": [{"op": "rank", "as": "rank"}],
+            {"window": [{"op": "row_number", "as": "rank"}],
              "sort": [{"field": "y", "order": "descending"}]}]
     label = {"field": "experiment", "type": "nominal"}
     return {

@@ -24,6 +24,8 @@ const drawn = () => document.querySelectorAll("#curves .mark-line path").length;
 const wait = (ready, next) => ready() ? next() : setTimeout(wait, 50, ready, next);
 const found = document.documentElement.dataset, box = () => document.querySelector("[name=on2]");
 wait(() => box() && drawn() == 10, () => {
+  const names = [...document.querySelectorAll("#curves .mark-text text")];
+  found.places = new Set(names.map(each => each.getAttribute("transform"))).size;
   box().focus();
   found.focused = document.activeElement === box();
   box().click();
@@ -77,7 +79,7 @@ def test_a_browser_draws_it(page, width):
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=120)
     found = dict(re.findall(r'data-(\w+)="([^"]*)"', done.stdout[:done.stdout.index(">", 20)]))
     assert "errors" not in found
-    assert found["focused"] == "true"
+    assert (found["focused"], found["places"]) == ("true", "3")  # no name over another
     assert "difference in loss to the run of baseline" in found["title"]
     widths = [float(each) for each in re.findall(r'<svg[^>]* width="([\d.]+)"', done.stdout)]
     assert len(widths) == 2 and max(widths) <= max(width, 500)  # headless windows are no narrower
