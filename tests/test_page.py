@@ -24,7 +24,7 @@ const drawn = () => document.querySelectorAll("#curves .mark-line path").length;
 const wait = (ready, next) => ready() ? next() : setTimeout(wait, 50, ready, next);
 const found = document.documentElement.dataset, box = () => document.querySelector("[name=on2]");
 wait(() => box() && drawn() == 10, () => {
-  const names = [...document.querySelectorAll("#curves .mark-text text")];
+  const names = [...document.querySelectorAll("#curves .role-mark text")];
   found.places = new Set(names.map(each => each.getAttribute("transform"))).size;
   box().focus();
   found.focused = document.activeElement === box();
