@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import pathlib
 import re
 import sys
@@ -149,3 +150,21 @@ def test_wandb(small_run, tiny_data, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     run_main(monkeypatch, "eval", "--ckpt", folder / "last.pt", "--device=cpu")
     assert "test loss could not be added to Weights & Biases" in capsys.readouterr().err
+
+
+def test_the_ends_of_a_run(small_run, data_dir, capsys):
+    """A budget in epochs becomes steps; the initial weights are validated; at the end there is a
+    sample, and what the run cost."""
+    flags = ["--epochs=1e-4", "--max_steps=0", "--eval_every=3", "--dollars_per_hour=3600"]
+    run = small_run("run", *flags)
+    config = json.loads((run / "config.json").read_text())
+    meta = json.loads((data_dir / "stdlib/meta.json").read_text())
+    n_windows = (meta["splits"]["train"]["tokens"] - 1) // 32
+    assert (config["max_steps"], config["epochs"]) == (math.ceil(1e-4 * n_windows / 8), 0)
+    log = read_entries(run / "log.jsonl")
+    steps = [entry["step"] for entry in having("val_loss", log)]
+    assert steps == [0, 3, config["max_steps"]] and 5.3 < log[0]["val_loss"] < 6  # ln 257 = 5.55
+    assert [entry["step"] for entry in having("sample", log)] == [config["max_steps"]]
+    assert re.search(r"done:   .* s, [\d.]+ dollars; validation", capsys.readouterr().out)
+    small_run("run", *flags, "--resume")
+    assert "is finished" in capsys.readouterr().out
