@@ -371,3 +371,22 @@ def test_study_needs_neither_torch_nor_scipy_stats():
             "print(sorted({'torch', 'scipy.stats', 'matplotlib', 'vl_convert'} & sys.modules.keys()))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n"), done.stderr
+
+
+def test_different_code_is_said(compare, tmp_path):
+    """Where an experiment and its baseline, or runs of one experiment, ran with different code."""
+    def run(name, seed, *hashes):
+        folder = make_run(tmp_path / f"{name}{seed}", 3 + seed / 10, name, seed)
+        (folder / "summary.json").write_text(json.dumps({"code": [
+            {"commit": f"c{each}", "changed": False, "sha256": each} for each in hashes]}))
+
+    for seed in (1, 2):
+        run("baseline", seed, "aa")
+        run("same", seed, "aa")
+    assert "Different code" not in compare(tmp_path)
+    run("mixed", 1, "aa")
+    run("mixed", 2, "aa", "bb")  # another commit from a resume on
+    run("other", 1, "dd")
+    printed = " ".join(compare(tmp_path).split())
+    assert "Different code" in printed and "same: c" not in printed
+    assert "baseline: caa" in printed and "mixed: caa, cbb" in printed and "other: cdd" in printed
