@@ -6,14 +6,15 @@ A table stands between <!-- python study.py studies/lab/results.json --markdown 
 <!-- end -->. Its command may draw a picture, too.
 """
 
-import contextlib
 import importlib
 import io
 import re
 import shlex
 import sys
 import textwrap
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 from nanolab.common import run_script
 
@@ -35,13 +36,10 @@ def updated(text, draw=True):
 
 def printed(command):
     """What a command prints: a script, or -m and a module, with its arguments."""
-    words, before, output = shlex.split(command), sys.argv, io.StringIO()
-    sys.argv = words[words[0] == "-m":]
-    try:
-        with contextlib.redirect_stdout(output):
-            importlib.import_module(sys.argv[0].removesuffix(".py")).main()
-    finally:
-        sys.argv = before
+    words = shlex.split(command)
+    argv = words[words[0] == "-m":]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(io.StringIO()) as output:
+        importlib.import_module(argv[0].removesuffix(".py")).main()
     return "\n".join(line if line.startswith("|") else textwrap.fill(line, 99)
                      for line in output.getvalue().strip().splitlines())
 

@@ -15,7 +15,7 @@ OF_OTHERS = {  # torchrun's, nanoGPT's, lm_eval's; and the one that stands for a
     "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend", "--rdzv_id",
     "--rdzv_endpoint", "--with", "--timeout", "--start", "--dtype", "--model",
     "--model_args", "--tasks", "--include_path", "--key",
-    "--against", "--quick", "--tune"}  # of studies/ladder
+    "--tune"}  # of studies/ladder
 
 
 @pytest.fixture(params=DOCS, ids=lambda doc: doc.name)

@@ -149,26 +149,27 @@ def test_the_stack_is_what_helped():
 
 
 SIZES = {16: 40_000, 24: 90_000, 32: 200_000, 48: 400_000, 64: 800_000}  # width: parameters
-FRACTION = 0.3  # of the baseline's tokens with which `better` has its loss
+FRACTION = 0.3  # of the other's tokens with which `better` has its loss
 
 
 def true_loss(parameters, budget):
     return 0.9 + 1.1 * (parameters * budget / 40_000) ** -0.35
 
 
-def ladder(noise=0.003, widths=SIZES, groups=None):
-    """Runs: `baseline` with 20 tokens a parameter, `better` also with fewer."""
+def ladder(widths=SIZES, groups=None):
+    """Runs: `published` with 20 tokens a parameter, `better` also with fewer."""
     rng, found = np.random.default_rng(0), []
     for width in widths:
-        for name, budgets in (("baseline", (1,)), ("better", (1, 1/2, 1/4))):
+        for name, budgets in (("published", (1,)), ("better", (1, 1/2, 1/4))):
             for budget in budgets:
                 for seed in (1, 2, 3):
                     tokens = round(20 * SIZES[width] * budget)
                     loss = true_loss(SIZES[width], budget / (FRACTION if name == "better" else 1))
-                    loss += noise * rng.standard_normal()
+                    loss += 0.003 * rng.standard_normal()
+                    config = {"seed": seed, "n_layer": 2, "n_embd": width, "max_tokens": tokens}
                     found.append({"name": name, "test_loss": loss, "trained_tokens": tokens,
                                   "parameters": SIZES[width] - 4 * (name == "better"),
-                                  "config": {"seed": seed, "n_embd": width, "max_tokens": tokens}})
+                                  "config": config})
                     if groups:
                         found[-1].update(group_windows=[3] * 50,
                                          group_losses=(loss + groups[name]).tolist())
@@ -181,9 +182,9 @@ def few_samples(monkeypatch):
 
 
 def test_the_law_is_found_and_predicts(few_samples, tmp_path):
-    result = scaling.analyse(ladder(), ["baseline"])
+    result = scaling.analyse(ladder())
     assert result["target"] == 800_000 and result["fitted"] == [40_000, 90_000, 200_000, 400_000]
-    for law, scale in zip(result["laws"], (1, 1 / FRACTION)):
+    for law, scale in zip(result["laws"], (1 / FRACTION, 1)):
         assert law["law"]["exponent"] == pytest.approx(0.35, abs=0.05)
         low, high = law["interval"]
         assert low < law["measured"] < high < low + 0.05
@@ -195,10 +196,10 @@ def test_the_law_is_found_and_predicts(few_samples, tmp_path):
     assert all(row["p"] < 1e-3 for row in result["differences"].values())
     scaling.plot_analysis(result, tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
-    printed = scaling.format_analysis(result, markdown=True)
+    printed = scaling.format_analysis(result)
     assert f"{result['laws'][0]['predicted']:.4f}" in printed
 
-    largest_unknown = scaling.analyse(ladder(widths=[16, 24, 32, 48]), ["baseline"], 800_000)
+    largest_unknown = scaling.analyse(ladder(widths=[16, 24, 32, 48]), 800_000)
     low, high = largest_unknown["laws"][0]["interval"]
     assert low < largest_unknown["laws"][0]["predicted"] < high
     assert largest_unknown["laws"][0]["measured"] is None
@@ -207,14 +208,14 @@ def test_the_law_is_found_and_predicts(few_samples, tmp_path):
 def test_fits_are_scipys():
     sizes, losses = np.array([40, 90, 200, 400]) * 1000, np.array([2.0, 1.75, 1.59, 1.45])
     for errors in (np.ones(4), np.array([0.01, 0.02, 0.01, 0.05])):
-        law = scaling.fit_power_laws(sizes, losses, errors)
+        law = scaling.fit_power_law(sizes, losses, errors)
         found, _ = scipy.optimize.curve_fit(lambda x, a, b, c: a + b * x ** -c, sizes / 40_000,
                                             losses, (1, 1, 0.4), errors, bounds=(0, 3))
         assert [float(law[key]) for key in ("floor", "gain", "exponent")] == pytest.approx(
             found, rel=2e-3)
-    power = scaling.fit_power_laws(sizes, (sizes / 40_000) ** -0.3 - 0.2)
+    power = scaling.fit_power_law(sizes, (sizes / 40_000) ** -0.3 - 0.2)
     assert power["floor"] == 0  # a floor below 0 is none
-    assert math.isnan(scaling.fit_power_laws(sizes, losses[::-1])["gain"])
+    assert math.isnan(scaling.fit_power_law(sizes, losses[::-1])["gain"])
 
 
 def test_lack_of_fit():
@@ -233,15 +234,15 @@ def test_crossing():
         assert scaling.crossing([-2, -1, 0], [3, 2, 1.5], target) == pytest.approx(found)
     assert math.isnan(scaling.crossing([-1, 0], [2, 2], 3))
     assert math.isnan(scaling.crossing([0], [2], 2))
-    assert scaling.interval(np.array([1.0, 2.0] * 10 + [np.nan] * 2)) is None
+    assert np.isnan(scaling.interval(np.array([1.0, 2.0] * 10 + [np.nan] * 2))).all()
 
 
 def test_fractions_depend_on_the_text(few_samples):
     """Where recipes differ by document, other documents would give another fraction."""
-    uneven = {"baseline": np.zeros(50), "better": np.random.default_rng(0).normal(0, 0.2, 50)}
+    uneven = {"published": np.zeros(50), "better": np.random.default_rng(0).normal(0, 0.2, 50)}
     widths = []
     for groups in (None, uneven):
-        found = scaling.analyse(ladder(groups=groups), ["baseline"])["fractions"].values()
+        found = scaling.analyse(ladder(groups=groups))["fractions"].values()
         widths.append([high - low for _, (low, high), _ in found])
     assert min(widths[1]) > 3 * max(widths[0])
 
@@ -250,14 +251,14 @@ def test_a_noisy_cell_counts_with_its_own_sd(monkeypatch):
     """The noise is Student's with the recipe's common SD; a cell that departs from it is named."""
     found = ladder()
     sds, warnings = scaling.noise(scaling.collect_cells(found))
-    pooled, df = sds["baseline", 40_000, 800_000]
+    pooled, df = sds["published", 40_000, 800_000]
     assert not warnings and df == 10 and pooled == pytest.approx(0.003, rel=0.5)
-    assert len({sd for (name, *_), sd in sds.items() if name == "baseline"}) == 1
+    assert len({sd for (name, *_), sd in sds.items() if name == "published"}) == 1
     for i, run in enumerate(found[:3]):
         run["test_loss"] += 0.1 * i
     sds, [warning] = scaling.noise(scaling.collect_cells(found))
-    assert "baseline with 40,000 parameters" in warning
-    assert sds["baseline", 40_000, 800_000] == (pytest.approx(0.1, rel=0.1), 2)
+    assert "published with 40,000 parameters" in warning
+    assert sds["published", 40_000, 800_000] == (pytest.approx(0.1, rel=0.1), 2)
 
     monkeypatch.setattr(scaling, "N_SAMPLES", 20_000)
     pair = [{"name": "a", "test_loss": loss, "config": {"seed": loss}} for loss in (1.0, 1.2)]
@@ -267,20 +268,13 @@ def test_a_noisy_cell_counts_with_its_own_sd(monkeypatch):
     assert high - 1 == pytest.approx(12.706 * 0.2 / 2 ** 0.5, rel=0.1) == 1 - low
 
 
-def test_ladders_that_cannot_be_used(few_samples):
+def test_ladders_that_cannot_be_used():
     found = ladder()
-    one_seed = [{**run, "config": {**run["config"], "seed": 1}} for run in found]
     other = {**found[0], "config": {**found[0]["config"], "seed": 9, "weight_decay": 0.5}}
-    level = [{**run, "test_loss": 2.0 + 1e-3 * run["config"]["seed"]} for run in found]
-    for bad, message in (([{**found[0], "parameters": None}], "baseline lacks"),
-                         ([*found, other], "differ in their options"),
-                         (one_seed, "nothing shows the noise of baseline"),
-                         (ladder(widths=[16, 24, 32, 48]), "at least 4 sizes"),
-                         (level, "no power law fits")):
+    for bad, message in (([*found, other], "differ in their options"),
+                         (ladder(widths=[16, 24, 32, 48]), "at least 4 sizes")):
         with pytest.raises(UserError, match=message):
-            scaling.analyse(bad, ["baseline"])
-    with pytest.raises(UserError, match="there are baseline, better"):
-        scaling.analyse(found, ["none"])
+            scaling.analyse(bad)
 
 
 def test_batch_size_fit_is_the_published_one():
@@ -378,5 +372,3 @@ def test_noise_by_its_source():
     spread = np.std(losses, ddof=1)
     assert mixed_model.sd_interval(losses) == pytest.approx([
         spread * math.sqrt(4 / scipy.stats.chi2.ppf(p, 4)) for p in (0.975, 0.025)])
-    with pytest.raises(UserError, match="the noise needs two runs"):
-        mixed_model.sources_of_noise(made[:1])

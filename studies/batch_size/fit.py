@@ -13,8 +13,9 @@ import numpy as np
 from scipy.special import stdtrit
 
 from nanolab.common import UserError, run_script
-from nanolab.study.runs import group_by_experiment, losses_by_seed, read_file, settings
+from nanolab.study.runs import read_file, settings
 from nanolab.study.stats import t_interval
+from nanolab.study.tables import format_interval
 
 
 def fit_batch_size(sizes, losses):
@@ -39,18 +40,10 @@ def fit_batch_size(sizes, losses):
     return fit
 
 
-def curve_interval(fit, x):
-    """The 95 % interval of the curve at x = ln(B), a number or an array: [low, high]."""
-    powers = np.array([x ** 2, x, np.ones_like(x)])
-    variance = np.einsum("i...,ij,j...", powers, fit["covariance"], powers)
-    return t_interval(np.polyval(fit["coefficients"], x), np.sqrt(variance), fit["df"])
-
-
 def points(path, name):
     """-> global batch sizes and losses of the runs of one name"""
-    found = [(settings(runs[0])["global_batch_size"], loss)
-             for runs in group_by_experiment(read_file(path)).values() if runs[0]["name"] == name
-             for loss in losses_by_seed(runs).values()]
+    found = [(settings(run)["global_batch_size"], run["test_loss"]) for run in read_file(path)
+             if run["name"] == name]
     return np.array(sorted(found), float).reshape(-1, 2).T
 
 
@@ -60,9 +53,10 @@ def format_fit(fit, sizes):
              f"{a:.7f} ln(B)^2 {b:+.7f} ln(B) {c:+.7f}.")
     if fit["optimum"] is None or not min(sizes) <= fit["optimum"] <= max(sizes):
         return f"{start} It has no lowest point between these sizes."
-    low, high = curve_interval(fit, math.log(fit["optimum"]))
-    interval = fit["optimum_interval"]
-    ends = f"{interval[0]:.1f} to {interval[1]:.1f}" if interval else "without an end"
+    x = math.log(fit["optimum"])
+    error = math.sqrt([x ** 2, x, 1] @ fit["covariance"] @ [x ** 2, x, 1])
+    low, high = t_interval(np.polyval(fit["coefficients"], x), error, fit["df"])
+    ends = format_interval(fit["optimum_interval"], ".1f") or "without an end"
     return (f"{start} Optimum {fit['optimum']:.1f} (95 % interval, Fieller's: {ends}); loss there "
             f"{(low + high) / 2:.3f} ({low:.3f} to {high:.3f}).")
 

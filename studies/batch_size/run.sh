@@ -21,4 +21,4 @@ study | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
 python eval.py --ckpt out/lab/baseline/*/best.pt out/lab_batch/*/*/best.pt
 python study.py out/lab/baseline out/lab_batch --baseline "baseline, global_batch_size=8" \
   --json out/batch_size.json
-python -m studies.batch_size.fit out/batch_size.json baseline out/batch_size.png
+python -m studies.batch_size.fit out/batch_size.json baseline

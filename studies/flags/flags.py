@@ -10,20 +10,20 @@
     python -m studies.flags.flags refine    the best of them with half and twice its rate
     python -m studies.flags.flags best      the best of all these, five seeds
 
-All but `choose` and `agreement` print arguments for train.py, a line a run; run.sh runs them. Every
-run has 20 tokens a parameter. Until `tuning`, a run has the values that the ladder found for the modern
-recipe at its size (studies/ladder/ladder.py); those of `rates` have half, once and twice its rate.
-`tuning` draws what the ladder drew for its recipes, from the same ranges. `refine` and `best` read
-the trials in out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
+All but `choose` and `agreement` print arguments for train.py, a line a run. Every run has 20 tokens
+a parameter. Until `tuning`, a run has the values that the ladder found for the modern recipe at its
+size (studies/ladder/ladder.py); those of `rates` have half, once and twice its rate. `tuning` draws
+what the ladder drew for its recipes, from the same ranges. `refine` and `best` read the trials in
+out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
 
 The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
 loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
 both sizes, is more than two standard errors below 0. STACK was chosen when 2x48 had three seeds.
 """
 
-import statistics
 from pathlib import Path
 
+import numpy as np
 from scipy.stats import binomtest
 
 from nanolab.common import run_script
@@ -31,7 +31,7 @@ from nanolab.study.runs import read_file
 from nanolab.study.stats import standard_error
 from nanolab.study.tables import format_table
 from studies.ladder.ladder import (DRAWN, N_TRIALS, RECIPES, arguments, random_values, run_command,
-                                   runs_of, tuned)
+                                   run_of, tuned)
 
 SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
 SEEDS = (1, 2, 3, 4, 5)
@@ -63,9 +63,9 @@ STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average"
 
 def baseline():
     for size in (*SIZES, THIRD_SIZE):
-        for line in runs_of(size, SEEDS, RECIPES if size == THIRD_SIZE else ["modern"]):
-            if "_1_1/" in line:  # all its tokens
-                yield line
+        for seed in SEEDS:
+            for recipe in RECIPES if size == THIRD_SIZE else ["modern"]:
+                yield run_of(recipe, size, 1, seed)
 
 
 def alone():
@@ -77,11 +77,11 @@ def alone():
 
 def choose():
     """The mean difference at each size, and of all seeds with its standard error."""
-    found = sorted((compare(name)[1], name, compare(name)) for name in FLAGS)
     rows = [["flag", *SIZES, "both", "chosen"]]
-    rows += [[name, *(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}",
-              "yes" if helped(means, both, error) else "no"]
-             for _, name, (means, both, error) in found]
+    for both, name in sorted((compare(name)[1], name) for name in FLAGS):
+        means, _, error = compare(name)
+        rows.append([name, *(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}",
+                     "yes" if helped(means, both, error) else "no"])
     yield format_table(rows, markdown=True)
 
 
@@ -97,8 +97,7 @@ def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
         losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in read_runs(size)}
         differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
     both = sum(differences, [])
-    return ([statistics.mean(each) for each in differences], statistics.mean(both),
-            standard_error(both))
+    return [np.mean(each) for each in differences], np.mean(both), standard_error(both)
 
 
 def agreement():
@@ -119,8 +118,7 @@ def read_runs(results):
 
 def rates():
     for multiple in (0.5, 1, 2):
-        values = scaled(multiple, tuned("modern", THIRD_SIZE))
-        yield stack_run(f"stack_rate_{multiple}", 100, values)
+        yield stack_run(f"stack_rate_{multiple}", 100, tuned("modern", THIRD_SIZE), multiple)
 
 
 def stack():
@@ -135,8 +133,7 @@ def tuning():
 
 def refine():
     for multiple in (0.5, 2):
-        values = scaled(multiple, best_values("stack_trial"))
-        yield stack_run(f"stack_refined_{multiple}", 100, values)
+        yield stack_run(f"stack_refined_{multiple}", 100, best_values("stack_trial"), multiple)
 
 
 def best():
@@ -151,11 +148,9 @@ def best_values(prefix):
     return {key: config[key] for key in DRAWN}
 
 
-def scaled(multiple, values):
-    return {**values, "learning_rate": multiple * values["learning_rate"]}
-
-
-def stack_run(name, seed, values):
+def stack_run(name, seed, values, multiple=1):
+    """multiple: of the learning rate in values"""
+    values = {**values, "learning_rate": multiple * values["learning_rate"]}
     return run(name, " ".join(FLAGS[flag] for flag in STACK), THIRD_SIZE, seed, values)
 
 

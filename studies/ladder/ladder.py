@@ -6,7 +6,6 @@
     python -m studies.ladder.ladder check     the law's rate and its multiples at the largest size
     python -m studies.ladder.ladder runs      the runs that are tested, without the largest size
     python -m studies.ladder.ladder largest   those of the largest size
-    python -m studies.ladder.ladder quick     five smaller sizes, on Python's own library
 
 These print arguments for train.py, a line a run; run.sh runs them. `beta2` and `rates` print what
 the trials still lack, in the end nothing. All but `tuning` read the trials: those in
@@ -20,9 +19,9 @@ through these three gives a size's optimum, and a power law of the number of par
 four optima gives the rate of every size.
 """
 
-import functools
 import math
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -39,17 +38,13 @@ RECIPES = {  # these runs are older than the bound of attention logits (studies/
 }
 RATES = {"published": (2e-3, 6.4e-2), "rope_qk_norm": (2e-3, 6.4e-2), "modern": (4e-3, 1.28e-1)}
 SIZES = {"2x32": (2, 2, 32), "2x48": (2, 3, 48), "2x64": (2, 2, 64), "3x80": (3, 5, 80),
-         "3x112": (3, 7, 112), "2x16": (2, 1, 16), "2x24": (2, 2, 24)}  # n_layer, n_head, n_embd
+         "3x112": (3, 7, 112)}  # n_layer, n_head, n_embd
 LADDER, LARGEST = ("2x32", "2x48", "2x64", "3x80"), "3x112"
-QUICK = ("2x16", "2x24", "2x32", "2x48", "2x64")
 TUNED = "2x64"
 SEEDS = {"2x32": 5, "2x48": 5, "2x64": 5, "3x80": 2, "3x112": 3}
 N_TRIALS = 24
 COLLECTED, RECORDED = Path("out/ladder/tuning.json"), Path("studies/ladder/tuning.json")
 DRAWN = ("learning_rate", "weight_decay", "beta2", "warmup_fraction")
-
-
-read_once = functools.cache(read_file)  # every run asks for the trials
 
 
 def parameters(size):
@@ -59,24 +54,20 @@ def parameters(size):
     return n_layer * block + (2 * 257 + 128 + 2) * n_embd
 
 
-def arguments(recipe, size, values, folder, seed=100, fraction=1, dataset="pypi"):
+def arguments(recipe, size, values, folder, seed=100, fraction=1):
     """For one run. fraction: of the 20 tokens a parameter."""
     n_layer, n_head, n_embd = SIZES[size]
     tuned = " ".join(f"--{key}={value:.4g}" for key, value in values.items())
-    return (f"{RECIPES[recipe]} config/ladder.py --dataset={dataset} --name={recipe} "
+    return (f"{RECIPES[recipe]} config/ladder.py --dataset=pypi --name={recipe} "
             f"--n_layer={n_layer} --n_head={n_head} --n_embd={n_embd} {tuned} --seed={seed} "
             f"--max_tokens={round(20 * parameters(size) * fraction)} --out_dir={folder}")
-
-
-def log_uniform(rng, low, high):
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
 def random_values(seed, recipe):
     """What a random trial draws: {option: value}."""
     rng = np.random.default_rng(seed)
-    return {"learning_rate": log_uniform(rng, *RATES[recipe]),
-            "weight_decay": log_uniform(rng, 1e-3, 1.0),
+    return {"learning_rate": np.exp(rng.uniform(*np.log(RATES[recipe]))),
+            "weight_decay": np.exp(rng.uniform(*np.log((1e-3, 1.0)))),
             "beta2": rng.choice([0.95, 0.98, 0.99, 0.999]),
             "warmup_fraction": rng.choice([0.0, 0.02, 0.05, 0.1])}
 
@@ -106,11 +97,8 @@ def rates():
     for recipe in RECIPES:
         for size in LADDER:
             tried = losses_by_step(recipe, size)
-            wanted = {-1, 0, 1} - tried.keys()
-            if not wanted:
-                best = min(tried, key=tried.get)
-                wanted = {best - 1, best + 1} - tried.keys()
-            for step in sorted(wanted):
+            best = min(tried, key=tried.get, default=0)
+            for step in sorted({best - 1, best, best + 1} - tried.keys()):
                 yield rate_trial(recipe, size, 2.0 ** step * best_trial(recipe)["learning_rate"])
 
 
@@ -123,58 +111,53 @@ def rate_trial(recipe, size, rate, fraction=1):
 def check():
     """Half, once and twice the law's rate at the largest size, with a quarter of its tokens. By
     these the best for the modern recipe is at the edge, so it has trials with all of them too."""
-    few, more = (0.5, 1, 2), (0.25, 0.5, 1, 2)
+    few = (0.5, 1, 2)
     for recipe, fraction, multiples in (("published", 0.25, few), ("modern", 0.25, few),
-                                     ("modern", 1, more)):
+                                        ("modern", 1, (0.25, *few))):
         for multiple in multiples:
-            rate = multiple * rate_law(recipe)(parameters(LARGEST))
-            yield rate_trial(recipe, LARGEST, rate, fraction)
+            yield rate_trial(recipe, LARGEST, multiple * rate_law(recipe, LARGEST), fraction)
 
 
 def runs():
     for size in LADDER:
-        yield from runs_of(size, range(1, SEEDS[size] + 1), RECIPES)
+        yield from runs_of(size)
 
 
 def largest():
-    return runs_of(LARGEST, range(1, SEEDS[LARGEST] + 1), RECIPES)
+    return runs_of(LARGEST)
 
 
-def quick():
-    """The best trial's own rate at every size: this ladder shows the machinery, not a result."""
-    for size in QUICK:
-        yield from runs_of(size, (1, 2), ("published", "modern"),
-                           lambda recipe, size: best_trial(recipe), "out/ladder_quick", "stdlib")
-
-
-def runs_of(size, seeds, recipes, values=None, folder="out/ladder/runs", dataset="pypi"):
+def runs_of(size):
     """Each recipe on all its tokens; the modern one, with two seeds if there are three or more, on
     fewer too."""
-    full = [(recipe, 1, seed) for seed in seeds for recipe in recipes]
+    seeds = range(1, SEEDS[size] + 1)
+    full = [(recipe, 1, seed) for seed in seeds for recipe in RECIPES]
     fewer = [("modern", part, seed) for seed in seeds[:2 if len(seeds) > 2 else 1]
              for part in (2, 4, 8)]
     for recipe, part, seed in full + fewer:
-        yield arguments(recipe, size, (values or tuned)(recipe, size),
-                        f"{folder}/{size}/{recipe}_1_{part}/{seed}", seed, 1 / part, dataset)
+        yield run_of(recipe, size, part, seed)
+
+
+def run_of(recipe, size, part, seed):
+    """A tested run, on 1 / part of the tokens."""
+    return arguments(recipe, size, tuned(recipe, size),
+                     f"out/ladder/runs/{size}/{recipe}_1_{part}/{seed}", seed, 1 / part)
 
 
 def tuned(recipe, size):
-    return {**best_trial(recipe), "learning_rate": rate_law(recipe)(parameters(size))}
+    return {**best_trial(recipe), "learning_rate": rate_law(recipe, size)}
 
 
-def read_trials(stage, recipe, size, fraction=1):
-    """The trials of `tuning` or `rates` that had this fraction of their tokens: their options, and
-    val_loss."""
+@cache  # every run asks for the trials
+def read_trials(stage, recipe, size):
+    """The trials of `tuning` or `rates` that had all their tokens: their options, and val_loss."""
     file = COLLECTED if COLLECTED.exists() else RECORDED
-    shape, tokens = SIZES[size], round(20 * parameters(size) * fraction)
-    found = [{**run["config"], "val_loss": run["val_loss"] or math.inf}  # None: it diverged
-             for run in read_once(file)
-             if run["name"] == recipe and run["path"].startswith(f"out/ladder/{stage}/")
-             and tuple(run["config"][key] for key in ("n_layer", "n_head", "n_embd")) == shape
-             and run["config"]["max_tokens"] == tokens]
-    if stage == "tuning" and not found:
-        raise UserError(f"{file} has no trials of {recipe}: run those of `tuning` first")
-    return found
+    shape, tokens = SIZES[size], 20 * parameters(size)
+    return [{**run["config"], "val_loss": run["val_loss"] or math.inf}  # None: it diverged
+            for run in read_file(file)
+            if run["name"] == recipe and run["path"].startswith(f"out/ladder/{stage}/")
+            and tuple(run["config"][key] for key in ("n_layer", "n_head", "n_embd")) == shape
+            and run["config"]["max_tokens"] == tokens]
 
 
 def best_trial(recipe):
@@ -187,11 +170,8 @@ def losses_by_step(recipe, size):
     """Validation losses by rate: {how often the best trial's was doubled, negative if halved:
     loss}."""
     best = best_trial(recipe)
-    trials = read_trials("rates", recipe, size)
-    if size == TUNED:
-        trials += read_trials("tuning", recipe, TUNED)
     losses = {}
-    for each in trials:
+    for each in read_trials("rates", recipe, size) + read_trials("tuning", recipe, size):
         step = math.log2(each["learning_rate"] / best["learning_rate"])
         if abs(step - round(step)) < 0.01 and all(each[key] == best[key] for key in DRAWN[1:]):
             losses[round(step)] = each["val_loss"]
@@ -203,28 +183,26 @@ def best_rate(recipe, size):
     losses = losses_by_step(recipe, size)
     best = min(losses, key=losses.get, default=0)
     steps = [best - 1, best, best + 1]
-    if not losses.keys() >= set(steps):
+    if not losses.keys() >= set(steps):  # tuning was interrupted
         raise UserError(f"the best learning rate of {recipe} at {size} is not between two others "
                         "yet: run the trials of `rates` until it prints nothing")
     a, b, _ = np.polyfit(steps, [losses[step] for step in steps], 2)
     return best_trial(recipe)["learning_rate"] * 2 ** (-b / (2 * a))
 
 
-def rate_law(recipe):
-    """A function: the number of parameters -> the learning rate."""
-    slope, constant = np.polyfit(np.log([parameters(size) for size in LADDER]),
-                                 np.log([best_rate(recipe, size) for size in LADDER]), 1)
-    return lambda n: math.exp(constant + slope * math.log(n))
+def rate_law(recipe, size):
+    """The learning rate that the law over LADDER has for a size."""
+    law = np.polyfit(np.log([parameters(each) for each in LADDER]),
+                     np.log([best_rate(recipe, each) for each in LADDER]), 1)
+    return math.exp(np.polyval(law, math.log(parameters(size))))
 
 
 def values():
-    header = ["recipe", "weight decay", "beta2", "warm-up",
-              *(f"best rate at {size}" for size in LADDER), f"law's rate at {LARGEST}"]
-    rows = [header]
+    rows = [["recipe", "weight decay", "beta2", "warm-up",
+             *(f"best rate at {size}" for size in LADDER), f"law's rate at {LARGEST}"]]
     for recipe in RECIPES:
         best = best_trial(recipe)
-        found = [best_rate(recipe, size) for size in LADDER]
-        found.append(rate_law(recipe)(parameters(LARGEST)))
+        found = [*(best_rate(recipe, size) for size in LADDER), rate_law(recipe, LARGEST)]
         rows.append([recipe, f"{best['weight_decay']:.3g}", f"{best['beta2']:g}",
                      f"{best['warmup_fraction']:g}", *(f"{rate:.4f}" for rate in found)])
     yield format_table(rows, markdown=True)
@@ -240,7 +218,7 @@ def run_command(*functions):
 
 
 def main():
-    run_command(tuning, beta2, rates, check, runs, largest, quick, values)
+    run_command(tuning, beta2, rates, check, runs, largest, values)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@
 #     bash studies/ladder/run.sh           the runs, with the values that the trials found: those
 #                                          in out/ladder/tuning.json, or else ours
 #     bash studies/ladder/run.sh --tune    the trials first, then the runs with what they find
-#     bash studies/ladder/run.sh --quick   five smaller sizes on Python's library, untuned, in 7
-#                                          minutes on 2 cores of an Intel Xeon: the machinery only
 set -euo pipefail
 export OMP_NUM_THREADS=1
 
@@ -32,12 +30,6 @@ measure() {  # NAME CHECKPOINTS...
   python study.py ${*:2} --json "out/$1.json"
 }
 
-if [ "${1:-}" = --quick ]; then
-  train quick
-  measure ladder_quick out/ladder_quick/*/*/*/best.pt
-  python -m studies.ladder.scaling out/ladder_quick.json --plot out/ladder_quick.png
-  exit
-fi
 if [ "${1:-}" = --tune ]; then
   train tuning
   collect
@@ -54,7 +46,6 @@ measure ladder_prediction out/ladder/runs/2x*/published_1_1/*/best.pt \
 python -m studies.ladder.scaling out/ladder_prediction.json --target 527072
 train largest
 measure ladder out/ladder/runs/*/*/*/best.pt
-python -m studies.ladder.scaling out/ladder.json --against published rope_qk_norm \
-  --plot out/ladder.png
+python -m studies.ladder.scaling out/ladder.json --plot out/ladder.png
 # the recipes at one size
 python study.py 'out/ladder/runs/2x64/*_1_1/*' --baseline rope_qk_norm --json out/ladder_2x64.json

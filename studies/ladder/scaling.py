@@ -1,32 +1,33 @@
 """How fast the loss falls with a model's size, what that predicts of a larger one, and with which
 fraction of another recipe's tokens a recipe reaches its loss.
 
-    python -m studies.ladder.scaling RESULTS... [--against NAMES...] [--target N] [--markdown]
+    python -m studies.ladder.scaling RESULTS.json [--target N] [--plot FILE.png]
 
-RESULTS as for study.py. A ladder is recipes (runs of one name) at several sizes, where tokens grow
-with parameters. A size is a shape, n_layer x n_embd. It counts as many parameters as the largest
-model of that shape has: recipes differ by a few per cent, in their position embeddings for one.
-Each recipe has a power law over the smaller sizes, which predicts the largest.
+A ladder is recipes (runs of one name) at several sizes, where tokens grow with parameters. A size
+is a shape, n_layer x n_embd. It counts as many parameters as the largest model of that shape has:
+recipes differ by a few per cent, in their position embeddings for one. Each recipe has a power law
+over the smaller sizes, which predicts the largest.
 """
 
-import itertools
 import math
 
 import numpy as np
+from scipy.optimize import minimize_scalar, nnls
 from scipy.special import fdtrc
 
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.plots import new_figure, save_figure
 from nanolab.study import stats
-from nanolab.study.runs import losses_by_seed, read_runs, relevant_options, settings
+from nanolab.study.runs import losses_by_seed, read_file, relevant_options
 from nanolab.study.tables import (format_interval, format_number, format_p, format_table,
                                   mean_group_losses)
 
 N_SAMPLES = 2000  # of the bootstrap
+AGAINST = ("published", "rope_qk_norm")  # the others are compared with these
 LOOKS = [("o", "#0072b2"), ("s", "#d55e00"), ("D", "black")]
 
 
-def analyse(runs, against, target=None):
+def analyse(runs, target=None, against=AGAINST):
     """The laws of all recipes, and their differences and token fractions to those in `against`.
 
     target: a number of parameters whose loss to predict. None: the largest size, which the laws
@@ -34,8 +35,7 @@ def analyse(runs, against, target=None):
     """
     cells = collect_cells(runs)
     names = sorted({name for name, _, _ in cells})
-    if unknown := set(against) - set(names):
-        raise UserError(f"no recipe is named '{min(unknown)}'; there are {', '.join(names)}")
+    against = [name for name in against if name in names]
     full = {cell[:2]: cell for cell in sorted(cells)}  # (name, size): the one with the most tokens
     sizes = [size for name, size in full if name == against[0]]
     target = target or sizes[-1]
@@ -51,8 +51,7 @@ def analyse(runs, against, target=None):
     return {"fitted": fitted, "target": target, "warnings": warnings,
             "losses": {cell: losses[cell] for cell in full.values()},
             "laws": [fit_recipe([full[name, size] for size in fitted], full.get((name, target)),
-                                target, cells, sds, same_text)
-                     for name in names if all((name, size) in full for size in fitted)],
+                                target, cells, sds, same_text) for name in names],
             "differences": {pair: stats.compare_means(*(losses[cell] for cell in pair))
                             for pair in pairs},
             "fractions": {pair: found for pair in pairs
@@ -61,12 +60,11 @@ def analyse(runs, against, target=None):
 
 def collect_cells(runs):
     """-> {(name, parameters of the size, training tokens): runs}. Raises UserError."""
+    def shape(run):
+        return run["config"]["n_layer"], run["config"]["n_embd"]
     largest, cells = {}, {}
-    for run in runs:
-        if not (run.get("parameters") and run.get("trained_tokens")):
-            raise UserError("a ladder needs each run's parameters and trained_tokens; "
-                            f"{run['name']} lacks them")
-        largest[shape(run)] = max(run["parameters"], largest.get(shape(run), 0))
+    for run in sorted(runs, key=lambda run: run["parameters"]):
+        largest[shape(run)] = run["parameters"]
     for run in runs:
         cell = run["name"], largest[shape(run)], run["trained_tokens"]
         members = cells.setdefault(cell, [])
@@ -75,11 +73,6 @@ def collect_cells(runs):
             raise UserError(f"the runs of {cell[0]} with {cell[1]:,} parameters and {cell[2]:,} "
                             "tokens differ in their options, so they are not one recipe")
     return cells
-
-
-def shape(run):
-    options = settings(run)
-    return options["n_layer"], options["n_embd"]
 
 
 def values(runs):
@@ -94,16 +87,13 @@ def noise(cells):
     """-> {cell: (SD of one run, its degrees of freedom)}, warnings.
 
     The cells of a recipe have one SD in common, but for a cell whose own is larger than that of
-    the others (F test at 5 %, corrected for the recipe's cells). Raises UserError.
+    the others (F test at 5 %, corrected for the recipe's cells).
     """
     sds, warnings = {}, []
     for recipe in sorted({name for name, *_ in cells}):
         mine = [cell for cell in cells if cell[0] == recipe]
         squares = {cell: np.array([np.var(losses) * len(losses), len(losses) - 1])
                    for cell in mine if len(losses := values(cells[cell])) > 1}
-        if not squares:
-            raise UserError(f"nothing shows the noise of {recipe}: at one size or more it needs "
-                            "two runs with different seeds")
         total, df = sum(squares.values())
         sds.update(dict.fromkeys(mine, (math.sqrt(total / df), df)))
         for cell, (square, own_df) in squares.items():
@@ -143,18 +133,16 @@ def fit_recipe(chosen, largest, target, cells, sds, samples):
     """The power law of one recipe over the chosen cells, and what it predicts for the target.
 
     largest: the cell that has the target's size, or None. line: what a line through the last two
-    sizes predicts, on logarithmic axes. Raises UserError.
+    sizes predicts, on logarithmic axes.
     """
-    name, sizes = chosen[0][0], np.array([size for _, size, _ in chosen])
+    sizes = np.array([size for _, size, _ in chosen])
     losses = np.array([mean(cells[cell]) for cell in chosen])
     errors = np.array([sds[cell][0] / math.sqrt(len(values(cells[cell]))) for cell in chosen])
-    law = fit_power_laws(sizes, losses)
-    if math.isnan(law["gain"]):
-        raise UserError(f"no power law fits the losses of {name}: they do not fall with size")
-    predictions = loss_at(fit_power_laws(sizes, np.array([samples[cell] for cell in chosen]).T),
-                          target)
+    law = fit_power_law(sizes, losses)
+    predictions = np.array([loss_at(fit_power_law(sizes, sample), target) for sample in
+                            np.array([samples[cell] for cell in chosen]).T])
     slope = math.log(losses[-1] / losses[-2]) / math.log(sizes[-1] / sizes[-2])
-    result = {"name": name, "law": law, "predicted": loss_at(law, target), "measured": None,
+    result = {"name": chosen[0][0], "law": law, "predicted": loss_at(law, target), "measured": None,
               "line": losses[-1] * (target / sizes[-1]) ** slope,
               "lack_of_fit": lack_of_fit(sizes, losses, errors, sds[chosen[-1]][1])}
     if largest:  # the noise of its own seeds is part of the interval
@@ -163,31 +151,19 @@ def fit_recipe(chosen, largest, target, cells, sds, samples):
     return {**result, "interval": interval(predictions)}
 
 
-def fit_power_laws(sizes, losses, errors=1.0):
+def fit_power_law(sizes, losses, errors=1.0):
     """Least squares of loss = floor + gain (N / N of the smallest size)^-exponent, floor >= 0.
 
-    losses: (..., sizes), of as many laws. errors: of each size. -> a dict of floats or arrays, NaN
-    where the losses do not fall. Floor and gain follow from the exponent, which a grid finds.
+    errors: of each size. NaN where the losses do not fall. Floor and gain follow from the exponent.
     """
-    x, weights = sizes / sizes[0], np.ones(len(sizes)) / np.square(errors)
-    weights = weights / weights.sum()
-    y = np.asarray(losses)[..., None, :]  # (..., exponents, sizes)
-    exponents = np.geomspace(0.01, 3, 300)
-    for width in (0.02, 4e-4, 0):  # each grid lies around the best exponent of the one before
-        basis = x ** -exponents[..., None]
-        deviation = basis - (basis @ weights)[..., None]
-        gain = (deviation * y) @ weights / (deviation ** 2 @ weights)
-        floor = y @ weights - gain * (basis @ weights)
-        gain = np.where(floor < 0, (basis * y) @ weights / (basis ** 2 @ weights), gain)
-        floor = np.maximum(floor, 0)
-        misses = (y - floor[..., None] - gain[..., None] * basis) ** 2 @ weights
-        best = np.argmin(misses, -1)[..., None]
-        law = {key: np.take_along_axis(np.broadcast_to(found, misses.shape), best, -1)
-               for key, found in (("floor", floor), ("gain", gain), ("exponent", exponents))}
-        exponents = law["exponent"] * np.linspace(1 - width, 1 + width, 101)
-    falls = law["gain"] > 0
-    return {**{key: np.where(falls, found, np.nan)[..., 0] for key, found in law.items()},
-            "smallest": sizes[0]}
+    x, errors = sizes / sizes[0], errors * np.ones(len(sizes))
+
+    def linear_fit(exponent):
+        return nnls(np.array([1 / errors, x ** -exponent / errors]).T, losses / errors)
+    exponent = minimize_scalar(lambda exponent: linear_fit(exponent)[1], bounds=(0.01, 3),
+                               options={"xatol": 1e-7}).x
+    floor, gain = linear_fit(exponent)[0]
+    return {"floor": floor, "gain": gain or math.nan, "exponent": exponent, "smallest": sizes[0]}
 
 
 def loss_at(law, size):
@@ -197,7 +173,7 @@ def loss_at(law, size):
 def lack_of_fit(sizes, losses, errors, df):
     """The p of an F test: do the mean losses miss the law by more than the seeds explain? A small
     one says that the loss does not follow the law. errors: standard errors of the losses."""
-    law = fit_power_laws(sizes, losses, errors)
+    law = fit_power_law(sizes, losses, errors)
     misses = (losses - loss_at(law, sizes)) / errors
     n_free = len(sizes) - (3 if law["floor"] > 0 else 2)  # a floor at its bound is not fitted
     return float(fdtrc(n_free, df, misses @ misses / n_free))
@@ -214,8 +190,7 @@ def token_fraction(ours, theirs, cells, samples):
         return None
     limits = interval([crossing(x, losses, loss) for losses, loss in
                        zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
-    return (math.exp(found), limits and [math.exp(min(limit, 700)) for limit in limits],
-            not x[0] <= found <= x[-1])
+    return math.exp(found), np.exp(np.minimum(limits, 700)), not x[0] <= found <= x[-1]
 
 
 def crossing(x, losses, target):
@@ -228,14 +203,14 @@ def crossing(x, losses, target):
 
 
 def interval(samples):
-    """The middle 95 %; None, without an end, if more than the outer 5 % are not numbers."""
-    if np.isnan(samples).mean() > 0.05:
-        return None
-    return np.nanquantile(samples, (0.025, 0.975)).tolist()
+    """The middle 95 %; NaN, without an end, if more than the outer 5 % are not numbers."""
+    is_bounded = np.isnan(samples).mean() <= 0.05
+    return np.nanquantile(samples, (0.025, 0.975)) if is_bounded else np.full(2, np.nan)
 
 
-def format_analysis(result, markdown):
-    smallest, without_end = f"{result['fitted'][0]:,}", "without an end"
+def format_analysis(result):
+    """Tables in Markdown, and sentences."""
+    smallest = f"{result['fitted'][0]:,}"
     losses = [["recipe", "parameters", "tokens", "n", "test loss", "SD"]]
     for (name, size, tokens), by_seed in result["losses"].items():
         found = list(by_seed.values())
@@ -249,7 +224,7 @@ def format_analysis(result, markdown):
         laws.append([each["name"], f"{floor}{law['gain']:.3f} (N / {smallest})^-"
                      f"{law['exponent']:.3f}", format_p(each["lack_of_fit"]),
                      f"{each['predicted']:.4f}",
-                     format_interval(each["interval"], ".4f") or without_end,
+                     format_interval(each["interval"], ".4f"),
                      format_number(measured, ".4f"),
                      *(measured and f"{measured / each[key] - 1:+.1%}" or ""
                        for key in ("predicted", "line"))])
@@ -261,45 +236,41 @@ def format_analysis(result, markdown):
                             format_interval(limits, "+.4f")])
     fractions = [[*header, "fraction of tokens", "95 % interval", "budgets"]]
     fractions += [[ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
-                   format_interval(limits, ".3f") or without_end, "beyond them" * beyond]
+                   format_interval(limits, ".3f"), "beyond them" * beyond]
                   for (ours, theirs), (fraction, limits, beyond) in result["fractions"].items()]
     return "\n\n".join(filter(None, [
-        format_table(losses, markdown), "\n".join(result["warnings"]),
+        format_table(losses, markdown=True), "\n".join(result["warnings"]),
         f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
         f"parameters, and their predictions for {result['target']:,}. The line: through the last "
         "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
-        "another form.", format_table(laws, markdown),
+        "another form.", format_table(laws, markdown=True),
         "Differences in test loss, seed by seed. Each interval is for one test.",
-        format_table(differences, markdown),
+        format_table(differences, markdown=True),
         "With which fraction of the other recipe's tokens a recipe reaches its loss, by a line "
         "over ln(tokens) between its own budgets. The intervals cover the seeds and the choice of "
-        "the test documents.", format_table(fractions, markdown)]))
+        "the test documents.", format_table(fractions, markdown=True)]))
 
 
 def plot_analysis(result, path):
     """Draws the losses over parameters with the laws, and the fractions."""
     figure, (left, right) = new_figure(1, 2, figsize=(8.3, 4))
     x = np.geomspace(result["fitted"][0], result["target"] * 1.1, 100)
-    laws = {each["name"]: each for each in result["laws"]}
-    names = dict.fromkeys(name for name, *_ in result["losses"])
-    for i, (name, (marker, color)) in enumerate(zip(names, itertools.cycle(LOOKS))):
+    for i, (law, (marker, color)) in enumerate(zip(result["laws"], LOOKS)):
         points = [(cell[1], np.mean(list(losses.values())))
-                  for cell, losses in result["losses"].items() if cell[0] == name]
-        left.plot(*zip(*points), marker, color=color, markerfacecolor="white", label=name)
-        if name in laws:
-            left.plot(x, loss_at(laws[name]["law"], x), color=color, linewidth=0.8)
-            left.plot([result["target"] * 1.03 ** (i + 1)] * 2,
-                      laws[name]["interval"] or (np.nan, np.nan), color=color, linewidth=2)
+                  for cell, losses in result["losses"].items() if cell[0] == law["name"]]
+        left.plot(*zip(*points), marker, color=color, markerfacecolor="white", label=law["name"])
+        left.plot(x, loss_at(law["law"], x), color=color, linewidth=0.8)
+        left.plot([result["target"] * 1.03 ** (i + 1)] * 2, law["interval"], color=color,
+                  linewidth=2)
     left.set_ylabel("test loss; bars: predicted")
     lines = {}
     for (ours, theirs), found in result["fractions"].items():
         lines.setdefault(f"{ours[0]} of {theirs[0]}'s", []).append((ours[1], *found[:2]))
-    for (label, points), (marker, color) in zip(lines.items(), itertools.cycle(LOOKS)):
+    for (label, points), (marker, color) in zip(lines.items(), LOOKS):
         sizes, fractions, intervals = zip(*points)
         right.plot(sizes, fractions, f"{marker}-", color=color, markerfacecolor="white",
                    linewidth=0.8, label=label)
-        for size, limits in zip(sizes, intervals):
-            right.plot([size, size], limits or (np.nan, np.nan), color=color, linewidth=1)
+        right.plot([sizes, sizes], np.transpose(intervals), color=color, linewidth=1)
     right.axhline(1, color="0.8", linewidth=0.8, zorder=0)
     right.set_yscale("log")
     right.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
@@ -316,16 +287,13 @@ def plot_analysis(result, path):
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("results", nargs="+", metavar="RESULTS")
-    parser.add_argument("--against", nargs="+", default=["published"], metavar="NAME",
-                        help="recipes to compare with (default: published)")
+    parser.add_argument("results", metavar="RESULTS.json")
     parser.add_argument("--target", type=int, metavar="N",
                         help="parameters of the model to predict (default: the largest measured)")
-    parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
-    result = analyse(read_runs(args.results)[0], args.against, args.target)
-    print(format_analysis(result, args.markdown))
+    result = analyse(read_file(args.results), args.target)
+    print(format_analysis(result))
     if args.plot:
         plot_analysis(result, args.plot)
 

@@ -1,6 +1,6 @@
 """Where the noise of a study comes from: the seed of the initial weights, or those of the loop.
 
-    python -m studies.noise.mixed_model RESULTS.json [--experiment NAME] [--markdown]
+    python -m studies.noise.mixed_model RESULTS.json      # its runs called baseline
 
 Each loss is taken for a mean, plus an effect of the seed of the initial weights, one of the seeds
 of the training loop (data order, dropout), and a rest. REML estimates their three variances from
@@ -11,13 +11,13 @@ with each other and so are not independent.
 import math
 
 import numpy as np
+from scipy.linalg import null_space
 from scipy.optimize import minimize
 from scipy.special import chdtri, stdtr
 
-from nanolab.common import UserError, argument_parser, run_script
+from nanolab.common import argument_parser, run_script
 from nanolab.study import stats
-from nanolab.study.runs import (SEEDS, choose_baseline, group_by_experiment, losses_by_seed,
-                                read_file, settings)
+from nanolab.study.runs import SEEDS, losses_by_seed, read_file, settings
 from nanolab.study.tables import format_interval, format_table
 
 EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
@@ -32,40 +32,34 @@ def mixed_model(losses, seeds, side=None):
     n = len(losses)
     side = np.zeros(n, int) if side is None else np.array(side)
     means = np.eye(side.max() + 1)[side]  # (n, sides)
-    centre = np.eye(n) - means @ np.linalg.pinv(means)
+    contrasts = null_space(means.T).T  # (n - sides, n): what the means cannot change
+    y = contrasts @ losses
     shared = {"rest": np.eye(n)}  # 1 where two runs have an effect in common
+    projected = [np.eye(len(contrasts))]
     for effect, matrix in (("weights", [[a[0] == b[0] for b in seeds] for a in seeds]),
                            ("loop", [[a[1:] == b[1:] for b in seeds] for a in seeds])):
-        candidate = {**shared, effect: np.array(matrix, float)}
-        projected = [(centre @ each @ centre).ravel() for each in candidate.values()]
-        if np.linalg.matrix_rank(projected) == len(candidate):
-            shared = candidate
-    matrices, y = list(shared.values()), centre @ losses
+        candidates = [*projected, contrasts @ matrix @ contrasts.T]
+        if np.linalg.matrix_rank([each.ravel() for each in candidates]) == len(candidates):
+            shared[effect], projected = np.array(matrix, float), candidates
+    matrices = list(shared.values())
 
     def fit(logs):
         """For variances expm1(logs) times that of the rest: REML's deviance, and the rest."""
-        covariance = np.tensordot([1, *np.expm1(logs)], matrices, 1)
-        inverse = np.linalg.inv(covariance)
-        information = means.T @ inverse @ means
-        projection = inverse - inverse @ means @ np.linalg.solve(information, means.T @ inverse)
-        rest = max(y @ projection @ y, 1e-30) / (n - means.shape[1])
-        deviance = ((n - means.shape[1]) * math.log(rest) + np.linalg.slogdet(covariance)[1]
-                    + np.linalg.slogdet(information)[1])
-        gradient = [math.exp(log) * (np.sum(projection * matrix)
-                                     - y @ projection @ matrix @ projection @ y / rest)
-                    for log, matrix in zip(logs, matrices[1:])]
-        return deviance, np.array(gradient), projection, rest
+        covariance = np.tensordot([1, *np.expm1(logs)], projected, 1)
+        rest = max(y @ np.linalg.solve(covariance, y), 1e-30) / len(y)
+        return len(y) * math.log(rest) + np.linalg.slogdet(covariance)[1], rest
 
     logs = []
     if len(matrices) > 1:  # from two starting points, for there may be two minima
-        fits = [minimize(lambda x: fit(x)[:2], [start] * (len(matrices) - 1), jac=True,
+        fits = [minimize(lambda x: fit(x)[0], [start] * (len(matrices) - 1),
                          bounds=[(0, 16)] * (len(matrices) - 1)) for start in (0.1, 2)]
         logs = min(fits, key=lambda each: each.fun).x
-    *_, projection, rest = fit(logs)
-    variances = rest * np.array([1, *np.expm1(logs)])
+    variances = fit(logs)[1] * np.array([1, *np.expm1(logs)])
+    inverse = np.linalg.inv(np.tensordot(variances, projected, 1))
     found = dict(zip(shared, map(float, variances)))
     return {"losses": np.array(losses), "matrices": matrices, "variances": variances,
-            "projection": projection / rest, **{effect: found.get(effect) for effect in EFFECTS}}
+            "projection": contrasts.T @ inverse @ contrasts,
+            **{effect: found.get(effect) for effect in EFFECTS}}
 
 
 def estimate(model, weights, n_new_runs=0):
@@ -109,7 +103,7 @@ def difference(ours, theirs):
 
 def sources_of_noise(runs):
     """The losses of one experiment by what its seeds vary: {source: losses}. A run may count in
-    several. Raises UserError if there is none."""
+    several."""
     losses = losses_by_seed(runs)
     one_seed = {tuple(options[key] for key in SEEDS) for options in map(settings, runs)
                 if len({options[key] for key in ("seed", *SEEDS)}) == 1}
@@ -120,12 +114,8 @@ def sources_of_noise(runs):
     chosen = {"both, by one seed": [seeds for seeds in losses if seeds in one_seed],
               "the loop, with the same initial weights": max(same_weights.values(), key=len),
               "initial weights, with the same loop": max(same_loop.values(), key=len)}
-    sources = {source: [losses[seeds] for seeds in members] for source, members in chosen.items()
-               if len(members) > 1}
-    if not sources:
-        raise UserError("the noise needs two runs or more that have one seed each for everything, "
-                        "or a seed in common")
-    return sources
+    return {source: [losses[seeds] for seeds in members] for source, members in chosen.items()
+            if len(members) > 1}
 
 
 def sd_interval(losses):
@@ -134,7 +124,7 @@ def sd_interval(losses):
     return [np.std(losses, ddof=1) * math.sqrt((n - 1) / chdtri(n - 1, p)) for p in (0.025, 0.975)]
 
 
-def format_noise(runs, markdown):
+def format_noise(runs):
     losses, rows = losses_by_seed(runs), [["varies", "n", "mean", "SD", "95 % interval"]]
     for source, values in sources_of_noise(runs).items():
         rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
@@ -144,20 +134,17 @@ def format_noise(runs, markdown):
            f"{name} not varied, or part of the rest" for effect, name in EFFECTS.items()]
     mean, one_more = (format_interval(stats.t_interval(*mean_loss(losses, n_new)), ".4f")
                       for n_new in (0, 1))
-    return (f"{format_table(rows, markdown)}\n\nSD by the mixed model of all {len(losses)} runs: "
-            f"{', '.join(sds)}. Mean {np.mean(list(losses.values())):.6f} (95 % interval {mean}); "
+    return (f"{format_table(rows, markdown=True)}\n\n"
+            f"SD by the mixed model of all {len(losses)} runs: {', '.join(sds)}. "
+            f"Mean {np.mean(list(losses.values())):.6f} (95 % interval {mean}); "
             f"one more run falls between {one_more.replace('to', 'and')}, 95 times in 100.")
 
 
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS.json")
-    parser.add_argument("--experiment", default="baseline", metavar="NAME")
-    parser.add_argument("--markdown", action="store_true")
-    args = parser.parse_args()
-    experiments = group_by_experiment(read_file(args.results))
-    name = choose_baseline(experiments, args.experiment)
-    print(format_noise(experiments[name], args.markdown))
+    runs = read_file(parser.parse_args().results)
+    print(format_noise([run for run in runs if run["name"] == "baseline"]))
 
 
 if __name__ == "__main__":
