@@ -32,14 +32,14 @@ def mean_losses(model, dataset, groups, batch_size, world):
     model.eval()
     batches = [(i, group[start:start + batch_size]) for i, group in enumerate(groups)
                for start in range(0, len(group), batch_size)][world.rank::world.size]
-    losses = [torch.zeros((), device=world.device)]  # the first, for a rank may have no batch
-    for _, ids in batches:
+    # one tensor: small ones, kept from each batch, would split the memory that batches reuse
+    losses = torch.zeros(len(batches), device=world.device)
+    for k, (_, ids) in enumerate(batches):
         with world.autocast():
-            # a copy: a CUDA graph overwrites its output when it runs again
-            losses.append(model(*dataset.batch(ids, world.device)).clone())
+            losses[k] = model(*dataset.batch(ids, world.device))
     model.train(was_training)
     sums = torch.zeros(len(groups), dtype=torch.float64)
-    for (i, ids), loss in zip(batches, torch.stack(losses)[1:].cpu().double()):
+    for (i, ids), loss in zip(batches, losses.cpu().double()):
         sums[i] += loss * len(ids)
     if world.size > 1:
         sums = sums.to(world.device)

@@ -1,5 +1,7 @@
 """What fits in memory, and how steps are timed."""
 
+import subprocess
+import sys
 import types
 
 import pytest
@@ -12,7 +14,7 @@ from config import Config
 from conftest import losses
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
-from nanolab.common import UserError
+from nanolab.common import ROOT, UserError
 from nanolab.distributed import World
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer
@@ -117,3 +119,25 @@ def test_timed_seconds(small_run, monkeypatch):
     state = read_checkpoint(run / "last.pt")
     assert (state["timed_tokens"], state["timed_seconds"]) == (3 * 8 * 32, 3)
     assert state["seconds"] == 100 + 3 + (1 + 4 + 2) * 1000  # validations: step 0 and each step
+
+
+def test_validation_keeps_no_memory():
+    """What a batch leaves must not split the memory that the next one reuses: it once took 0.5 MB
+    more a batch."""
+    script = """
+import resource, types, torch
+from model import GPT, GPTConfig
+from nanolab.distributed import World, keep_freed_memory
+from nanolab.evaluation import mean_losses
+keep_freed_memory()
+torch.set_num_threads(1)
+model = GPT(GPTConfig(vocab_size=257, n_layer=2, n_head=2, n_embd=32, block_size=128))
+data = types.SimpleNamespace(batch=lambda ids, device: torch.ones(2, len(ids), 128, dtype=int))
+for n in (20, 200):
+    groups = [range(5 + i % 40) for i in range(n)]
+    mean_losses(model, data, groups, 12, World(torch.device("cpu"), None))
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, text=True, capture_output=True)
+    few, many = map(int, done.stdout.split() or pytest.fail(done.stderr))
+    assert many < few + 30_000  # KB, on Linux
