@@ -194,7 +194,7 @@ def test_the_law_is_found_and_predicts(few_samples, tmp_path):
         assert low < fraction < high and fraction == pytest.approx(FRACTION, abs=0.015)
         assert not beyond
     assert all(row["p"] < 1e-3 for row in result["differences"].values())
-    scaling.plot_analysis(result, tmp_path / "ladder.png")
+    charts.save_picture(scaling.ladder_chart(result), tmp_path / "ladder.png")
     assert (tmp_path / "ladder.png").stat().st_size > 10_000
     printed = scaling.format_analysis(result)
     assert f"{result['laws'][0]['predicted']:.4f}" in printed

@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar, nnls
 from scipy.special import fdtrc
 
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.plots import new_figure, save_figure
+from nanolab import charts
 from nanolab.study import stats
 from nanolab.study.runs import losses_by_seed, read_file, relevant_options
 from nanolab.study.tables import (format_interval, format_number, format_p, format_table,
@@ -251,38 +251,44 @@ def format_analysis(result):
         "the test documents.", format_table(fractions, markdown=True)]))
 
 
-def plot_analysis(result, path):
-    """Draws the losses over parameters with the laws, and the fractions."""
-    figure, (left, right) = new_figure(1, 2, figsize=(8.3, 4))
-    x = np.geomspace(result["fitted"][0], result["target"] * 1.1, 100)
-    for i, (law, (marker, color)) in enumerate(zip(result["laws"], LOOKS)):
-        points = [(cell[1], np.mean(list(losses.values())))
-                  for cell, losses in result["losses"].items() if cell[0] == law["name"]]
-        left.plot(*zip(*points), marker, color=color, markerfacecolor="white", label=law["name"])
-        left.plot(x, loss_at(law["law"], x), color=color, linewidth=0.8)
-        left.plot([result["target"] * 1.03 ** (i + 1)] * 2, law["interval"], color=color,
-                  linewidth=2)
-    left.set_ylabel("test loss; bars: predicted")
-    lines = {}
-    for (ours, theirs), found in result["fractions"].items():
-        lines.setdefault(f"{ours[0]} of {theirs[0]}'s", []).append((ours[1], *found[:2]))
-    for (label, points), (marker, color) in zip(lines.items(), LOOKS):
-        sizes, fractions, intervals = zip(*points)
-        right.plot(sizes, fractions, f"{marker}-", color=color, markerfacecolor="white",
-                   linewidth=0.8, label=label)
-        right.plot([sizes, sizes], np.transpose(intervals), color=color, linewidth=1)
-    right.axhline(1, color="0.8", linewidth=0.8, zorder=0)
-    right.set_yscale("log")
-    right.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
-    right.set_ylabel("fraction of the tokens for the same loss")
-    ticks = [*result["fitted"], result["target"]]
-    for ax in (left, right):
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{size / 1e6:.2g}M" for size in ticks])
-        ax.minorticks_off()
-        ax.set_xlabel("parameters")
-        ax.legend(frameon=False, fontsize=9)
-    save_figure(figure, path)
+def ladder_chart(result):
+    """The losses over parameters with the laws and what they predict; and the fractions."""
+    target, laws = result["target"], result["laws"]
+    sizes = [*result["fitted"], target]
+    losses = [(name, size, np.mean(list(by_seed.values())))
+              for (name, size, _), by_seed in result["losses"].items()]
+    curves = [(law["name"], size, loss_at(law["law"], size)) for law in laws
+              for size in np.geomspace(sizes[0], target, 100)]
+    predicted = [(law["name"], target * 1.03 ** (i + 1), *law["interval"])
+                 for i, law in enumerate(laws)]
+    fractions = [(f"{ours[0]} of {theirs[0]}'s", ours[1], *found[:2])
+                 for (ours, theirs), found in result["fractions"].items()]
+    found = [(name, size, fraction) for name, size, fraction, _ in fractions]
+    intervals = [(name, size, *limits) for name, size, _, limits in fractions]
+
+    def layer(mark, points, **more):
+        rows = [dict(zip(("name", "size", "y", "y2"), point)) for point in points
+                if not any(value != value for value in point)]  # NaN: not known
+        return {"mark": mark, "data": {"values": rows}, **more}
+
+    def panel(title, y_axis, *layers):
+        return {"title": title, "width": 330, "height": 300, "layer": layers, "encoding": {
+            "x": {"field": "size", "type": "quantitative", "title": "parameters",
+                  "scale": {"type": "log", "nice": False, "padding": 10},
+                  "axis": {"values": sizes, "format": ".2s"}},
+            "y": {"field": "y", "type": "quantitative", "title": None, **y_axis},
+            "color": {"field": "name", "type": "nominal", "scale": {"range": charts.COLORS},
+                      "legend": {"title": None, "orient": "top", "labelLimit": 0}}}}
+
+    interval = {"encoding": {"y2": {"field": "y2"}}}
+    return {**charts.CHART, "resolve": {"scale": {"color": "independent"}}, "hconcat": [
+        panel("test loss; bars: what the laws predict", {"scale": {"zero": False}},
+              layer("line", curves), layer("point", losses),
+              layer({"type": "rule", "size": 3}, predicted, **interval)),
+        panel("fraction of the tokens for the same loss",
+              {"scale": {"type": "log"}, "axis": {"values": [0.2, 0.5, 1, 2, 5]}},
+              layer({"type": "line", "point": True}, found),
+              layer("rule", intervals, **interval))]}
 
 
 def main():
@@ -295,7 +301,7 @@ def main():
     result = analyse(read_file(args.results), args.target)
     print(format_analysis(result))
     if args.plot:
-        plot_analysis(result, args.plot)
+        charts.save_picture(ladder_chart(result), args.plot)
 
 
 if __name__ == "__main__":
