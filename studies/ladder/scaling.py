@@ -15,8 +15,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar, nnls
 from scipy.special import fdtrc
 
-from nanolab.common import UserError, argument_parser, run_script
 from nanolab import charts
+from nanolab.common import UserError, argument_parser, run_script
 from nanolab.study import stats
 from nanolab.study.runs import losses_by_seed, read_file, relevant_options
 from nanolab.study.tables import (format_interval, format_number, format_p, format_table,
@@ -24,34 +24,32 @@ from nanolab.study.tables import (format_interval, format_number, format_p, form
 
 N_SAMPLES = 2000  # of the bootstrap
 AGAINST = ("published", "rope_qk_norm")  # the others are compared with these
-LOOKS = [("o", "#0072b2"), ("s", "#d55e00"), ("D", "black")]
 
 
-def analyse(runs, target=None, against=AGAINST):
-    """The laws of all recipes, and their differences and token fractions to those in `against`.
+def analyse(runs, target=None):
+    """The laws of all recipes, and their differences and token fractions to those in AGAINST.
 
     target: a number of parameters whose loss to predict. None: the largest size, which the laws
     then leave out, so that its losses test them. -> a dict. Raises UserError.
     """
     cells = collect_cells(runs)
-    names = sorted({name for name, _, _ in cells})
-    against = [name for name in against if name in names]
     full = {cell[:2]: cell for cell in sorted(cells)}  # (name, size): the one with the most tokens
-    sizes = [size for name, size in full if name == against[0]]
+    sizes = sorted({size for _, size in full})
     target = target or sizes[-1]
     fitted = [size for size in sizes if size < target]
     if len(fitted) < 4:
         raise UserError("a power law has three unknowns, so it needs at least 4 sizes below the "
-                        f"one it predicts; {against[0]} has {len(fitted)} below {target:,}")
+                        f"one it predicts; there are {len(fitted)} below {target:,}")
     sds, warnings = noise(cells)
     same_text, samples = (sample_means(cells, sds, with_text) for with_text in (False, True))
     losses = {cell: losses_by_seed(runs) for cell, runs in cells.items()}
-    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(against)
-             for name, size in full if name not in against[:i + 1] and (other, size) in full]
+    recipes = {name: [full[name, size] for size in fitted] for name, _ in full}
+    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(AGAINST)
+             for name, size in full if name not in AGAINST[:i + 1] and (other, size) in full]
     return {"fitted": fitted, "target": target, "warnings": warnings,
             "losses": {cell: losses[cell] for cell in full.values()},
-            "laws": [fit_recipe([full[name, size] for size in fitted], full.get((name, target)),
-                                target, cells, sds, same_text) for name in names],
+            "laws": [fit_recipe(chosen, full.get((name, target)), target, cells, sds, same_text)
+                     for name, chosen in recipes.items()],
             "differences": {pair: stats.compare_means(*(losses[cell] for cell in pair))
                             for pair in pairs},
             "fractions": {pair: found for pair in pairs
@@ -181,16 +179,14 @@ def lack_of_fit(sizes, losses, errors, df):
 
 def token_fraction(ours, theirs, cells, samples):
     """With which fraction of the tokens of another recipe's cell a recipe reaches its loss, by a
-    line through its own losses over ln(tokens): the fraction, its interval, whether it lies beyond
-    the recipe's budgets. None if it has one budget, or its losses do not fall."""
+    line through its own losses over ln(tokens), and the interval. None if it has one budget, or its
+    losses do not fall."""
     mine = sorted(cell for cell in cells if cell[:2] == ours[:2])
     x = np.log([tokens / theirs[2] for *_, tokens in mine])
     found = crossing(x, [mean(cells[cell]) for cell in mine], mean(cells[theirs]))
-    if math.isnan(found):
-        return None
     limits = interval([crossing(x, losses, loss) for losses, loss in
                        zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
-    return math.exp(found), np.exp(np.minimum(limits, 700)), not x[0] <= found <= x[-1]
+    return None if math.isnan(found) else (math.exp(found), np.exp(limits))
 
 
 def crossing(x, losses, target):
@@ -220,35 +216,35 @@ def format_analysis(result):
              "error of the line"]]
     for each in result["laws"]:
         law, measured = each["law"], each["measured"]
+        errors = [f"{measured / each[key] - 1:+.1%}" if measured else ""
+                  for key in ("predicted", "line")]
         floor = f"{law['floor']:.3f} + " if law["floor"] > 0 else ""
-        laws.append([each["name"], f"{floor}{law['gain']:.3f} (N / {smallest})^-"
-                     f"{law['exponent']:.3f}", format_p(each["lack_of_fit"]),
-                     f"{each['predicted']:.4f}",
-                     format_interval(each["interval"], ".4f"),
-                     format_number(measured, ".4f"),
-                     *(measured and f"{measured / each[key] - 1:+.1%}" or ""
-                       for key in ("predicted", "line"))])
+        formula = f"{floor}{law['gain']:.3f} (N / {smallest})^-{law['exponent']:.3f}"
+        laws.append([each["name"], formula, format_p(each["lack_of_fit"]),
+                     f"{each['predicted']:.4f}", format_interval(each["interval"], ".4f"),
+                     format_number(measured, ".4f"), *errors])
     header = ["recipe", "against", "parameters"]
     differences = [[*header, "difference", "95 % interval"]]
     for (ours, theirs), row in result["differences"].items():
         limits = row["p"] and stats.t_interval(row["difference"], row["error"], row["df"])
         differences.append([ours[0], theirs[0], f"{ours[1]:,}", f"{row['difference']:+.4f}",
                             format_interval(limits, "+.4f")])
-    fractions = [[*header, "fraction of tokens", "95 % interval", "budgets"]]
-    fractions += [[ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
-                   format_interval(limits, ".3f"), "beyond them" * beyond]
-                  for (ours, theirs), (fraction, limits, beyond) in result["fractions"].items()]
+    fractions = [[*header, "fraction of tokens", "95 % interval"]]
+    for (ours, theirs), (fraction, limits) in result["fractions"].items():
+        fractions.append([ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
+                          format_interval(limits, ".3f")])
+    losses, laws, differences, fractions = (
+        format_table(rows, markdown=True) for rows in (losses, laws, differences, fractions))
     return "\n\n".join(filter(None, [
-        format_table(losses, markdown=True), "\n".join(result["warnings"]),
+        losses, "\n".join(result["warnings"]),
         f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
         f"parameters, and their predictions for {result['target']:,}. The line: through the last "
         "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
-        "another form.", format_table(laws, markdown=True),
-        "Differences in test loss, seed by seed. Each interval is for one test.",
-        format_table(differences, markdown=True),
+        "another form.", laws,
+        "Differences in test loss, seed by seed. Each interval is for one test.", differences,
         "With which fraction of the other recipe's tokens a recipe reaches its loss, by a line "
         "over ln(tokens) between its own budgets. The intervals cover the seeds and the choice of "
-        "the test documents.", format_table(fractions, markdown=True)]))
+        "the test documents.", fractions]))
 
 
 def ladder_chart(result):
@@ -261,10 +257,10 @@ def ladder_chart(result):
               for size in np.geomspace(sizes[0], target, 100)]
     predicted = [(law["name"], target * 1.03 ** (i + 1), *law["interval"])
                  for i, law in enumerate(laws)]
-    fractions = [(f"{ours[0]} of {theirs[0]}'s", ours[1], *found[:2])
-                 for (ours, theirs), found in result["fractions"].items()]
-    found = [(name, size, fraction) for name, size, fraction, _ in fractions]
-    intervals = [(name, size, *limits) for name, size, _, limits in fractions]
+    fractions, intervals = ([
+        (f"{ours[0]} of {theirs[0]}'s", ours[1], *(limits if with_limits else [fraction]))
+        for (ours, theirs), (fraction, limits) in result["fractions"].items()]
+        for with_limits in (False, True))
 
     def layer(mark, points, **more):
         rows = [dict(zip(("name", "size", "y", "y2"), point)) for point in points
@@ -287,7 +283,7 @@ def ladder_chart(result):
               layer({"type": "rule", "size": 3}, predicted, **interval)),
         panel("fraction of the tokens for the same loss",
               {"scale": {"type": "log"}, "axis": {"values": [0.2, 0.5, 1, 2, 5]}},
-              layer({"type": "line", "point": True}, found),
+              layer({"type": "line", "point": True}, fractions),
               layer("rule", intervals, **interval))]}
 
 
