@@ -36,13 +36,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-CONFIG=${CONFIG:-config/cloud_hour.py}
-OUT_DIR=${OUT_DIR:-out/cloud_hour}
-DATASET=${DATASET:-fineweb}
-DATA_DIR=${DATA_DIR:-data}
-DATA_FROM=${DATA_FROM:-}
-ON_SAVE=${ON_SAVE:-}
-DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-0}
+export CONFIG=${CONFIG:-config/cloud_hour.py} OUT_DIR=${OUT_DIR:-out/cloud_hour}
+export DATASET=${DATASET:-fineweb} DATA_DIR=${DATA_DIR:-data} DATA_FROM=${DATA_FROM:-}
+export ON_SAVE=${ON_SAVE:-} DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-0}
 log=$OUT_DIR/cloud.log
 
 ask=yes price_only=no detached=no flags=()
@@ -92,11 +88,9 @@ environment() {  # an active virtual environment is taken as it is
     fi
     export PROCESSES=${PROCESSES:-$(python -c "import torch; print(torch.cuda.device_count())")}
     if [ "$PROCESSES" = 0 ]; then
-        echo "cloud.sh: torch finds no GPU: nvidia-smi shows whether there is one, and whether" \
-             "its driver is older than torch's CUDA; PROCESSES=2 tries this script on a CPU" >&2
+        echo "cloud.sh: torch finds no GPU; does nvidia-smi? PROCESSES=2 tries this on a CPU" >&2
         exit 1
     fi
-    export CONFIG OUT_DIR DATASET DATA_DIR DATA_FROM ON_SAVE DOLLARS_PER_HOUR
 }
 
 train() {
@@ -115,9 +109,8 @@ price() {
 
 get_data() {
     local to=$DATA_DIR/$DATASET
-    if [ -f "$to/meta.json" ]; then
-        return
-    elif [ -n "$DATA_FROM" ]; then
+    [ ! -f "$to/meta.json" ] || return 0
+    if [ -n "$DATA_FROM" ]; then
         rm -rf "$to.copy"
         mkdir -p "$DATA_DIR"
         scp -rq "$DATA_FROM" "$to.copy"
@@ -149,9 +142,8 @@ all_of_it() {
     rm -rf "$OUT_DIR/export"
     python -m nanolab.huggingface export "$OUT_DIR/best.pt" "$OUT_DIR/export"
     bash -c "$ON_SAVE"
-    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question. The run's page is" \
-         "$OUT_DIR/report.html, the model for transformers $OUT_DIR/export. The box costs money" \
-         "until you give it back"
+    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question: $OUT_DIR/report.html and" \
+         "$OUT_DIR/export, for transformers. The box costs money until you give it back"
 }
 
 if [ $detached = yes ]; then all_of_it; else main; fi

@@ -42,16 +42,15 @@ def analyse(runs, target=None):
                         f"one it predicts; there are {len(fitted)} below {target:,}")
     sds, warnings = noise(cells)
     same_text, samples = (sample_means(cells, sds, with_text) for with_text in (False, True))
-    losses = {cell: losses_by_seed(runs) for cell, runs in cells.items()}
     recipes = {name: [full[name, size] for size in fitted] for name, _ in full}
     pairs = [(full[name, size], full[other, size]) for i, other in enumerate(AGAINST)
              for name, size in full if name not in AGAINST[:i + 1] and (other, size) in full]
     return {"fitted": fitted, "target": target, "warnings": warnings,
-            "losses": {cell: losses[cell] for cell in full.values()},
+            "losses": {cell: values(cells[cell]) for cell in full.values()},
             "laws": [fit_recipe(chosen, full.get((name, target)), target, cells, sds, same_text)
                      for name, chosen in recipes.items()],
-            "differences": {pair: stats.compare_means(*(losses[cell] for cell in pair))
-                            for pair in pairs},
+            "differences": {pair: stats.compare_means(*(losses_by_seed(cells[cell])
+                                                        for cell in pair)) for pair in pairs},
             "fractions": {pair: found for pair in pairs
                           if (found := token_fraction(*pair, cells, samples))}}
 
@@ -74,11 +73,7 @@ def collect_cells(runs):
 
 
 def values(runs):
-    return list(losses_by_seed(runs).values())
-
-
-def mean(runs):
-    return float(np.mean(values(runs)))
+    return np.array(list(losses_by_seed(runs).values()))
 
 
 def noise(cells):
@@ -90,8 +85,9 @@ def noise(cells):
     sds, warnings = {}, []
     for recipe in sorted({name for name, *_ in cells}):
         mine = [cell for cell in cells if cell[0] == recipe]
-        squares = {cell: np.array([np.var(losses) * len(losses), len(losses) - 1])
-                   for cell in mine if len(losses := values(cells[cell])) > 1}
+        losses = {cell: values(cells[cell]) for cell in mine}
+        squares = {cell: np.array([np.var(each) * len(each), len(each) - 1])
+                   for cell, each in losses.items() if len(each) > 1}
         total, df = sum(squares.values())
         sds.update(dict.fromkeys(mine, (math.sqrt(total / df), df)))
         for cell, (square, own_df) in squares.items():
@@ -111,7 +107,7 @@ def sample_means(cells, sds, with_text):
     with_text: the test documents are resampled, too, the same for all cells.
     """
     rng = np.random.default_rng(0)
-    means = {cell: np.full(N_SAMPLES, mean(runs)) for cell, runs in cells.items()}
+    means = {cell: np.full(N_SAMPLES, values(runs).mean()) for cell, runs in cells.items()}
     _, sizes = mean_group_losses([run for runs in cells.values() for run in runs])
     if with_text and sizes:
         counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
@@ -134,7 +130,7 @@ def fit_recipe(chosen, largest, target, cells, sds, samples):
     sizes predicts, on logarithmic axes.
     """
     sizes = np.array([size for _, size, _ in chosen])
-    losses = np.array([mean(cells[cell]) for cell in chosen])
+    losses = np.array([values(cells[cell]).mean() for cell in chosen])
     errors = np.array([sds[cell][0] / math.sqrt(len(values(cells[cell]))) for cell in chosen])
     law = fit_power_law(sizes, losses)
     predictions = np.array([loss_at(fit_power_law(sizes, sample), target) for sample in
@@ -144,7 +140,7 @@ def fit_recipe(chosen, largest, target, cells, sds, samples):
               "line": losses[-1] * (target / sizes[-1]) ** slope,
               "lack_of_fit": lack_of_fit(sizes, losses, errors, sds[chosen[-1]][1])}
     if largest:  # the noise of its own seeds is part of the interval
-        result["measured"] = mean(cells[largest])
+        result["measured"] = values(cells[largest]).mean()
         predictions = predictions + samples[largest] - result["measured"]
     return {**result, "interval": interval(predictions)}
 
@@ -183,7 +179,8 @@ def token_fraction(ours, theirs, cells, samples):
     losses do not fall."""
     mine = sorted(cell for cell in cells if cell[:2] == ours[:2])
     x = np.log([tokens / theirs[2] for *_, tokens in mine])
-    found = crossing(x, [mean(cells[cell]) for cell in mine], mean(cells[theirs]))
+    found = crossing(x, [values(cells[cell]).mean() for cell in mine],
+                     values(cells[theirs]).mean())
     limits = interval([crossing(x, losses, loss) for losses, loss in
                        zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
     return None if math.isnan(found) else (math.exp(found), np.exp(limits))
@@ -208,9 +205,8 @@ def format_analysis(result):
     """Tables in Markdown, and sentences."""
     smallest = f"{result['fitted'][0]:,}"
     losses = [["recipe", "parameters", "tokens", "n", "test loss", "SD"]]
-    for (name, size, tokens), by_seed in result["losses"].items():
-        found = list(by_seed.values())
-        losses.append([name, f"{size:,}", f"{tokens:,}", str(len(found)), f"{np.mean(found):.4f}",
+    for (name, size, tokens), found in result["losses"].items():
+        losses.append([name, f"{size:,}", f"{tokens:,}", str(len(found)), f"{found.mean():.4f}",
                        format_number(stats.sample_sd(found), ".4f")])
     laws = [["recipe", "law", "lack of fit, p", "predicted", "95 % interval", "measured", "error",
              "error of the line"]]
@@ -223,13 +219,12 @@ def format_analysis(result):
         laws.append([each["name"], formula, format_p(each["lack_of_fit"]),
                      f"{each['predicted']:.4f}", format_interval(each["interval"], ".4f"),
                      format_number(measured, ".4f"), *errors])
-    header = ["recipe", "against", "parameters"]
-    differences = [[*header, "difference", "95 % interval"]]
+    differences = [["recipe", "against", "parameters", "difference", "95 % interval"]]
     for (ours, theirs), row in result["differences"].items():
         limits = row["p"] and stats.t_interval(row["difference"], row["error"], row["df"])
         differences.append([ours[0], theirs[0], f"{ours[1]:,}", f"{row['difference']:+.4f}",
                             format_interval(limits, "+.4f")])
-    fractions = [[*header, "fraction of tokens", "95 % interval"]]
+    fractions = [["recipe", "against", "parameters", "fraction of tokens", "95 % interval"]]
     for (ours, theirs), (fraction, limits) in result["fractions"].items():
         fractions.append([ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
                           format_interval(limits, ".3f")])
@@ -251,20 +246,17 @@ def ladder_chart(result):
     """The losses over parameters with the laws and what they predict; and the fractions."""
     target, laws = result["target"], result["laws"]
     sizes = [*result["fitted"], target]
-    losses = [(name, size, np.mean(list(by_seed.values())))
-              for (name, size, _), by_seed in result["losses"].items()]
+    losses = [(name, size, each.mean()) for (name, size, _), each in result["losses"].items()]
     curves = [(law["name"], size, loss_at(law["law"], size)) for law in laws
               for size in np.geomspace(sizes[0], target, 100)]
-    predicted = [(law["name"], target * 1.03 ** (i + 1), *law["interval"])
-                 for i, law in enumerate(laws)]
-    fractions, intervals = ([
-        (f"{ours[0]} of {theirs[0]}'s", ours[1], *(limits if with_limits else [fraction]))
-        for (ours, theirs), (fraction, limits) in result["fractions"].items()]
-        for with_limits in (False, True))
+    predicted = [(law["name"], target * 1.03 ** i, law["predicted"], *law["interval"])
+                 for i, law in enumerate(laws, 1)]
+    fractions = [(f"{ours[0]} of {theirs[0]}'s", ours[1], fraction, *limits)
+                 for (ours, theirs), (fraction, limits) in result["fractions"].items()]
 
     def layer(mark, points, **more):
-        rows = [dict(zip(("name", "size", "y", "y2"), point)) for point in points
-                if not any(value != value for value in point)]  # NaN: not known
+        rows = [dict(zip(("name", "size", "y", "low", "high"), point)) for point in points
+                if np.isfinite(point[1:]).all()]
         return {"mark": mark, "data": {"values": rows}, **more}
 
     def panel(title, y_axis, *layers):
@@ -276,15 +268,14 @@ def ladder_chart(result):
             "color": {"field": "name", "type": "nominal", "scale": {"range": charts.COLORS},
                       "legend": {"title": None, "orient": "top", "labelLimit": 0}}}}
 
-    interval = {"encoding": {"y2": {"field": "y2"}}}
+    ends = {"encoding": {"y": {"field": "low"}, "y2": {"field": "high"}}}
     return {**charts.CHART, "resolve": {"scale": {"color": "independent"}}, "hconcat": [
         panel("test loss; bars: what the laws predict", {"scale": {"zero": False}},
               layer("line", curves), layer("point", losses),
-              layer({"type": "rule", "size": 3}, predicted, **interval)),
+              layer({"type": "rule", "size": 3}, predicted, **ends)),
         panel("fraction of the tokens for the same loss",
               {"scale": {"type": "log"}, "axis": {"values": [0.2, 0.5, 1, 2, 5]}},
-              layer({"type": "line", "point": True}, fractions),
-              layer("rule", intervals, **interval))]}
+              layer({"type": "line", "point": True}, fractions), layer("rule", fractions, **ends))]}
 
 
 def main():
