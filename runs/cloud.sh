@@ -21,7 +21,7 @@
 #     dry run                        2      0.40
 #     data, copied                   1      0.20    7   3.3e9 tokens x 2 bytes; 1 Gbit/s
 #     or prepared here               5      1.00   10   to download, a third of sample-10BT
-#     training                      46      9.20    4   43 (config/cloud_hour.py), and compiling, saves
+#     training                      46      9.20    4   43 (config/cloud_hour.py); compiling, saves
 #     test, sample, export           3      0.60    1
 #     in all                  55 to 59  11 to 12   25
 #
@@ -142,8 +142,8 @@ all_of_it() {
     rm -rf "$OUT_DIR/export"
     python -m nanolab.huggingface export "$OUT_DIR/best.pt" "$OUT_DIR/export"
     bash -c "$ON_SAVE"
-    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question: $OUT_DIR/report.html and" \
-         "$OUT_DIR/export, for transformers. The box costs money until you give it back"
+    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question: $OUT_DIR/report.html" \
+         "and $OUT_DIR/export, for transformers. The box costs money until you give it back"
 }
 
 if [ $detached = yes ]; then all_of_it; else main; fi

@@ -135,7 +135,7 @@ def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", update.pages(), ids=lambda page: page.parent.name)
 def test_pages_have_the_tables_of_their_data(page):
     text = page.read_text()
-    assert text == update.updated(text, draw=False), f"python -m studies.update {page}"
+    assert text == update.updated(text, draw=False), "python -m studies.update"
     if page.parent.parent.name == "studies":  # no result is typed by hand
         typed = update.TABLE.sub("", text)
         assert "| -0." not in typed and "paired, 5" not in typed
