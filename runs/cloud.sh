@@ -93,17 +93,17 @@ environment() {  # an active virtual environment is taken as it is
     fi
 }
 
-train() {
-    torchrun --standalone --nproc_per_node="$PROCESSES" train.py $CONFIG --out_dir="$OUT_DIR" \
-        --dataset="$DATASET" --data_dir="$DATA_DIR" --dollars_per_hour="$DOLLARS_PER_HOUR" \
-        --on_save="$ON_SAVE" --resume "${flags[@]}" "$@"
+train() {  # RESTARTS FLAGS...
+    torchrun --standalone --nproc_per_node="$PROCESSES" --max-restarts="$1" train.py $CONFIG \
+        --out_dir="$OUT_DIR" --dataset="$DATASET" --data_dir="$DATA_DIR" \
+        --dollars_per_hour="$DOLLARS_PER_HOUR" --on_save="$ON_SAVE" --resume "${flags[@]}" "${@:2}"
 }
 
 price() {
     if [ -f "$DATA_DIR/$DATASET/meta.json" ]; then
-        train --dry_run
+        train 0 --dry_run
     else  # before any data is here, the same step on Python's own library
-        train --dry_run --dataset=stdlib --vocab_size=50257 --out_dir="$OUT_DIR/dry_run"
+        train 0 --dry_run --dataset=stdlib --vocab_size=50257 --out_dir="$OUT_DIR/dry_run"
     fi
 }
 
@@ -120,22 +120,10 @@ get_data() {
     fi
 }
 
-train_to_the_end() {
-    for try in {1..10}; do
-        echo "cloud.sh: start $try of at most 10, $(date)"
-        if train && [ -f "$OUT_DIR/summary.json" ]; then
-            return
-        fi
-        sleep 10  # a process that is left over may still be saving
-    done
-    echo "cloud.sh: the training has not ended after 10 starts"
-    exit 1
-}
-
 all_of_it() {
     trap 'echo $? >"$OUT_DIR/cloud.status"' EXIT
     get_data
-    train_to_the_end
+    train 10
     torchrun --standalone --nproc_per_node="$PROCESSES" eval.py --ckpt "$OUT_DIR/best.pt" \
         --data_dir="$DATA_DIR"
     python sample.py --ckpt "$OUT_DIR/best.pt"
