@@ -86,9 +86,9 @@ class EmulatedHead(torch.autograd.Function):
     """nanolab.head.HeadLoss with emulated products. It scales its gradients in float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad):
-        logits = product(hidden, weight.T)
-        loss, grad = nanolab.head.loss_and_gradient(logits, targets[:, None], len(weight), cap)
+    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad, z_loss):
+        loss, grad = nanolab.head.loss_and_gradient(
+            product(hidden, weight.T), targets[:, None], len(weight), cap, z_loss)
         if needs_grad:
             ctx.save_for_backward(product_of_gradients(grad, weight), product(grad.T, hidden))
         ctx.n_rows = len(hidden)
@@ -97,7 +97,7 @@ class EmulatedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         scale = grad_loss / ctx.n_rows
-        return *(grad * scale for grad in ctx.saved_tensors), None, None, None, None
+        return *(grad * scale for grad in ctx.saved_tensors), *[None] * 5
 
 
 def emulate(name):

@@ -28,7 +28,7 @@ def mixed_model(losses, seeds, side=None):
     """Fits loss = mean of its side + effect of weights' seed + effect of loop's seeds + rest.
 
     losses: n of them. seeds: n tuples, first the weights' seed. side: n of 0 or 1. -> a dict. An
-    effect that the seeds do not vary, or cannot tell from the rest, has the variance None.
+    effect that the seeds do not vary, or cannot tell from the rest, has the variance NaN.
     """
     n = len(losses)
     side = np.zeros(n, int) if side is None else np.array(side)
@@ -57,7 +57,7 @@ def mixed_model(losses, seeds, side=None):
     inverse = np.linalg.inv(np.tensordot(variances, projected, 1))
     return {"losses": np.array(losses), "matrices": matrices, "variances": variances,
             "projection": contrasts.T @ inverse @ contrasts,
-            **dict.fromkeys(EFFECTS), **dict(zip(shared, variances))}
+            **dict.fromkeys(EFFECTS, math.nan), **dict(zip(shared, variances))}
 
 
 def estimate(model, weights, n_new_runs=0):
@@ -125,8 +125,7 @@ def format_noise(runs):
         rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
                      f"{np.std(values, ddof=1):.6f}", format_interval(sd_interval(values), ".4f")])
     model = mixed_model(list(losses.values()), list(losses))
-    sds = [f"{name} {math.sqrt(model[effect]):.4f}" if model[effect] is not None else
-           f"{name} not varied, or part of the rest" for effect, name in EFFECTS.items()]
+    sds = [f"{name} {math.sqrt(model[effect]):.4f}" for effect, name in EFFECTS.items()]
     mean, one_more = (format_interval(stats.t_interval(*mean_loss(losses, n_new)), ".4f")
                       for n_new in (0, 1))
     return (f"{format_table(rows, markdown=True)}\n\n"
