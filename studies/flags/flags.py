@@ -1,17 +1,12 @@
 """Each newer flag alone on the ladder's modern recipe, and then together what helped.
 
-    python -m studies.flags.flags baseline  the ladder's own runs that the others are compared with
-    python -m studies.flags.flags alone     every flag, at 2x32 and 2x48, five seeds
-    python -m studies.flags.flags choose    what helped, by out/flags_*.json, or by our results
-    python -m studies.flags.flags agreement how often a flag's sign at 2x32 holds at 2x48
-    python -m studies.flags.flags rates     what helped ours, together, at 2x64: three rates
-    python -m studies.flags.flags stack     the same at the modern recipe's rate, five seeds
-    python -m studies.flags.flags tuning    the stack with values of its own: 24 random trials
-    python -m studies.flags.flags refine    the best of them with half and twice its rate
-    python -m studies.flags.flags best      the best of all these, five seeds
+    python -m studies.flags.flags baseline|alone|choose|agreement
+    python -m studies.flags.flags rates|stack|tuning|refine|best
 
-All but `choose` and `agreement` print arguments for train.py, a line a run. Until `tuning`, which
-draws as the ladder does, a run has the ladder's values for the modern recipe at its size.
+`choose` and `agreement` print what is found in out/flags_*.json, or else in our results. All others
+print arguments for train.py, a line a run: the ladder's own runs, to compare with; every flag alone
+at two sizes; and STACK at the third, first with the ladder's values for the modern recipe, then,
+from `tuning` on, with values of its own, drawn as the ladder's.
 
 The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
 loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
@@ -72,31 +67,28 @@ def choose():
     """The mean difference at each size, and of all seeds with its standard error."""
     rows = [["flag", *SIZES, "both", "chosen"]]
     found = {name: compare(name) for name in FLAGS}
-    for name, (means, both, error) in sorted(found.items(), key=lambda item: item[1][1]):
+    for name, (means, both, error, helps) in sorted(found.items(), key=lambda item: item[1][1]):
         rows.append([name, *(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}",
-                     "yes" if helped(means, both, error) else "no"])
+                     "yes" if helps else "no"])
     yield format_table(rows, markdown=True)
-
-
-def helped(means, both, error):
-    return max(means) < 0 and both < -2 * error
 
 
 def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
     """-> the mean difference in validation loss to the baseline, seed by seed, at each size; the
-    mean of all of them; its standard error."""
+    mean of all of them; its standard error; whether the flag is chosen."""
     differences = []
     for size in SIZES:
         losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in read_runs(size)}
         differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
-    both = sum(differences, [])
-    return [np.mean(each) for each in differences], np.mean(both), standard_error(both)
+    means, both = [np.mean(each) for each in differences], sum(differences, [])
+    mean, error = np.mean(both), standard_error(both)
+    return means, mean, error, max(means) < 0 and mean < -2 * error
 
 
 def agreement():
     """The decision accuracy of Magnusson et al. ("DataDecide", 2025, arXiv 2504.11393): of all
     flags, the fraction whose difference has the same sign at both sizes, with Wilson's interval."""
-    holds = [small * large > 0 for (small, large), _, _ in map(compare, FLAGS)]
+    holds = [small * large > 0 for (small, large), *_ in map(compare, FLAGS)]
     interval = binomtest(sum(holds), len(holds)).proportion_ci(method="wilson")
     yield (f"{sum(holds)} of {len(holds)} signs at {SIZES[0]} hold at {SIZES[1]}: "
            f"{sum(holds) / len(holds):.2f} (95 % interval {interval.low:.2f} to "
@@ -125,6 +117,7 @@ def tuning():
 
 
 def refine():
+    """The best trial, with half and twice its rate."""
     for multiple in (0.5, 2):
         yield stack_run(f"stack_refined_{multiple}", best_values("stack_trial"), multiple=multiple)
 

@@ -34,8 +34,6 @@ from nanolab.study.tables import format_table
 PRECISIONS = ("bfloat16", "float16", "fp16_sums")
 TERMS = 16  # of a sum before it is rounded
 SCALE = 2.0**16  # of the gradients
-LENGTHS = (64, 768, 3072, 12_288, 32_768)  # of sums
-LOGIT_SDS = (0.5, 2)  # 0.5: about that of initial weights
 
 precision = "float32"
 
@@ -127,11 +125,11 @@ def products():
     softmax. What is summed up, the weights or the hidden states, has nothing in common, or a part
     that all share, as large as the rest."""
     draw, rows = torch.Generator().manual_seed(0), []
-    for K in LENGTHS:
+    for K in (64, 768, 3072, 12_288, 32_768):
         a, b = torch.randn(64, K, generator=draw), torch.randn(K, 64, generator=draw)
         rows.append(row_of_product(f"random numbers, {K:,} terms", a, b))
     for common in (0, 1):
-        for sd in LOGIT_SDS:
+        for sd in (0.5, 2):  # 0.5: about that of initial weights
             of_hidden, of_head = head_gradients(sd, common, draw)
             case = f"logits of SD {sd}, {'a part' if common else 'nothing'} in common"
             rows += [row_of_product(f"hidden states' gradient, {case}", *of_hidden),

@@ -29,8 +29,8 @@ AGAINST = ("published", "rope_qk_norm")  # the others are compared with these
 def analyse(runs, target=None):
     """The laws of all recipes, and their differences and token fractions to those in AGAINST.
 
-    target: a number of parameters whose loss to predict. None: the largest size, which the laws
-    then leave out, so that its losses test them. -> a dict. Raises UserError.
+    target: a number of parameters whose loss to predict. None: the largest size. The laws leave
+    its losses out, so that these test them. -> a dict. Raises UserError.
     """
     cells = collect_cells(runs)
     full = {cell[:2]: cell for cell in sorted(cells)}  # (name, size): the one with the most tokens
@@ -124,11 +124,8 @@ def sample_means(cells, sds, with_text):
 
 
 def fit_recipe(chosen, largest, target, cells, sds, samples):
-    """The power law of one recipe over the chosen cells, and what it predicts for the target.
-
-    largest: the cell that has the target's size, or None. line: what a line through the last two
-    sizes predicts, on logarithmic axes.
-    """
+    """The power law of one recipe over the chosen cells, and what it, and a line through the last
+    two on logarithmic axes, predict for the target. largest: the cell of that size, or None."""
     sizes = np.array([size for _, size, _ in chosen])
     losses = np.array([values(cells[cell]).mean() for cell in chosen])
     errors = np.array([sds[cell][0] / math.sqrt(len(values(cells[cell]))) for cell in chosen])
@@ -147,9 +144,7 @@ def fit_recipe(chosen, largest, target, cells, sds, samples):
 
 def fit_power_law(sizes, losses, errors=1.0):
     """Least squares of loss = floor + gain (N / N of the smallest size)^-exponent, floor >= 0.
-
-    errors: of each size. NaN where the losses do not fall. Floor and gain follow from the exponent.
-    """
+    Floor and gain follow from the exponent; gain is NaN where the losses do not fall."""
     x, errors = sizes / sizes[0], errors * np.ones(len(sizes))
 
     def linear_fit(exponent):
