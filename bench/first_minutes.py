@@ -89,8 +89,11 @@ def main():
             row = run(name)
             record["rows"].append({"variant": name, "turn": turn, **row})
             write_atomically(args.json, json.dumps(record, indent=1) + "\n")
-            print_row(name, f"{turn}", *([row["error"], "", "", ""] if "error" in row else
-                                         [*cells(row, limit), f"{row['loss']:.4f}"]))
+            figures = [row["error"], "", "", ""] if "error" in row else [
+                *cells(row, limit), f"{row['loss']:.4f}"]
+            if name.startswith("0.7M"):  # the limit is of another model
+                figures[1] = ""
+            print_row(name, f"{turn}", *figures)
 
 
 if __name__ == "__main__":

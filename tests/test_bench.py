@@ -119,7 +119,7 @@ def test_first_minutes(fake_gpu, tmp_path, monkeypatch, capsys):
     n = len(names)
     assert ["--max_steps=4" in command for command in fake_gpu] == [True] * n + [False] * 2 * n
     assert [n_rows for n_rows, _ in before] == [n, 2 * n + 1]
-    assert before[0][1].startswith(f"| {names[-1]} | 1 | 1,000 |")
+    assert before[0][1].startswith(f"| {names[-1]} | 1 | 1,000 |  | 5,000 |")
     assert capsys.readouterr().out.splitlines()[-1].startswith("| nanoGPT | 2 | nanoGPT failed |")
     record = json.loads(rows.read_text())
     assert record["conditions"] == "fake cuda" and record["rates"]["products"] == 711
