@@ -5,22 +5,20 @@
     python bench/gpu.py --cards                # the limits of known cards; measures nothing
 
 First it times a large matrix product, attention at the model's shape, and a copy of 2 GB. From
-these rates follows the least time that a step can take (least_seconds). Then train.py runs for
---steps steps, and nanoGPT if it is given, without biases and with GPT-2's. Prints Markdown. Close
-other programs on the GPU first. --device=cpu only tries the script, at a tiny shape.
+these rates follows the least time that a step can take (least_seconds). Then train.py runs, and
+nanoGPT if it is given. Prints Markdown. Close other programs on the GPU first.
 """
 
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 
-from bench.nanogpt import (describe, nanogpt_folder, print_row, run_nanogpt, run_nanolab,
+from bench.nanogpt import (describe, flags_of, nanogpt_folder, print_row, run_nanogpt, run_nanolab,
                            shape_of)
 from nanolab.common import argument_parser, run_script
 from nanolab.distributed import World, autocast_dtype, pick_device
@@ -28,9 +26,10 @@ from nanolab.runlog import matmul_peak
 
 RATES = ("products", "attention", "its backward pass", "memory")  # TFLOP/s three times, GB/s
 # What known cards should reach. Memory: 0.85 of NVIDIA's data sheets. Products: 0.95 of the data
-# sheet on GeForce cards (152334H in modula-systems/modula PR #1, for a 3090), 0.85 on A100s (llm.c's
-# 90 minutes for 10 billion tokens on eight imply it), on Hopper as in an H200's profile, which
-# attention is from too (bench/results/gpu_h200/3_steps_and_pairs.txt). Other attention is assumed.
+# sheet on GeForce cards (152334H in modula-systems/modula PR #1, for a 3090), 0.85 on A100s
+# (llm.c's 90 minutes for 10 billion tokens on eight imply it), on Hopper as in an H200's profile,
+# which attention is from too (bench/results/gpu_h200/3_steps_and_pairs.txt). Other attention is
+# assumed.
 CARDS = {"RTX 3090": (0.95 * 71, 55, 45, 0.85 * 936),
          "RTX 4090": (0.95 * 165.2, 120, 100, 0.85 * 1008),
          "A100 40 GB": (0.85 * 312, 115, 95, 0.85 * 1555),
@@ -42,8 +41,8 @@ CARDS = {"RTX 3090": (0.95 * 71, 55, 45, 0.85 * 936),
 def least_seconds(shape, rates):
     """The least time of one step of one micro-batch on a GPU in 16 bits: {part: seconds}.
 
-    shape: from shape_of; rates: as RATES. Assumed: a compiled kernel reads its inputs and writes its
-    outputs once, the head's loss is one kernel, and what a product moves is part of its rate.
+    shape: from shape_of; rates: as RATES. Assumed: a compiled kernel reads its inputs and writes
+    its outputs once, the head's loss is one kernel, and what a product moves is part of its rate.
     """
     L, C, V, T = (shape[key] for key in ("n_layer", "n_embd", "vocab_size", "block_size"))
     N, P = shape["batch_size"] * T, V + -V % 64  # tokens; logits of one, padded
@@ -62,46 +61,52 @@ def least_seconds(shape, rates):
 
 
 def main():
-    args = parse_arguments()
-    on_gpu, runs = args.device == "cuda" or args.cards, {}
-    shape = shape_of("12x768-gpt2" if on_gpu else "4x128", args.batch_size, args.steps)
-    if args.cards:
-        limits = {card: least_seconds(shape, rates) for card, rates in CARDS.items()}
-    else:
-        device = pick_device(args.device)
-        rates = measure_rates(shape, World(device, autocast_dtype("auto", device)))
-        print(f"{describe(args.device)}\n\nRates here: "
-              + ", ".join(f"{name} {rate:,.4g}" for name, rate in zip(RATES, rates)) + "\n")
-        if not on_gpu:
-            print("This is a CPU. Its limit below is none: it counts what a GPU would do.\n")
-        limits = {"the limit": least_seconds(shape, rates)}
-        common = shape, on_gpu, args.device, args.data_dir
-        runs["nanolab"] = lambda: run_nanolab(*common)
-        if args.nanogpt:
-            runs["nanoGPT"] = lambda: run_nanogpt(*common, args.nanogpt, biases=False)
-            runs["nanoGPT with biases"] = lambda: run_nanogpt(*common, args.nanogpt, biases=True)
-    print_table(shape["batch_size"] * shape["block_size"], limits, runs)
-
-
-def print_table(n_tokens, limits, runs):
-    """n_tokens: of a step; limits: {name: parts of a step}; runs: {name: function -> figures}."""
-    parts = next(iter(limits.values()))
-    print_row("", *(f"{part}, ms" for part in parts), "step, ms", "tokens/s", "of the limit",
-              "peak memory, MB")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--nanogpt", type=nanogpt_folder, metavar="PATH", help="a copy of nanoGPT")
+    parser.add_argument("--cards", action="store_true", help="print the limits of known cards")
+    parser.add_argument("--batch_size", type=int, default=12, help="default: %(default)s")
+    args = parser.parse_args()
+    shape = shape_of("12x768-gpt2", "cuda", args.batch_size)
+    rates = CARDS if args.cards else {"the limit": print_rates(shape)}
+    print_row("", "products, ms", "attention, ms", "other kernels, ms", "update, ms", "step, ms",
+              "tokens/s", "of the limit", "peak memory, MB")
     print_row("---", *["---:"] * 8)
-    for name, parts in limits.items():
-        least = sum(parts.values())
-        print_row(name, *(f"{each * 1e3:.1f}" for each in parts.values()), f"{least * 1e3:.1f}",
-                  f"{n_tokens / least:,.0f}", "", "")
+    for name in rates:
+        parts = least_seconds(shape, rates[name]).values()
+        print_row(name, *(f"{seconds * 1e3:.1f}" for seconds in [*parts, sum(parts)]),
+                  f"{tokens_per_second(shape, rates[name]):,.0f}", "", "")
+    if args.cards:
+        return
+    runs = {"nanolab": lambda: run_nanolab([*flags_of(shape), "--device=cuda"])}
+    if args.nanogpt:
+        runs["nanoGPT"] = lambda: run_nanogpt(shape, True, "cuda", args.nanogpt)
     for name, run in runs.items():
-        figures = run()
-        rate = figures["tokens_per_second"]
-        print_row(name, *[""] * 4, f"{n_tokens / rate * 1e3:.1f}", f"{rate:,.0f}",
-                  f"{rate * least / n_tokens:.2f}", f"{figures['peak_memory_mb']:,}")
+        print_row(name, *[""] * 5, *cells(run(), tokens_per_second(shape, rates["the limit"])))
 
 
-def measure_rates(shape, world):
-    """The card's rates in the precision that a run would choose: as RATES."""
+def tokens_per_second(shape, rates):
+    """The limit of a card."""
+    return shape["batch_size"] * shape["block_size"] / sum(least_seconds(shape, rates).values())
+
+
+def cells(figures, limit):
+    """A run's tokens/s, their fraction of the limit, and MB, for a row of a table."""
+    rate = figures["tokens_per_second"]
+    return f"{rate:,.0f}", f"{rate / limit:.2f}", f"{figures['peak_memory_mb']:,}"
+
+
+def print_rates(shape):
+    """Measures this GPU. -> as RATES"""
+    device = pick_device("cuda")
+    rates = measure_rates(shape, World(device, autocast_dtype("auto", device)), 2 * 10**9)
+    torch.cuda.empty_cache()  # the runs need the memory
+    print(f"{describe('cuda')}\n\nRates here: "
+          + ", ".join(f"{name} {rate:,.4g}" for name, rate in zip(RATES, rates)) + "\n", flush=True)
+    return rates
+
+
+def measure_rates(shape, world, n_bytes):
+    """As RATES, in the precision that a run would choose. n_bytes: how many to copy."""
     T, H = shape["block_size"], shape["n_head"]
     q, k, v, grad = torch.randn(4, shape["batch_size"], H, T, shape["n_embd"] // H,
                                 device=world.device, dtype=world.dtype).unbind()
@@ -113,14 +118,9 @@ def measure_rates(shape, world):
     forward = shortest(attention, world)
     both = shortest(lambda: torch.autograd.grad(attention(), inputs, grad), world)
     flop = 2 * q.numel() * T  # of the forward pass, without those that the mask leaves out
-    n_bytes = 2 * 10**9 if world.device.type == "cuda" else 10**8
     source, target = torch.zeros(2, n_bytes, dtype=torch.uint8, device=world.device)
     copy = shortest(lambda: target.copy_(source), world)  # it reads and writes each byte
-    del source, target
-    products = matmul_peak(world)
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()  # the runs need the memory
-    return (products / 1e12, flop / forward / 1e12, 2.5 * flop / (both - forward) / 1e12,
+    return (matmul_peak(world) / 1e12, flop / forward / 1e12, 2.5 * flop / (both - forward) / 1e12,
             2 * n_bytes / copy / 1e9)
 
 
@@ -133,23 +133,6 @@ def shortest(work, world):
         world.synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def parse_arguments():
-    parser = argument_parser(__doc__)
-    parser.add_argument("--nanogpt", type=nanogpt_folder, metavar="PATH", help="a copy of nanoGPT")
-    parser.add_argument("--cards", action="store_true", help="print the limits of known cards")
-    parser.add_argument("--batch_size", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=103, help="default: %(default)s")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
-                        help="default: %(default)s")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
-                        help="where the data set stdlib is, or is made (default: data)")
-    args = parser.parse_args()
-    if args.batch_size < 1 or args.steps < 5:
-        parser.error("--batch_size must be at least 1, --steps at least 5")
-    args.data_dir = args.data_dir.resolve()
-    return args
 
 
 if __name__ == "__main__":

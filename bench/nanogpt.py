@@ -2,15 +2,13 @@
 
     git clone https://github.com/karpathy/nanoGPT
     python bench/nanogpt.py nanoGPT --pairs=5
-    python bench/nanogpt.py nanoGPT --device=cuda --compile --shapes 12x768-gpt2 --batch_size=12 \
-        --steps=103
+    python bench/nanogpt.py nanoGPT --device=cuda --compile --shapes 12x768-gpt2 --batch_size=12
 
 nanoGPT's side is its model.py with its own optimiser, gradient clipping and batches; nanolab's is
 `python train.py config/bench.py`. Both: no dropout, tied embeddings, AdamW, clipping at 1, and
-bytes of Python's library as tokens; float32 on a CPU, bfloat16 and TF32 on a GPU. nanoGPT has no
-biases, as in its own training script, unless --biases gives it those of GPT-2, which nanolab always
-has. On a GPU nanoGPT's vocabulary of 50,257 becomes 50,304, as in its script. The first three steps
-are not timed.
+bytes of Python's library as tokens; float32 on a CPU, bfloat16 and TF32 on a GPU. As in its own
+training script, nanoGPT has no biases, which nanolab always has, and on a GPU its vocabulary of
+50,257 becomes 50,304. The first three steps are not timed. Threads: OMP_NUM_THREADS, or one a core.
 
 Prints a Markdown table: medians over the pairs, and the ratios with their lowest and highest pair.
 Close other programs first: they slow down the two sides unequally.
@@ -32,40 +30,57 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from nanolab.common import UserError, argument_parser, run_script
+from nanolab.common import UserError, argument_parser, git, run_script
 from nanolab.distributed import World, machine
 from nanolab.memory import peak_memory
 from nanolab.plots import read_log
 
+DATA_DIR = ROOT / "data"  # of the data set stdlib, which the first run makes
 STEPS_NOT_TIMED = 3  # they allocate and compile
+STEPS_ON_GPU = 103
 OPTIONS = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "batch_size", "max_steps")
 SHAPES = {"4x128": (4, 4, 128, 257, 64, 12, 400), "6x384": (6, 6, 384, 257, 256, 8, 20),
           "6x384-gpt2": (6, 6, 384, 50257, 256, 8, 12),
           "12x768-gpt2": (12, 12, 768, 50257, 1024, 2, 6)}
+# train.py with settings of torch's compiler
+TRAIN_WITH = """
+import torch._inductor.config, train
+from nanolab.common import run_script
+with torch._inductor.config.patch({settings}):
+    run_script(train.main)
+"""
 
 
 def main():
-    args = parse_arguments()
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    conditions = (f"threads: {args.threads}; {describe(args.device)}; pairs: {args.pairs}, "
+    parser = argument_parser(__doc__)
+    parser.add_argument("nanogpt", type=nanogpt_folder, metavar="PATH_OF_NANOGPT",
+                        help="a copy of github.com/karpathy/nanoGPT")
+    parser.add_argument("--pairs", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES),
+                        help="default: all")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for both sides")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
+                        help="default: %(default)s")
+    parser.add_argument("--batch_size", type=int, help="default: by shape")
+    parser.add_argument("--json", metavar="FILE", help="write the figures of every run")
+    args = parser.parse_args()
+
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    conditions = (f"threads: {threads}; {describe(args.device)}; pairs: {args.pairs}, "
                   f"{'both' if args.compile else 'neither'} compiled")
-    print(f"{conditions}\n", flush=True)
-    shapes = {name: shape_of(name, args.batch_size, args.steps) for name in args.shapes}
-    pairs = {name: [] for name in shapes}
-    for i in range(args.pairs):
-        for name, shape in shapes.items():
-            common = shape, args.compile, args.device, args.data_dir
-            sides = {"nanolab": lambda: run_nanolab(*common),  # the first run makes its tokens
-                     "nanogpt": lambda: run_nanogpt(*common, args.nanogpt, args.biases)}
-            order = list(sides)[::-1] if i % 2 else list(sides)  # each side is first in turn
-            pairs[name].append({side: sides[side]() for side in order})
-            print(f"pair {i + 1}, {name}: " + ", ".join(
-                f"{side} {figures['tokens_per_second']:,.0f} tokens/s"
-                for side, figures in pairs[name][-1].items()), file=sys.stderr, flush=True)
+    print(f"{conditions}\n")
     print_row("job", "nanoGPT, tokens/s", "nanolab, tokens/s", "ratio, lowest to highest pair",
               "peak memory, MB: nanoGPT", "nanolab", "ratio")
     print_row("---", *["---:"] * 6)
+    shapes = {name: shape_of(name, args.device, args.batch_size) for name in args.shapes}
+    pairs = {name: [] for name in shapes}
     for name, shape in shapes.items():
+        flags = [*flags_of(shape), f"--device={args.device}", f"--compile={args.compile}"]
+        sides = {"nanolab": lambda: run_nanolab(flags),
+                 "nanogpt": lambda: run_nanogpt(shape, args.compile, args.device, args.nanogpt)}
+        for i in range(args.pairs):
+            order = list(sides)[::-1] if i % 2 else list(sides)  # each side is first in turn
+            pairs[name].append({side: sides[side]() for side in order})
         print_pairs(shape, pairs[name])
     if args.json:
         content = {"conditions": conditions, "shapes": shapes, "pairs": pairs}
@@ -74,17 +89,23 @@ def main():
 
 def describe(device):
     """What a reader needs to judge the figures or to repeat them."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                            capture_output=True, text=True).stdout.strip() or "unknown"
-    return (f"{date.today()}, commit {commit}, torch {version('torch')}; "
-            f"{machine(World(torch.device(device), None))}; `python {' '.join(sys.argv)}`")
+    return (f"{date.today()}, commit {git('describe', '--always', '--dirty')}, "
+            f"torch {version('torch')}; {machine(World(torch.device(device), None))}; "
+            f"`python {' '.join(sys.argv)}`")
 
 
-def shape_of(name, batch_size, steps):
-    """The options of one of SHAPES. A batch_size or steps of 0: its own."""
+def shape_of(name, device, batch_size=None):
+    """The options of one of SHAPES, with another batch size if it is given."""
     shape = dict(zip(OPTIONS, SHAPES[name]))
-    return shape | {"batch_size": batch_size or shape["batch_size"],
-                    "max_steps": steps or shape["max_steps"]}
+    if device == "cuda":
+        shape["max_steps"] = STEPS_ON_GPU
+    return shape | ({"batch_size": batch_size} if batch_size else {})
+
+
+def flags_of(shape):
+    """For train.py, so that it computes what nanoGPT does."""
+    return [*(f"--{key}={value}" for key, value in shape.items()), "--tie_weights=True",
+            f"--global_batch_size={shape['batch_size']}", "--init=gpt2", "--grad_clip=1"]
 
 
 def run_python(*command):
@@ -92,33 +113,31 @@ def run_python(*command):
     result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         last_line = (result.stderr.strip().splitlines() or ["no message; out of memory?"])[-1]
-        raise UserError(f"python {' '.join(map(str, command[:2]))} ... failed "
-                        f"(exit code {result.returncode}): {last_line}")
+        raise UserError(f"exit code {result.returncode}: {last_line[:300]}")
     return result.stdout
 
 
-def run_nanolab(shape, compiled, device, data_dir):
-    """-> {tokens per second, peak memory in MB}"""
-    flags = [f"--{key}={value}" for key, value in shape.items()]
+def run_nanolab(flags, settings=None):
+    """A run of train.py. settings: of torch._inductor.config. -> its figures. Raises UserError."""
+    script = ["-c", TRAIN_WITH.format(settings=settings)] if settings else ["train.py"]
     with tempfile.TemporaryDirectory() as out_dir:
-        run_python("train.py", "config/bench.py", *flags,
-                   f"--global_batch_size={shape['batch_size']}", "--tie_weights=True",
-                   "--init=gpt2", "--grad_clip=1.0", f"--device={device}", f"--compile={compiled}",
-                   f"--data_dir={data_dir}", f"--out_dir={out_dir}")
-        steps = read_log(Path(out_dir, "log.jsonl"))[0][STEPS_NOT_TIMED:]
+        run_python(*script, "config/bench.py", *flags, f"--data_dir={DATA_DIR}",
+                   f"--out_dir={out_dir}")
+        log = read_log(Path(out_dir, "log.jsonl"))[0]
         summary = json.loads(Path(out_dir, "summary.json").read_text())
-    return {"tokens_per_second": harmonic_mean([step["tokens_per_second"] for step in steps]),
-            "peak_memory_mb": summary["peak_memory_mb"]}
+    rates = [step["tokens_per_second"] for step in log[STEPS_NOT_TIMED:]]
+    return {"tokens_per_second": harmonic_mean(rates), "peak_memory_mb": summary["peak_memory_mb"],
+            "loss": log[-1]["loss"], "skipped": summary["skipped_steps"]}
 
 
-def run_nanogpt(shape, compiled, device, data_dir, path, biases):
-    """-> {tokens per second, peak memory in MB}"""
+def run_nanogpt(shape, compiled, device, path):
+    """-> tokens per second, peak memory in MB, the last loss. Raises UserError."""
     job = json.dumps({"shape": shape, "compiled": compiled, "device": device, "path": str(path),
-                      "tokens": str(data_dir / "stdlib/train.bin"), "biases": biases})
+                      "tokens": str(DATA_DIR / "stdlib/train.bin")})
     return json.loads(run_python(__file__, "--one_nanogpt_run", job).splitlines()[-1])
 
 
-def time_nanogpt(shape, compiled, device, path, tokens, biases):
+def time_nanogpt(shape, compiled, device, path, tokens):
     """nanoGPT's training loop without its logging, in this process. Prints the figures as JSON."""
     sys.path.insert(0, path)
     import numpy as np
@@ -129,7 +148,7 @@ def time_nanogpt(shape, compiled, device, path, tokens, biases):
     if on_gpu and shape["vocab_size"] == 50257:
         shape["vocab_size"] = 50304
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-    model = GPT(GPTConfig(**shape, dropout=0.0, bias=biases)).to(device)
+    model = GPT(GPTConfig(**shape, dropout=0.0, bias=False)).to(device)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
     run = torch.compile(model) if compiled else model
     data = np.memmap(tokens, dtype=np.uint16, mode="r")
@@ -157,7 +176,8 @@ def time_nanogpt(shape, compiled, device, path, tokens, biases):
     world.synchronize()
     seconds = time.perf_counter() - start
     print(json.dumps({"tokens_per_second": B * T * (n_steps - STEPS_NOT_TIMED) / seconds,
-                      "peak_memory_mb": round(peak_memory(world.device) / 2**20)}))
+                      "peak_memory_mb": round(peak_memory(world.device) / 2**20),
+                      "loss": loss.item()}))
 
 
 def print_pairs(shape, runs):
@@ -184,30 +204,6 @@ def nanogpt_folder(word):
         raise UserError(f"there is no model.py in {word}; "
                         "git clone https://github.com/karpathy/nanoGPT")
     return Path(word).resolve()
-
-
-def parse_arguments():
-    parser = argument_parser(__doc__)
-    parser.add_argument("nanogpt", type=nanogpt_folder, metavar="PATH_OF_NANOGPT",
-                        help="a copy of github.com/karpathy/nanoGPT")
-    parser.add_argument("--pairs", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES),
-                        help="default: all")
-    parser.add_argument("--compile", action="store_true", help="torch.compile for both sides")
-    parser.add_argument("--biases", action="store_true", help="nanoGPT has GPT-2's biases too")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu",
-                        help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--steps", type=int, default=0, help="of a run (default: by shape)")
-    parser.add_argument("--batch_size", type=int, default=0, help="default: by shape")
-    parser.add_argument("--data_dir", type=Path, default=ROOT / "data",
-                        help="where the data set stdlib is, or is made (default: data)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures of every run")
-    args = parser.parse_args()
-    if min(args.pairs, args.threads, args.batch_size or 1) < 1 or (args.steps or 5) < 5:
-        parser.error("--pairs, --threads and --batch_size must be at least 1, --steps at least 5")
-    args.data_dir = args.data_dir.resolve()
-    return args
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@
 #     dry run                        2      0.40
 #     data, copied                   1      0.20    7   3.3e9 tokens x 2 bytes; 1 Gbit/s
 #     or prepared here               5      1.00   10   to download, a third of sample-10BT
-#     training                      46      9.20    4   43 (config/cloud_hour.py), and compiling, saves
+#     training                      46      9.20    4   43 (config/cloud_hour.py); compiling, saves
 #     test, sample, export           3      0.60    1
 #     in all                  55 to 59  11 to 12   25
 #
@@ -36,13 +36,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-CONFIG=${CONFIG:-config/cloud_hour.py}
-OUT_DIR=${OUT_DIR:-out/cloud_hour}
-DATASET=${DATASET:-fineweb}
-DATA_DIR=${DATA_DIR:-data}
-DATA_FROM=${DATA_FROM:-}
-ON_SAVE=${ON_SAVE:-}
-DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-0}
+export CONFIG=${CONFIG:-config/cloud_hour.py} OUT_DIR=${OUT_DIR:-out/cloud_hour}
+export DATASET=${DATASET:-fineweb} DATA_DIR=${DATA_DIR:-data} DATA_FROM=${DATA_FROM:-}
+export ON_SAVE=${ON_SAVE:-} DOLLARS_PER_HOUR=${DOLLARS_PER_HOUR:-0}
 log=$OUT_DIR/cloud.log
 
 ask=yes price_only=no detached=no flags=()
@@ -92,32 +88,29 @@ environment() {  # an active virtual environment is taken as it is
     fi
     export PROCESSES=${PROCESSES:-$(python -c "import torch; print(torch.cuda.device_count())")}
     if [ "$PROCESSES" = 0 ]; then
-        echo "cloud.sh: torch finds no GPU: nvidia-smi shows whether there is one, and whether" \
-             "its driver is older than torch's CUDA; PROCESSES=2 tries this script on a CPU" >&2
+        echo "cloud.sh: torch finds no GPU; does nvidia-smi? PROCESSES=2 tries this on a CPU" >&2
         exit 1
     fi
-    export CONFIG OUT_DIR DATASET DATA_DIR DATA_FROM ON_SAVE DOLLARS_PER_HOUR
 }
 
-train() {
-    torchrun --standalone --nproc_per_node="$PROCESSES" train.py $CONFIG --out_dir="$OUT_DIR" \
-        --dataset="$DATASET" --data_dir="$DATA_DIR" --dollars_per_hour="$DOLLARS_PER_HOUR" \
-        --on_save="$ON_SAVE" --resume "${flags[@]}" "$@"
+train() {  # RESTARTS FLAGS...
+    torchrun --standalone --nproc_per_node="$PROCESSES" --max-restarts="$1" train.py $CONFIG \
+        --out_dir="$OUT_DIR" --dataset="$DATASET" --data_dir="$DATA_DIR" \
+        --dollars_per_hour="$DOLLARS_PER_HOUR" --on_save="$ON_SAVE" --resume "${flags[@]}" "${@:2}"
 }
 
 price() {
     if [ -f "$DATA_DIR/$DATASET/meta.json" ]; then
-        train --dry_run
+        train 0 --dry_run
     else  # before any data is here, the same step on Python's own library
-        train --dry_run --dataset=stdlib --vocab_size=50257 --out_dir="$OUT_DIR/dry_run"
+        train 0 --dry_run --dataset=stdlib --vocab_size=50257 --out_dir="$OUT_DIR/dry_run"
     fi
 }
 
 get_data() {
     local to=$DATA_DIR/$DATASET
-    if [ -f "$to/meta.json" ]; then
-        return
-    elif [ -n "$DATA_FROM" ]; then
+    [ ! -f "$to/meta.json" ] || return 0
+    if [ -n "$DATA_FROM" ]; then
         rm -rf "$to.copy"
         mkdir -p "$DATA_DIR"
         scp -rq "$DATA_FROM" "$to.copy"
@@ -127,31 +120,18 @@ get_data() {
     fi
 }
 
-train_to_the_end() {
-    for try in {1..10}; do
-        echo "cloud.sh: start $try of at most 10, $(date)"
-        if train && [ -f "$OUT_DIR/summary.json" ]; then
-            return
-        fi
-        sleep 10  # a process that is left over may still be saving
-    done
-    echo "cloud.sh: the training has not ended after 10 starts"
-    exit 1
-}
-
 all_of_it() {
     trap 'echo $? >"$OUT_DIR/cloud.status"' EXIT
     get_data
-    train_to_the_end
+    train 10
     torchrun --standalone --nproc_per_node="$PROCESSES" eval.py --ckpt "$OUT_DIR/best.pt" \
         --data_dir="$DATA_DIR"
     python sample.py --ckpt "$OUT_DIR/best.pt"
     rm -rf "$OUT_DIR/export"
     python -m nanolab.huggingface export "$OUT_DIR/best.pt" "$OUT_DIR/export"
     bash -c "$ON_SAVE"
-    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question. The run's page is" \
-         "$OUT_DIR/report.html, the model for transformers $OUT_DIR/export. The box costs money" \
-         "until you give it back"
+    echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question: $OUT_DIR/report.html" \
+         "and $OUT_DIR/export, for transformers. The box costs money until you give it back"
 }
 
 if [ $detached = yes ]; then all_of_it; else main; fi

@@ -1,6 +1,6 @@
 """Makes the tables of Markdown pages anew: what the command in each marker prints.
 
-    python -m studies.update [PAGE.md ...]        default: README.md, studies/**/*.md, docs/*.md
+    python -m studies.update
 
 A table stands between <!-- python study.py studies/lab/results.json --markdown --> and
 <!-- end -->. Its command may draw a picture, too.
@@ -36,8 +36,7 @@ def updated(text, draw=True):
 
 def printed(command):
     """What a command prints: a script, or -m and a module, with its arguments."""
-    words = shlex.split(command)
-    argv = words[words[0] == "-m":]
+    argv = shlex.split(command.removeprefix("-m "))
     with mock.patch.object(sys, "argv", argv), redirect_stdout(io.StringIO()) as output:
         importlib.import_module(argv[0].removesuffix(".py")).main()
     return "\n".join(line if line.startswith("|") else textwrap.fill(line, 99)
@@ -45,7 +44,7 @@ def printed(command):
 
 
 def main():
-    for page in [Path(word) for word in sys.argv[1:]] or pages():
+    for page in pages():
         text = page.read_text()
         if (new := updated(text)) != text:
             page.write_text(new)

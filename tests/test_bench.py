@@ -1,19 +1,17 @@
 """The measuring scripts measure. For nanoGPT there is a stand-in."""
 
-import argparse
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config
 
-from bench import first_minutes
-from bench.nanogpt import shape_of
+from bench import first_minutes, gpu, nanogpt
 from config import Config
 from conftest import run_main
 from nanolab.common import UserError
+from nanolab.distributed import World
 from nanolab.options import load
 
 NANOGPT = """
@@ -24,7 +22,7 @@ class GPTConfig(types.SimpleNamespace):
 
 class GPT(torch.nn.Embedding):
     def __init__(self, config):
-        assert (config.n_layer, config.n_embd, config.dropout, config.bias) == (4, 128, 0.0, True)
+        assert (config.n_layer, config.n_embd, config.dropout, config.bias) == (4, 128, 0.0, False)
         super().__init__(config.vocab_size, config.vocab_size)
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
@@ -37,102 +35,106 @@ class GPT(torch.nn.Embedding):
 """
 
 
-def run_bench(monkeypatch, capsys, script, *argv):
-    """-> the lines that it prints"""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which it may set
-    run_main(monkeypatch, f"bench.{script}", "--steps=5", *argv)
-    return capsys.readouterr().out.splitlines()
+@pytest.fixture
+def quick(monkeypatch, data_dir):
+    """Few steps, one thread, the tests' data."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(nanogpt, "DATA_DIR", data_dir)
+    monkeypatch.setitem(nanogpt.SHAPES, "4x128", (4, 4, 128, 257, 64, 12, 5))
 
 
-def test_pairs_with_nanogpt(tmp_path, data_dir, monkeypatch, capsys):
+def test_pairs_with_nanogpt(quick, tmp_path, monkeypatch, capsys):
     """It times both sides in processes of their own, prints a table and keeps the figures."""
     (tmp_path / "model.py").write_text(NANOGPT)
-    lines = run_bench(monkeypatch, capsys, "nanogpt", tmp_path, "--pairs=1", "--shapes", "4x128",
-                      "--threads=1", "--biases", f"--data_dir={data_dir}", "--json",
-                      tmp_path / "pairs.json")
+    run_main(monkeypatch, "bench.nanogpt", tmp_path, "--pairs=1", "--shapes", "4x128", "--json",
+             tmp_path / "pairs.json")
     pair, = json.loads((tmp_path / "pairs.json").read_text())["pairs"]["4x128"]
     rates = [pair[side]["tokens_per_second"] for side in ("nanogpt", "nanolab")]
     assert min(rates) > 0 and all(side["peak_memory_mb"] > 50 for side in pair.values())
-    cells = lines[-1].split(" | ")
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert cells[1:3] == [f"{rate:,.0f}" for rate in rates]
     assert cells[3].startswith(f"{rates[1] / rates[0]:.2f} (")
 
 
-def test_gpu_on_a_cpu(data_dir, monkeypatch, capsys):
-    """It measures rates and a run, next to a limit that it calls none."""
-    lines = run_bench(monkeypatch, capsys, "gpu", "--device=cpu", f"--data_dir={data_dir}")
-    assert any("Its limit below is none" in line for line in lines)
-    limit, run = [line.split("|") for line in lines[-2:]]
-    fraction = float(run[7].replace(",", "")) / float(limit[7].replace(",", ""))
-    assert fraction > 0 and float(run[8]) == pytest.approx(fraction, abs=0.01)
+def test_a_run_with_settings_of_the_compiler(quick):
+    """A real one, in a process of its own; and one that cannot be."""
+    flags = [*nanogpt.flags_of(nanogpt.shape_of("4x128", "cpu")), "--device=cpu"]
+    settings = {"triton.mix_order_reduction": False}
+    good = nanogpt.run_nanolab(flags, settings)
+    assert good["tokens_per_second"] > 0 and 3 < good["loss"] < 6 and good["skipped"] == 0
+    with pytest.raises(UserError, match="n_head"):
+        nanogpt.run_nanolab([*flags, "--n_head=3"], settings)
+
+
+def test_rates_are_measured():
+    world = World(torch.device("cpu"), None)
+    assert min(gpu.measure_rates(nanogpt.shape_of("4x128", "cpu"), world, 10**7)) > 0
 
 
 @pytest.fixture
-def fake_gpu(monkeypatch):
-    """For first_minutes.py. -> a list that gets each run's Config and the compiler's settings"""
+def fake_gpu(monkeypatch, tmp_path):
+    """Rates, and runs of 1,000 tokens/s. -> a list that gets each run's command line"""
     started = []
 
-    def run(command, **options):
-        settings, config = json.loads(command[3]), load(Config, command[4:])
-        for name in settings:
-            getattr(torch._inductor.config, name)  # AttributeError for an unknown one
-        started.append((config, settings))
+    def run_python(*command):
+        started.append(command)
+        config = load(Config, command[command.index("config/bench.py"):])
         if config.fp16_sums:
-            return subprocess.CompletedProcess(command, 1, "", "Traceback\nout of memory\n")
+            raise UserError("out of memory")
         log = [{"step": step, "loss": 3.0, "tokens_per_second": 1000.0}
                for step in range(config.max_steps)]
         Path(config.out_dir, "log.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in log))
         Path(config.out_dir, "summary.json").write_text(
             '{"peak_memory_mb": 5000, "skipped_steps": 0}')
-        return subprocess.CompletedProcess(command, 0, "", "")
-    monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(nanogpt, "run_python", run_python)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (25 * 2**30, 25 * 2**30))
-    for name, fake in {"pick_device": torch.device, "describe": lambda device: f"fake {device}",
-                       "World": lambda device, dtype: None,
-                       "autocast_dtype": lambda amp, device: None,
-                       "measure_rates": lambda shape, world: (700.0, 300.0, 230.0, 4000.0)}.items():
-        monkeypatch.setattr(first_minutes, name, fake)
+    for module in (gpu, first_minutes):
+        monkeypatch.setattr(module, "print_rates", lambda shape: gpu.CARDS["H200"])
+    monkeypatch.setattr(first_minutes, "describe", lambda device: f"fake {device}")
+    (tmp_path / "model.py").write_text("")
     return started
 
 
-def test_first_minutes_on_a_fake_gpu(fake_gpu, tmp_path, monkeypatch, capsys):
+def test_limits(fake_gpu, monkeypatch, capsys):
+    """Those of docs/gpu.md; and the fraction of one that a run reaches."""
+    run_main(monkeypatch, "bench.gpu", "--cards")
+    assert "| RTX 3090 | 135.0 | 17.1 | 21.2 | 6.3 | 179.6 | 68,429 |" in capsys.readouterr().out
+    run_main(monkeypatch, "bench.gpu")
+    limit, run = capsys.readouterr().out.splitlines()[-2:]
+    assert "| 572,734 |" in limit and "| 1,000 | 0.00 | 5,000 |" in run
+
+
+def test_first_minutes(fake_gpu, tmp_path, monkeypatch, capsys):
     """It compiles all variants, then times them in turn, twice. Each row is printed and on disk
     before the next run. Variants and a nanoGPT that fail are rows too."""
-    nanogpt, rows, before = tmp_path / "model.py", tmp_path / "rows.json", []
-    nanogpt.write_text("")
+    rows, before = tmp_path / "rows.json", []
 
     def run_nanogpt(*args):
         before.append((len(json.loads(rows.read_text())["rows"]),
                        capsys.readouterr().out.splitlines()[-1]))
         raise UserError("nanoGPT failed")
     monkeypatch.setattr(first_minutes, "run_nanogpt", run_nanogpt)
-    lines = run_bench(monkeypatch, capsys, "first_minutes", f"--nanogpt={tmp_path}", "--steps=9",
-                      f"--data_dir={tmp_path}", f"--json={rows}")
-    names = [*first_minutes.VARIANTS, *first_minutes.SMALL_VARIANTS]
-    steps = [config.max_steps for config, _ in fake_gpu]
-    assert steps == [2] * len(names) + [9] * 2 * len(names)
-    timed = [(vars(config) | {"out_dir": ""}, settings) for config, settings in fake_gpu]
-    half = len(names)
-    assert timed[half:2 * half] == timed[2 * half:]
-    assert [n for n, _ in before] == [half, half + 1, 2 * half + 2, 2 * half + 3]
-    assert before[0][1].startswith(f"| {names[-1]} | 1,000 |")
-    assert lines[-1].startswith("| nanoGPT with biases | nanoGPT failed |")
+    run_main(monkeypatch, "bench.first_minutes", f"--nanogpt={tmp_path}", f"--json={rows}")
+    names = list(first_minutes.VARIANTS)
+    n = len(names)
+    assert ["--max_steps=4" in command for command in fake_gpu] == [True] * n + [False] * 2 * n
+    assert [n_rows for n_rows, _ in before] == [n, 2 * n + 1]
+    assert before[0][1].startswith(f"| {names[-1]} | 1 | 1,000 |  | 5,000 |")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| nanoGPT | 2 | nanoGPT failed |")
     record = json.loads(rows.read_text())
-    assert record["conditions"] == "fake cuda" and record["rates"]["products"] == 700.0
-    assert [row["variant"] for row in record["rows"]] == 2 * [*names, "nanoGPT",
-                                                              "nanoGPT with biases"]
-    by_name = {row["variant"]: row for row in record["rows"]}
-    assert by_name["V7 16-bit sums"] == {"variant": "V7 16-bit sums", "turn": 2,
-                                         "error": "out of memory"}
-    assert by_name["V0 as it is"]["tokens_per_second"] == 1000.0
+    assert record["conditions"] == "fake cuda" and record["rates"]["products"] == 711
+    assert [row["variant"] for row in record["rows"]] == 2 * [*names, "nanoGPT"]
+    assert [row["error"] for row in record["rows"] if "error" in row] == [
+        "out of memory", "nanoGPT failed"] * 2
 
 
-def test_a_run_of_first_minutes(data_dir, tmp_path):
-    """A real one, in a process of its own; and one that cannot be."""
-    args = argparse.Namespace(device="cpu", data_dir=data_dir)
-    flags = [f"--{key}={value}" for key, value in shape_of("4x128", 4, 6).items()]
-    good, bad = (first_minutes.run_variant([*flags, *more], {"triton.mix_order_reduction": False}, 6,
-                                           args) for more in ([], ["--n_head=3"]))
-    assert good["tokens_per_second"] > 0 and 5 < good["loss"] < 7 and good["skipped"] == 0
-    assert list(bad) == ["error"] and "n_head" in bad["error"]
+def test_variants():
+    """Options and the compiler's settings exist; overnight is measured as it is."""
+    for flags, settings in first_minutes.VARIANTS.values():
+        load(Config, ["config/bench.py", *flags])
+        with torch._inductor.config.patch(settings):  # an error for an unknown one
+            pass
+    overnight = load(Config, ["config/bench.py", *first_minutes.VARIANTS["V6 overnight"][0]])
+    as_it_is = load(Config, ["config/overnight_3090.py"])
+    for key in ("n_head", "n_embd", "batch_size", "grad_clip", "learning_rate", "tie_weights"):
+        assert getattr(overnight, key) == getattr(as_it_is, key)

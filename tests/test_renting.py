@@ -118,7 +118,7 @@ def test_cloud(data_dir, tmp_path):
     os.kill(ranks_of(out)[0], signal.SIGKILL)
     done = bash("cloud.sh", *flags, **env)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "is under way" in done.stdout and "start 2 of at most 10" in done.stdout
+    assert "is under way" in done.stdout
     assert "test loss" in done.stdout and "all done" in done.stdout and not ranks_of(out)
     assert len(losses(out)) == n and (out / "export" / "model.safetensors").exists()
     assert read_checkpoint(tmp_path / "copy.pt")["step"] == n

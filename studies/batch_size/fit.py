@@ -27,17 +27,13 @@ def fit_batch_size(sizes, losses):
     if len(set(sizes)) < 3 or len(sizes) < 4:
         raise UserError("the fit needs at least four runs of three global batch sizes")
     (a, b, c), covariance = np.polyfit(np.log(sizes), losses, 2, cov=True)
-    fit = {"coefficients": (a, b, c), "covariance": covariance, "df": len(sizes) - 3,
-           "optimum": None, "optimum_interval": None}
-    if a > 0:
-        fit["optimum"] = math.exp(min(-b / (2 * a), 700))
-        t = stdtrit(fit["df"], 0.975)
-        quadratic = (4 * (a ** 2 - t ** 2 * covariance[0, 0]),
-                     4 * (a * b - t ** 2 * covariance[0, 1]), b ** 2 - t ** 2 * covariance[1, 1])
-        if quadratic[0] > 0:
-            ends = sorted(np.roots(quadratic).real)
-            fit["optimum_interval"] = [math.exp(min(end, 700)) for end in ends]
-    return fit
+    t = stdtrit(len(sizes) - 3, 0.975)
+    quadratic = (4 * (a ** 2 - t ** 2 * covariance[0, 0]),
+                 4 * (a * b - t ** 2 * covariance[0, 1]), b ** 2 - t ** 2 * covariance[1, 1])
+    is_bounded, ends = a > 0 and quadratic[0] > 0, sorted(np.roots(quadratic).real)
+    return {"coefficients": (a, b, c), "covariance": covariance, "df": len(sizes) - 3,
+            "optimum": math.exp(min(-b / (2 * a), 700)) if a > 0 else None,
+            "optimum_interval": np.exp(ends).tolist() if is_bounded else None}
 
 
 def points(path, name):
@@ -54,11 +50,12 @@ def format_fit(fit, sizes):
     if fit["optimum"] is None or not min(sizes) <= fit["optimum"] <= max(sizes):
         return f"{start} It has no lowest point between these sizes."
     x = math.log(fit["optimum"])
-    error = math.sqrt([x ** 2, x, 1] @ fit["covariance"] @ [x ** 2, x, 1])
-    low, high = t_interval(np.polyval(fit["coefficients"], x), error, fit["df"])
+    at = np.array([x ** 2, x, 1])
+    loss, error = at @ fit["coefficients"], math.sqrt(at @ fit["covariance"] @ at)
+    at_optimum = format_interval(t_interval(loss, error, fit["df"]), ".3f")
     ends = format_interval(fit["optimum_interval"], ".1f") or "without an end"
     return (f"{start} Optimum {fit['optimum']:.1f} (95 % interval, Fieller's: {ends}); loss there "
-            f"{(low + high) / 2:.3f} ({low:.3f} to {high:.3f}).")
+            f"{loss:.3f} ({at_optimum}).")
 
 
 def main():

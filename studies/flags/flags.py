@@ -1,20 +1,12 @@
 """Each newer flag alone on the ladder's modern recipe, and then together what helped.
 
-    python -m studies.flags.flags baseline  the ladder's own runs that the others are compared with
-    python -m studies.flags.flags alone     every flag, at 2x32 and 2x48, five seeds
-    python -m studies.flags.flags choose    what helped, by out/flags_*.json, or by our results
-    python -m studies.flags.flags agreement how often a flag's sign at 2x32 holds at 2x48
-    python -m studies.flags.flags rates     what helped ours, together, at 2x64: three rates
-    python -m studies.flags.flags stack     the same at the modern recipe's rate, five seeds
-    python -m studies.flags.flags tuning    the stack with values of its own: 24 random trials
-    python -m studies.flags.flags refine    the best of them with half and twice its rate
-    python -m studies.flags.flags best      the best of all these, five seeds
+    python -m studies.flags.flags baseline|alone|choose|agreement
+    python -m studies.flags.flags rates|stack|tuning|refine|best
 
-All but `choose` and `agreement` print arguments for train.py, a line a run. Every run has 20 tokens
-a parameter. Until `tuning`, a run has the values that the ladder found for the modern recipe at its
-size (studies/ladder/ladder.py); those of `rates` have half, once and twice its rate. `tuning` draws
-what the ladder drew for its recipes, from the same ranges. `refine` and `best` read the trials in
-out/flags_stack_tuning.json, or else ours. What is not tested has a seed of its own.
+`choose` and `agreement` print what is found in out/flags_*.json, or else in our results. All others
+print arguments for train.py, a line a run: the ladder's own runs, to compare with; every flag alone
+at two sizes; and STACK at the third, first with the ladder's values for the modern recipe, then,
+from `tuning` on, with values of its own, drawn as the ladder's.
 
 The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
 loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
@@ -42,12 +34,8 @@ SEEDS_OF_CHOICE = {"2x32": SEEDS, "2x48": SEEDS[:3]}
 FLAGS = {
     "cosine_to_zero": "--min_lr_ratio=0",
     "decay_to_zero": "--schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0",
-    "embedding_lr_0.3": "--embedding_lr=0.3",
-    "embedding_lr_3": "--embedding_lr=3",
-    "head_lr_0.3": "--head_lr=0.3",
-    "head_lr_3": "--head_lr=3",
-    "scalar_lr_0.3": "--scalar_lr=0.3",
-    "scalar_lr_3": "--scalar_lr=3",
+    **{f"{rate}_{multiple}": f"--{rate}={multiple}"
+       for rate in ("embedding_lr", "head_lr", "scalar_lr") for multiple in (0.3, 3)},
     "beta2_0.95": "--beta2=0.95",
     "adamw_weight_decay_0.001": "--adamw_weight_decay=0.001",
     "one_head": "--n_head=1",
@@ -62,10 +50,10 @@ STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average"
 
 
 def baseline():
-    for size in (*SIZES, THIRD_SIZE):
-        for seed in SEEDS:
-            for recipe in RECIPES if size == THIRD_SIZE else ["modern"]:
-                yield run_of(recipe, size, 1, seed)
+    for seed in SEEDS:
+        for recipe, size in (*(("modern", size) for size in SIZES),
+                             *((recipe, THIRD_SIZE) for recipe in RECIPES)):
+            yield run_of(recipe, size, seed)
 
 
 def alone():
@@ -78,32 +66,29 @@ def alone():
 def choose():
     """The mean difference at each size, and of all seeds with its standard error."""
     rows = [["flag", *SIZES, "both", "chosen"]]
-    for both, name in sorted((compare(name)[1], name) for name in FLAGS):
-        means, _, error = compare(name)
+    found = {name: compare(name) for name in FLAGS}
+    for name, (means, both, error, helps) in sorted(found.items(), key=lambda item: item[1][1]):
         rows.append([name, *(f"{mean:+.4f}" for mean in means), f"{both:+.4f} ± {error:.4f}",
-                     "yes" if helped(means, both, error) else "no"])
+                     "yes" if helps else "no"])
     yield format_table(rows, markdown=True)
-
-
-def helped(means, both, error):
-    return max(means) < 0 and both < -2 * error
 
 
 def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
     """-> the mean difference in validation loss to the baseline, seed by seed, at each size; the
-    mean of all of them; its standard error."""
+    mean of all of them; its standard error; whether the flag is chosen."""
     differences = []
     for size in SIZES:
         losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in read_runs(size)}
         differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
-    both = sum(differences, [])
-    return [np.mean(each) for each in differences], np.mean(both), standard_error(both)
+    means, both = [np.mean(each) for each in differences], sum(differences, [])
+    mean, error = np.mean(both), standard_error(both)
+    return means, mean, error, max(means) < 0 and mean < -2 * error
 
 
 def agreement():
     """The decision accuracy of Magnusson et al. ("DataDecide", 2025, arXiv 2504.11393): of all
     flags, the fraction whose difference has the same sign at both sizes, with Wilson's interval."""
-    holds = [small * large > 0 for (small, large), _, _ in map(compare, FLAGS)]
+    holds = [small * large > 0 for (small, large), *_ in map(compare, FLAGS)]
     interval = binomtest(sum(holds), len(holds)).proportion_ci(method="wilson")
     yield (f"{sum(holds)} of {len(holds)} signs at {SIZES[0]} hold at {SIZES[1]}: "
            f"{sum(holds) / len(holds):.2f} (95 % interval {interval.low:.2f} to "
@@ -118,27 +103,28 @@ def read_runs(results):
 
 def rates():
     for multiple in (0.5, 1, 2):
-        yield stack_run(f"stack_rate_{multiple}", 100, tuned("modern", THIRD_SIZE), multiple)
+        yield stack_run(f"stack_rate_{multiple}", tuned("modern", THIRD_SIZE), multiple=multiple)
 
 
 def stack():
     for seed in SEEDS:
-        yield stack_run("stack", seed, tuned("modern", THIRD_SIZE))
+        yield stack_run("stack", tuned("modern", THIRD_SIZE), seed)
 
 
 def tuning():
     for i in range(N_TRIALS):
-        yield stack_run(f"stack_trial_{i}", 100, random_values([i, len(RECIPES)], "modern"))
+        yield stack_run(f"stack_trial_{i}", random_values([i, len(RECIPES)], "modern"))
 
 
 def refine():
+    """The best trial, with half and twice its rate."""
     for multiple in (0.5, 2):
-        yield stack_run(f"stack_refined_{multiple}", 100, best_values("stack_trial"), multiple)
+        yield stack_run(f"stack_refined_{multiple}", best_values("stack_trial"), multiple=multiple)
 
 
 def best():
     for seed in SEEDS:
-        yield stack_run("stack_tuned", seed, best_values("stack"))
+        yield stack_run("stack_tuned", best_values("stack"), seed)
 
 
 def best_values(prefix):
@@ -148,7 +134,7 @@ def best_values(prefix):
     return {key: config[key] for key in DRAWN}
 
 
-def stack_run(name, seed, values, multiple=1):
+def stack_run(name, values, seed=100, multiple=1):
     """multiple: of the learning rate in values"""
     values = {**values, "learning_rate": multiple * values["learning_rate"]}
     return run(name, " ".join(FLAGS[flag] for flag in STACK), THIRD_SIZE, seed, values)

@@ -9,10 +9,9 @@ PRECISION is bfloat16, float16 (both with sums in 32 bits) or fp16_sums. In ever
 linear layer and of the head, forward and backward, the inputs and the result are rounded to 16
 bits. With fp16_sums so is each sum after every 16 terms, as by a tensor core that adds in float16;
 the order of its terms differs. As in nanolab/head.py, the hidden states' gradient is then made in
-bfloat16. Attention stays in float32 here. It keeps 32-bit sums on a GPU.
-
-Gradients are multiplied by 65,536 before they are rounded, which is where GradScaler starts. What
-is beyond 65,504 becomes infinite, and train.py skips that update.
+bfloat16. Attention stays in float32 here, and on a GPU keeps 32-bit sums. Gradients are multiplied
+by 65,536, where GradScaler starts, before they are rounded. What is beyond 65,504 becomes infinite,
+and train.py skips that update.
 """
 
 import json
@@ -35,8 +34,6 @@ from nanolab.study.tables import format_table
 PRECISIONS = ("bfloat16", "float16", "fp16_sums")
 TERMS = 16  # of a sum before it is rounded
 SCALE = 2.0**16  # of the gradients
-LENGTHS = (64, 768, 3072, 12_288, 32_768)  # of sums
-LOGIT_SDS = (0.5, 2)  # 0.5: about that of initial weights
 
 precision = "float32"
 
@@ -50,8 +47,8 @@ def product(a, b):
     a, b = rounded(a), rounded(b)
     if precision != "fp16_sums":
         return rounded(a @ b)
-    total = rounded(a[:, :TERMS] @ b[:TERMS])
-    for i in range(TERMS, a.shape[1], TERMS):
+    total = torch.zeros(len(a), b.shape[1])
+    for i in range(0, a.shape[1], TERMS):
         total.addmm_(a[:, i:i + TERMS], b[i:i + TERMS])
         total.copy_(total.half())
     return total
@@ -87,9 +84,9 @@ class EmulatedHead(torch.autograd.Function):
     """nanolab.head.HeadLoss with emulated products. It scales its gradients in float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad):
-        logits = product(hidden, weight.T)
-        loss, grad = nanolab.head.loss_and_gradient(logits, targets[:, None], len(weight), cap)
+    def forward(ctx, hidden, weight, targets, cap, dtype, needs_grad, z_loss):
+        loss, grad = nanolab.head.loss_and_gradient(
+            product(hidden, weight.T), targets[:, None], len(weight), cap, z_loss)
         if needs_grad:
             ctx.save_for_backward(product_of_gradients(grad, weight), product(grad.T, hidden))
         ctx.n_rows = len(hidden)
@@ -98,7 +95,7 @@ class EmulatedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         scale = grad_loss / ctx.n_rows
-        return *(grad * scale for grad in ctx.saved_tensors), None, None, None, None
+        return *(grad * scale for grad in ctx.saved_tensors), *[None] * 5
 
 
 def emulate(name):
@@ -113,13 +110,13 @@ def relative_error(x, exact):
     return float((x - exact).norm() / exact.norm())
 
 
-def errors_of_product(a, b):
-    """{precision: relative error of a @ b}"""
-    exact, errors = a.double() @ b.double(), {}
-    for name in PRECISIONS:
-        emulate(name)
-        errors[name] = relative_error(product(a, b), exact)
-    return errors
+def row_of_product(name, a, b):
+    """{"product": its name, precision: relative error of a @ b}"""
+    exact, row = a.double() @ b.double(), {"product": name}
+    for precision in PRECISIONS:
+        emulate(precision)
+        row[precision] = relative_error(product(a, b), exact)
+    return row
 
 
 def products():
@@ -128,16 +125,15 @@ def products():
     softmax. What is summed up, the weights or the hidden states, has nothing in common, or a part
     that all share, as large as the rest."""
     draw, rows = torch.Generator().manual_seed(0), []
-    for K in LENGTHS:
+    for K in (64, 768, 3072, 12_288, 32_768):
         a, b = torch.randn(64, K, generator=draw), torch.randn(K, 64, generator=draw)
-        rows.append({"product": f"random numbers, {K:,} terms", **errors_of_product(a, b)})
+        rows.append(row_of_product(f"random numbers, {K:,} terms", a, b))
     for common in (0, 1):
-        for sd in LOGIT_SDS:
+        for sd in (0.5, 2):  # 0.5: about that of initial weights
             of_hidden, of_head = head_gradients(sd, common, draw)
-            case = f"logits of SD {sd}, " + ("a part in common" if common else "nothing in common")
-            rows += [
-                {"product": f"hidden states' gradient, {case}", **errors_of_product(*of_hidden)},
-                {"product": f"head's gradient, {case}", **errors_of_product(*of_head)}]
+            case = f"logits of SD {sd}, {'a part' if common else 'nothing'} in common"
+            rows += [row_of_product(f"hidden states' gradient, {case}", *of_hidden),
+                     row_of_product(f"head's gradient, {case}", *of_head)]
     return rows
 
 
@@ -172,25 +168,23 @@ def gradients():
         for name, p in model.named_parameters():
             kind = re.sub(r"^\D+\.\d+\.", "", name) if p.ndim == 2 else "norms and biases"
             found.setdefault(kind, []).append(p.grad.flatten().clone())
-        return {kind: torch.cat(grads) for kind, grads in found.items()}
+        found = {kind: torch.cat(grads) for kind, grads in found.items()}
+        return {**found, "all": torch.cat(list(found.values()))}
     exact = gradients_by_kind()
-    rows = [{"gradient": kind} for kind in (*exact, "all")]
+    rows = [{"gradient": kind} for kind in exact]
     for name in PRECISIONS:
         emulate(name)
-        found, squares = gradients_by_kind(), 0
+        found = gradients_by_kind()
         for row, kind in zip(rows, exact):
             row[name] = relative_error(found[kind], exact[kind])
-            squares += float((found[kind] - exact[kind]).norm()) ** 2
-        rows[-1][name] = (squares / sum(float(each.norm()) ** 2 for each in exact.values())) ** 0.5
     return rows
 
 
 def show(path):
     rows = json.loads(Path(path).read_text())
-    header = list(rows[0])
-    cells = [[row[header[0]], *(f"{100 * row[name]:.2g} %" for name in header[1:])]
-             for row in rows]
-    return format_table([header, *cells], markdown=True)
+    cells = [[name, *(f"{100 * error:.2g} %" for error in errors)]
+             for name, *errors in (row.values() for row in rows)]
+    return format_table([list(rows[0]), *cells], markdown=True)
 
 
 def main():

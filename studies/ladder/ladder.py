@@ -1,22 +1,14 @@
 """The ladder: three recipes at five sizes, each trained on 20 tokens a parameter.
 
-    python -m studies.ladder.ladder tuning    24 random trials of each recipe at size 2x64
-    python -m studies.ladder.ladder beta2     another beta2, while the best tried is at an edge
-    python -m studies.ladder.ladder rates     the learning rate again, at the four smaller sizes
-    python -m studies.ladder.ladder check     the law's rate and its multiples at the largest size
-    python -m studies.ladder.ladder runs      the runs that are tested, without the largest size
-    python -m studies.ladder.ladder largest   those of the largest size
+    python -m studies.ladder.ladder tuning|beta2|rates|check|runs|largest|values
 
-These print arguments for train.py, a line a run; run.sh runs them. `beta2` and `rates` print what
-the trials still lack, in the end nothing. All but `tuning` read the trials: those in
-out/ladder/tuning.json, or else ours in studies/ladder/tuning.json. `values` prints what the trials
-found, the README's table.
-
-A trial has seed 100, which no tested run has. Trials are compared by validation loss. `tuning`
-draws learning rate, weight decay, beta2 and warm-up at random. `rates` keeps the best trial's
-other values, and halves or doubles its rate until the best lies between two others. A parabola
-through these three gives a size's optimum, and a power law of the number of parameters through the
-four optima gives the rate of every size.
+All but `values`, which is the README's table, print arguments for train.py, a line a run; run.sh
+runs them. A trial has seed 100, which no tested run has, and counts by validation loss. `tuning`
+draws learning rate, weight decay, beta2 and warm-up at random. All else reads the trials: those in
+out/ladder/tuning.json, or else ours. `beta2` and `rates` print what these still lack, in the end
+nothing. `rates` keeps the best trial's other values, and halves or doubles its rate until the best
+lies between two others. A parabola through these three gives a size's optimum, and a power law of
+the number of parameters through the four smaller sizes' optima gives the rate of every size.
 """
 
 import math
@@ -96,49 +88,45 @@ def rates():
     beyond the best until the best is no longer at an edge."""
     for recipe in RECIPES:
         for size in LADDER:
-            tried = losses_by_step(recipe, size)
-            best = min(tried, key=tried.get, default=0)
-            for step in sorted({best - 1, best, best + 1} - tried.keys()):
-                yield rate_trial(recipe, size, 2.0 ** step * best_trial(recipe)["learning_rate"])
+            losses, neighbours = losses_by_step(recipe, size)
+            for step in neighbours:
+                if step not in losses:
+                    yield trial(recipe, size, 2.0 ** step * best_trial(recipe)["learning_rate"])
 
 
-def rate_trial(recipe, size, rate, fraction=1):
-    return arguments(recipe, size, {**best_trial(recipe), "learning_rate": rate},
-                     f"out/ladder/rates/{recipe}/{size}/{best_trial(recipe)['beta2']}_{rate:.4g}"
+def trial(recipe, size, rate, fraction=1):
+    best = best_trial(recipe)
+    return arguments(recipe, size, {**best, "learning_rate": rate},
+                     f"out/ladder/rates/{recipe}/{size}/{best['beta2']}_{rate:.4g}"
                      f"{'_short' * (fraction < 1)}", fraction=fraction)
 
 
 def check():
-    """Half, once and twice the law's rate at the largest size, with a quarter of its tokens. By
-    these the best for the modern recipe is at the edge, so it has trials with all of them too."""
-    few = (0.5, 1, 2)
-    for recipe, fraction, multiples in (("published", 0.25, few), ("modern", 0.25, few),
-                                        ("modern", 1, (0.25, *few))):
-        for multiple in multiples:
-            yield rate_trial(recipe, LARGEST, multiple * rate_law(recipe, LARGEST), fraction)
+    """Multiples of the law's rate at the largest size, with a quarter of its tokens; for the modern
+    recipe with all, too."""
+    for recipe, fraction in (("published", 0.25), ("modern", 0.25), ("modern", 1)):
+        for multiple in (0.25, 0.5, 1, 2):
+            yield trial(recipe, LARGEST, multiple * rate_law(recipe, LARGEST), fraction)
 
 
-def runs():
-    for size in LADDER:
-        yield from runs_of(size)
+def runs(sizes=LADDER):
+    """The tested runs: each recipe on all its tokens; the modern one, with two seeds if there are
+    three or more, on fewer too."""
+    for size in sizes:
+        seeds = range(1, SEEDS[size] + 1)
+        for seed in seeds:
+            for recipe in RECIPES:
+                yield run_of(recipe, size, seed)
+        for seed in seeds[:2 if len(seeds) > 2 else 1]:
+            for part in (2, 4, 8):
+                yield run_of("modern", size, seed, part)
 
 
 def largest():
-    return runs_of(LARGEST)
+    return runs([LARGEST])
 
 
-def runs_of(size):
-    """Each recipe on all its tokens; the modern one, with two seeds if there are three or more, on
-    fewer too."""
-    seeds = range(1, SEEDS[size] + 1)
-    full = [(recipe, 1, seed) for seed in seeds for recipe in RECIPES]
-    fewer = [("modern", part, seed) for seed in seeds[:2 if len(seeds) > 2 else 1]
-             for part in (2, 4, 8)]
-    for recipe, part, seed in full + fewer:
-        yield run_of(recipe, size, part, seed)
-
-
-def run_of(recipe, size, part, seed):
+def run_of(recipe, size, seed, part=1):
     """A tested run, on 1 / part of the tokens."""
     return arguments(recipe, size, tuned(recipe, size),
                      f"out/ladder/runs/{size}/{recipe}_1_{part}/{seed}", seed, 1 / part)
@@ -150,14 +138,10 @@ def tuned(recipe, size):
 
 @cache  # every run asks for the trials
 def read_trials(stage, recipe, size):
-    """The trials of `tuning` or `rates` that had all their tokens: their options, and val_loss."""
-    file = COLLECTED if COLLECTED.exists() else RECORDED
-    shape, tokens = SIZES[size], 20 * parameters(size)
+    """The trials of `tuning` or `rates`: their options, and val_loss."""
     return [{**run["config"], "val_loss": run["val_loss"] or math.inf}  # None: it diverged
-            for run in read_file(file)
-            if run["name"] == recipe and run["path"].startswith(f"out/ladder/{stage}/")
-            and tuple(run["config"][key] for key in ("n_layer", "n_head", "n_embd")) == shape
-            and run["config"]["max_tokens"] == tokens]
+            for run in read_file(COLLECTED if COLLECTED.exists() else RECORDED)
+            if run["path"].startswith(f"out/ladder/{stage}/{recipe}/{size}/")]
 
 
 def best_trial(recipe):
@@ -168,21 +152,19 @@ def best_trial(recipe):
 
 def losses_by_step(recipe, size):
     """Validation losses by rate: {how often the best trial's was doubled, negative if halved:
-    loss}."""
-    best = best_trial(recipe)
-    losses = {}
+    loss}; and the three steps around the lowest."""
+    best, losses = best_trial(recipe), {}
     for each in read_trials("rates", recipe, size) + read_trials("tuning", recipe, size):
         step = math.log2(each["learning_rate"] / best["learning_rate"])
         if abs(step - round(step)) < 0.01 and all(each[key] == best[key] for key in DRAWN[1:]):
             losses[round(step)] = each["val_loss"]
-    return losses
+    lowest = min(losses, key=losses.get, default=0)
+    return losses, (lowest - 1, lowest, lowest + 1)
 
 
 def best_rate(recipe, size):
     """By a parabola over the logarithm of the rate, through the best trial and its neighbours."""
-    losses = losses_by_step(recipe, size)
-    best = min(losses, key=losses.get, default=0)
-    steps = [best - 1, best, best + 1]
+    losses, steps = losses_by_step(recipe, size)
     if not losses.keys() >= set(steps):  # tuning was interrupted
         raise UserError(f"the best learning rate of {recipe} at {size} is not between two others "
                         "yet: run the trials of `rates` until it prints nothing")

@@ -40,9 +40,7 @@ if [ "${1:-}" = --tune ]; then
 fi
 train runs
 # the prediction for the largest size, 527,072 parameters, before any of its runs
-measure ladder_prediction out/ladder/runs/2x*/published_1_1/*/best.pt \
-  out/ladder/runs/3x80/published_1_1/*/best.pt out/ladder/runs/2x*/modern_1_1/*/best.pt \
-  out/ladder/runs/3x80/modern_1_1/*/best.pt
+measure ladder_prediction out/ladder/runs/{2x*,3x80}/{published,modern}_1_1/*/best.pt
 python -m studies.ladder.scaling out/ladder_prediction.json --target 527072
 train largest
 measure ladder out/ladder/runs/*/*/*/best.pt

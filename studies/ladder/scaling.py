@@ -15,8 +15,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar, nnls
 from scipy.special import fdtrc
 
+from nanolab import charts
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.plots import new_figure, save_figure
 from nanolab.study import stats
 from nanolab.study.runs import losses_by_seed, read_file, relevant_options
 from nanolab.study.tables import (format_interval, format_number, format_p, format_table,
@@ -24,36 +24,33 @@ from nanolab.study.tables import (format_interval, format_number, format_p, form
 
 N_SAMPLES = 2000  # of the bootstrap
 AGAINST = ("published", "rope_qk_norm")  # the others are compared with these
-LOOKS = [("o", "#0072b2"), ("s", "#d55e00"), ("D", "black")]
 
 
-def analyse(runs, target=None, against=AGAINST):
-    """The laws of all recipes, and their differences and token fractions to those in `against`.
+def analyse(runs, target=None):
+    """The laws of all recipes, and their differences and token fractions to those in AGAINST.
 
-    target: a number of parameters whose loss to predict. None: the largest size, which the laws
-    then leave out, so that its losses test them. -> a dict. Raises UserError.
+    target: a number of parameters whose loss to predict. None: the largest size. The laws leave
+    its losses out, so that these test them. -> a dict. Raises UserError.
     """
     cells = collect_cells(runs)
-    names = sorted({name for name, _, _ in cells})
-    against = [name for name in against if name in names]
     full = {cell[:2]: cell for cell in sorted(cells)}  # (name, size): the one with the most tokens
-    sizes = [size for name, size in full if name == against[0]]
+    sizes = sorted({size for _, size in full})
     target = target or sizes[-1]
     fitted = [size for size in sizes if size < target]
     if len(fitted) < 4:
         raise UserError("a power law has three unknowns, so it needs at least 4 sizes below the "
-                        f"one it predicts; {against[0]} has {len(fitted)} below {target:,}")
+                        f"one it predicts; there are {len(fitted)} below {target:,}")
     sds, warnings = noise(cells)
     same_text, samples = (sample_means(cells, sds, with_text) for with_text in (False, True))
-    losses = {cell: losses_by_seed(runs) for cell, runs in cells.items()}
-    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(against)
-             for name, size in full if name not in against[:i + 1] and (other, size) in full]
+    recipes = {name: [full[name, size] for size in fitted] for name, _ in full}
+    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(AGAINST)
+             for name, size in full if name not in AGAINST[:i + 1] and (other, size) in full]
     return {"fitted": fitted, "target": target, "warnings": warnings,
-            "losses": {cell: losses[cell] for cell in full.values()},
-            "laws": [fit_recipe([full[name, size] for size in fitted], full.get((name, target)),
-                                target, cells, sds, same_text) for name in names],
-            "differences": {pair: stats.compare_means(*(losses[cell] for cell in pair))
-                            for pair in pairs},
+            "losses": {cell: values(cells[cell]) for cell in full.values()},
+            "laws": [fit_recipe(chosen, full.get((name, target)), target, cells, sds, same_text)
+                     for name, chosen in recipes.items()],
+            "differences": {pair: stats.compare_means(*(losses_by_seed(cells[cell])
+                                                        for cell in pair)) for pair in pairs},
             "fractions": {pair: found for pair in pairs
                           if (found := token_fraction(*pair, cells, samples))}}
 
@@ -76,11 +73,7 @@ def collect_cells(runs):
 
 
 def values(runs):
-    return list(losses_by_seed(runs).values())
-
-
-def mean(runs):
-    return float(np.mean(values(runs)))
+    return np.array(list(losses_by_seed(runs).values()))
 
 
 def noise(cells):
@@ -92,8 +85,9 @@ def noise(cells):
     sds, warnings = {}, []
     for recipe in sorted({name for name, *_ in cells}):
         mine = [cell for cell in cells if cell[0] == recipe]
-        squares = {cell: np.array([np.var(losses) * len(losses), len(losses) - 1])
-                   for cell in mine if len(losses := values(cells[cell])) > 1}
+        losses = {cell: values(cells[cell]) for cell in mine}
+        squares = {cell: np.array([np.var(each) * len(each), len(each) - 1])
+                   for cell, each in losses.items() if len(each) > 1}
         total, df = sum(squares.values())
         sds.update(dict.fromkeys(mine, (math.sqrt(total / df), df)))
         for cell, (square, own_df) in squares.items():
@@ -113,7 +107,7 @@ def sample_means(cells, sds, with_text):
     with_text: the test documents are resampled, too, the same for all cells.
     """
     rng = np.random.default_rng(0)
-    means = {cell: np.full(N_SAMPLES, mean(runs)) for cell, runs in cells.items()}
+    means = {cell: np.full(N_SAMPLES, values(runs).mean()) for cell, runs in cells.items()}
     _, sizes = mean_group_losses([run for runs in cells.values() for run in runs])
     if with_text and sizes:
         counts = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_SAMPLES)
@@ -130,13 +124,10 @@ def sample_means(cells, sds, with_text):
 
 
 def fit_recipe(chosen, largest, target, cells, sds, samples):
-    """The power law of one recipe over the chosen cells, and what it predicts for the target.
-
-    largest: the cell that has the target's size, or None. line: what a line through the last two
-    sizes predicts, on logarithmic axes.
-    """
+    """The power law of one recipe over the chosen cells, and what it, and a line through the last
+    two on logarithmic axes, predict for the target. largest: the cell of that size, or None."""
     sizes = np.array([size for _, size, _ in chosen])
-    losses = np.array([mean(cells[cell]) for cell in chosen])
+    losses = np.array([values(cells[cell]).mean() for cell in chosen])
     errors = np.array([sds[cell][0] / math.sqrt(len(values(cells[cell]))) for cell in chosen])
     law = fit_power_law(sizes, losses)
     predictions = np.array([loss_at(fit_power_law(sizes, sample), target) for sample in
@@ -146,16 +137,14 @@ def fit_recipe(chosen, largest, target, cells, sds, samples):
               "line": losses[-1] * (target / sizes[-1]) ** slope,
               "lack_of_fit": lack_of_fit(sizes, losses, errors, sds[chosen[-1]][1])}
     if largest:  # the noise of its own seeds is part of the interval
-        result["measured"] = mean(cells[largest])
+        result["measured"] = values(cells[largest]).mean()
         predictions = predictions + samples[largest] - result["measured"]
     return {**result, "interval": interval(predictions)}
 
 
 def fit_power_law(sizes, losses, errors=1.0):
     """Least squares of loss = floor + gain (N / N of the smallest size)^-exponent, floor >= 0.
-
-    errors: of each size. NaN where the losses do not fall. Floor and gain follow from the exponent.
-    """
+    Floor and gain follow from the exponent; gain is NaN where the losses do not fall."""
     x, errors = sizes / sizes[0], errors * np.ones(len(sizes))
 
     def linear_fit(exponent):
@@ -181,16 +170,15 @@ def lack_of_fit(sizes, losses, errors, df):
 
 def token_fraction(ours, theirs, cells, samples):
     """With which fraction of the tokens of another recipe's cell a recipe reaches its loss, by a
-    line through its own losses over ln(tokens): the fraction, its interval, whether it lies beyond
-    the recipe's budgets. None if it has one budget, or its losses do not fall."""
+    line through its own losses over ln(tokens), and the interval. None if it has one budget, or its
+    losses do not fall."""
     mine = sorted(cell for cell in cells if cell[:2] == ours[:2])
     x = np.log([tokens / theirs[2] for *_, tokens in mine])
-    found = crossing(x, [mean(cells[cell]) for cell in mine], mean(cells[theirs]))
-    if math.isnan(found):
-        return None
+    found = crossing(x, [values(cells[cell]).mean() for cell in mine],
+                     values(cells[theirs]).mean())
     limits = interval([crossing(x, losses, loss) for losses, loss in
                        zip(np.array([samples[cell] for cell in mine]).T, samples[theirs])])
-    return math.exp(found), np.exp(np.minimum(limits, 700)), not x[0] <= found <= x[-1]
+    return None if math.isnan(found) else (math.exp(found), np.exp(limits))
 
 
 def crossing(x, losses, target):
@@ -212,77 +200,77 @@ def format_analysis(result):
     """Tables in Markdown, and sentences."""
     smallest = f"{result['fitted'][0]:,}"
     losses = [["recipe", "parameters", "tokens", "n", "test loss", "SD"]]
-    for (name, size, tokens), by_seed in result["losses"].items():
-        found = list(by_seed.values())
-        losses.append([name, f"{size:,}", f"{tokens:,}", str(len(found)), f"{np.mean(found):.4f}",
+    for (name, size, tokens), found in result["losses"].items():
+        losses.append([name, f"{size:,}", f"{tokens:,}", str(len(found)), f"{found.mean():.4f}",
                        format_number(stats.sample_sd(found), ".4f")])
     laws = [["recipe", "law", "lack of fit, p", "predicted", "95 % interval", "measured", "error",
              "error of the line"]]
     for each in result["laws"]:
         law, measured = each["law"], each["measured"]
+        errors = [f"{measured / each[key] - 1:+.1%}" if measured else ""
+                  for key in ("predicted", "line")]
         floor = f"{law['floor']:.3f} + " if law["floor"] > 0 else ""
-        laws.append([each["name"], f"{floor}{law['gain']:.3f} (N / {smallest})^-"
-                     f"{law['exponent']:.3f}", format_p(each["lack_of_fit"]),
-                     f"{each['predicted']:.4f}",
-                     format_interval(each["interval"], ".4f"),
-                     format_number(measured, ".4f"),
-                     *(measured and f"{measured / each[key] - 1:+.1%}" or ""
-                       for key in ("predicted", "line"))])
-    header = ["recipe", "against", "parameters"]
-    differences = [[*header, "difference", "95 % interval"]]
+        formula = f"{floor}{law['gain']:.3f} (N / {smallest})^-{law['exponent']:.3f}"
+        laws.append([each["name"], formula, format_p(each["lack_of_fit"]),
+                     f"{each['predicted']:.4f}", format_interval(each["interval"], ".4f"),
+                     format_number(measured, ".4f"), *errors])
+    differences = [["recipe", "against", "parameters", "difference", "95 % interval"]]
     for (ours, theirs), row in result["differences"].items():
         limits = row["p"] and stats.t_interval(row["difference"], row["error"], row["df"])
         differences.append([ours[0], theirs[0], f"{ours[1]:,}", f"{row['difference']:+.4f}",
                             format_interval(limits, "+.4f")])
-    fractions = [[*header, "fraction of tokens", "95 % interval", "budgets"]]
-    fractions += [[ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
-                   format_interval(limits, ".3f"), "beyond them" * beyond]
-                  for (ours, theirs), (fraction, limits, beyond) in result["fractions"].items()]
+    fractions = [["recipe", "against", "parameters", "fraction of tokens", "95 % interval"]]
+    for (ours, theirs), (fraction, limits) in result["fractions"].items():
+        fractions.append([ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
+                          format_interval(limits, ".3f")])
+    losses, laws, differences, fractions = (
+        format_table(rows, markdown=True) for rows in (losses, laws, differences, fractions))
     return "\n\n".join(filter(None, [
-        format_table(losses, markdown=True), "\n".join(result["warnings"]),
+        losses, "\n".join(result["warnings"]),
         f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
         f"parameters, and their predictions for {result['target']:,}. The line: through the last "
         "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
-        "another form.", format_table(laws, markdown=True),
-        "Differences in test loss, seed by seed. Each interval is for one test.",
-        format_table(differences, markdown=True),
+        "another form.", laws,
+        "Differences in test loss, seed by seed. Each interval is for one test.", differences,
         "With which fraction of the other recipe's tokens a recipe reaches its loss, by a line "
         "over ln(tokens) between its own budgets. The intervals cover the seeds and the choice of "
-        "the test documents.", format_table(fractions, markdown=True)]))
+        "the test documents.", fractions]))
 
 
-def plot_analysis(result, path):
-    """Draws the losses over parameters with the laws, and the fractions."""
-    figure, (left, right) = new_figure(1, 2, figsize=(8.3, 4))
-    x = np.geomspace(result["fitted"][0], result["target"] * 1.1, 100)
-    for i, (law, (marker, color)) in enumerate(zip(result["laws"], LOOKS)):
-        points = [(cell[1], np.mean(list(losses.values())))
-                  for cell, losses in result["losses"].items() if cell[0] == law["name"]]
-        left.plot(*zip(*points), marker, color=color, markerfacecolor="white", label=law["name"])
-        left.plot(x, loss_at(law["law"], x), color=color, linewidth=0.8)
-        left.plot([result["target"] * 1.03 ** (i + 1)] * 2, law["interval"], color=color,
-                  linewidth=2)
-    left.set_ylabel("test loss; bars: predicted")
-    lines = {}
-    for (ours, theirs), found in result["fractions"].items():
-        lines.setdefault(f"{ours[0]} of {theirs[0]}'s", []).append((ours[1], *found[:2]))
-    for (label, points), (marker, color) in zip(lines.items(), LOOKS):
-        sizes, fractions, intervals = zip(*points)
-        right.plot(sizes, fractions, f"{marker}-", color=color, markerfacecolor="white",
-                   linewidth=0.8, label=label)
-        right.plot([sizes, sizes], np.transpose(intervals), color=color, linewidth=1)
-    right.axhline(1, color="0.8", linewidth=0.8, zorder=0)
-    right.set_yscale("log")
-    right.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
-    right.set_ylabel("fraction of the tokens for the same loss")
-    ticks = [*result["fitted"], result["target"]]
-    for ax in (left, right):
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, [f"{size / 1e6:.2g}M" for size in ticks])
-        ax.minorticks_off()
-        ax.set_xlabel("parameters")
-        ax.legend(frameon=False, fontsize=9)
-    save_figure(figure, path)
+def ladder_chart(result):
+    """The losses over parameters with the laws and what they predict; and the fractions."""
+    target, laws = result["target"], result["laws"]
+    sizes = [*result["fitted"], target]
+    losses = [(name, size, each.mean()) for (name, size, _), each in result["losses"].items()]
+    curves = [(law["name"], size, loss_at(law["law"], size)) for law in laws
+              for size in np.geomspace(sizes[0], target, 100)]
+    predicted = [(law["name"], target * 1.03 ** i, law["predicted"], *law["interval"])
+                 for i, law in enumerate(laws, 1)]
+    fractions = [(f"{ours[0]} of {theirs[0]}'s", ours[1], fraction, *limits)
+                 for (ours, theirs), (fraction, limits) in result["fractions"].items()]
+
+    def layer(mark, points, **more):
+        rows = [dict(zip(("name", "size", "y", "low", "high"), point)) for point in points
+                if np.isfinite(point[1:]).all()]
+        return {"mark": mark, "data": {"values": rows}, **more}
+
+    def panel(title, y_axis, *layers):
+        return {"title": title, "width": 330, "height": 300, "layer": layers, "encoding": {
+            "x": {"field": "size", "type": "quantitative", "title": "parameters",
+                  "scale": {"type": "log", "nice": False, "padding": 10},
+                  "axis": {"values": sizes, "format": ".2s"}},
+            "y": {"field": "y", "type": "quantitative", "title": None, **y_axis},
+            "color": {"field": "name", "type": "nominal", "scale": {"range": charts.COLORS},
+                      "legend": {"title": None, "orient": "top", "labelLimit": 0}}}}
+
+    ends = {"encoding": {"y": {"field": "low"}, "y2": {"field": "high"}}}
+    return {**charts.CHART, "resolve": {"scale": {"color": "independent"}}, "hconcat": [
+        panel("test loss; bars: what the laws predict", {"scale": {"zero": False}},
+              layer("line", curves), layer("point", losses),
+              layer({"type": "rule", "size": 3}, predicted, **ends)),
+        panel("fraction of the tokens for the same loss",
+              {"scale": {"type": "log"}, "axis": {"values": [0.2, 0.5, 1, 2, 5]}},
+              layer({"type": "line", "point": True}, fractions), layer("rule", fractions, **ends))]}
 
 
 def main():
@@ -295,7 +283,7 @@ def main():
     result = analyse(read_file(args.results), args.target)
     print(format_analysis(result))
     if args.plot:
-        plot_analysis(result, args.plot)
+        charts.save_picture(ladder_chart(result), args.plot)
 
 
 if __name__ == "__main__":

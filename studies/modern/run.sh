@@ -1,55 +1,17 @@
 #!/usr/bin/env bash
-# What came after GPT-2, on the lab's small model and the published stack, five seeds each.
-#
-#     bash studies/modern/run.sh            all of these, one after the other
-#     bash studies/modern/run.sh alone      each flag alone: 60 runs, 26 minutes
-#     bash studies/modern/run.sh core       together, and one thing changed: 35 runs, 17 minutes
-#     bash studies/modern/run.sh sizes      two widths, two budgets: 45 runs, 24 minutes for 40
-#     bash studies/modern/run.sh wide       width 192, each recipe at its own rate: 15 runs
-#     bash studies/modern/run.sh trials     how these rates were found: seed 100, validation loss
-#
-# Times: 2 cores of an AMD EPYC. Writes out/lab_*/ and out/modern_*.json; prints the tables.
+# What came after GPT-2, on the lab's small model and the published stack, five seeds each: each
+# flag alone; together, with one thing changed; two widths and two budgets; and width 192 with each
+# recipe at its own rate, after trials with seed 100 that found these rates. About 70 minutes on 2
+# cores of an AMD EPYC, and the trials. Writes out/lab_*/ and out/modern_*.json; prints the tables.
 set -euo pipefail
 # these runs are older than the bound of attention logits (studies/qk_bound)
 qk_norm="config/interventions/qk_norm.py --qk_bound=0"
 rope_qk_norm="config/interventions/rope.py $qk_norm"
 modern="config/modern.py --qk_bound=0"
 
-study() {  # NAME OUT WORDS...
-  python study.py config/lab.py "${@:3}" --seeds=5 --jobs="${JOBS:-2}" --out="out/$2" \
-    --json="out/modern_$1.json" --plot="out/modern_$1.png"
-}
-
-compare() {  # NAME RUNS...
-  python study.py "${@:2}" --baseline=published_stack --json="out/modern_$1.json" \
-    --plot="out/modern_$1.png"
-}
-
-alone() {
-  study alone lab_modern config/cloud.py --batch_size=8 --max_tokens=307_200 \
-    --learning_rate=4e-3 --baseline=tuned_stack --arms rmsnorm rope relu2 swiglu logit_softcap \
-    zero_init value_residual gpt2_init qk_norm="$qk_norm" \
-    wsd="config/interventions/wsd.py --learning_rate=4e-3" \
-    muon="config/interventions/muon.py --learning_rate=8e-3"
-}
-
-core() {
-  study core lab_core $modern --batch_size=8 --max_tokens=307_200 --learning_rate=8e-3 \
-    --schedule=wsd --baseline=core --arms core_cosine=--schedule=cosine \
-    core_without_qk_norm=--qk_norm=False core_relu2=--activation=relu2 \
-    core_swiglu=--activation=swiglu core_zero_init=--zero_init=True \
-    core_value_residual=--value_residual=True
-}
-
-sizes() {
-  size small_1x --max_tokens=307_200
-  size small_2x --max_tokens=614_400
-  size wide_half --n_embd=192 --max_tokens=153_600
-  size wide_1x --n_embd=192 --max_tokens=307_200
-  python study.py config/lab.py config/cloud.py --batch_size=8 --baseline=cloud --seeds=5 \
-    --jobs="${JOBS:-2}" --out=out/lab
-  compare small_2x out/lab_scale/small_2x out/lab_scale/small_1x/modern out/lab/cloud
-  compare wide_1x out/lab_scale/wide_1x out/lab_scale/wide_half/modern
+study() {  # NAME FOLDER WORDS...
+  python study.py config/lab.py "${@:3}" --jobs="${JOBS:-2}" --out="out/$2" \
+    --json="out/modern_$1.json"
 }
 
 size() {  # NAME FLAGS...
@@ -57,24 +19,41 @@ size() {  # NAME FLAGS...
     --baseline=published_stack --arms modern="$modern --batch_size=8 --learning_rate=8e-3"
 }
 
-wide() {
-  study wide_tuned lab_wide config/cloud.py --batch_size=8 --n_embd=192 --max_tokens=307_200 \
-    --learning_rate=2e-3 --baseline=published --arms rope_qk_norm="$rope_qk_norm" \
-    modern="$modern --batch_size=8 --learning_rate=8e-3"
+trial() {  # NAME RATE FILES...
+  echo config/lab.py config/cloud.py "${@:3}" --name=$1 --batch_size=8 --n_embd=192 \
+    --max_tokens=307_200 --learning_rate=$2 --seed=100 --out_dir=out/lab_wide_trials/$1/$2
 }
 
-trials() {
-  {
-    for rate in 1e-3 2e-3 4e-3; do trial published; done
-    for rate in 1e-3 2e-3 4e-3 8e-3; do trial rope_qk_norm $rope_qk_norm; done
-    for rate in 4e-3 8e-3 1.6e-2; do trial modern $modern; done
-  } | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 python train.py --resume
-  python study.py out/lab_wide_trials --validation --json out/modern_wide_trials.json
-}
+study alone lab_modern config/cloud.py --batch_size=8 --max_tokens=307_200 \
+  --learning_rate=4e-3 --baseline=tuned_stack --arms rmsnorm rope relu2 swiglu logit_softcap \
+  zero_init value_residual gpt2_init qk_norm="$qk_norm" \
+  wsd="config/interventions/wsd.py --learning_rate=4e-3" \
+  muon="config/interventions/muon.py --learning_rate=8e-3"
 
-trial() {  # NAME FILES...
-  echo config/lab.py config/cloud.py "${@:2}" --name=$1 --batch_size=8 --n_embd=192 \
-    --max_tokens=307_200 --learning_rate=$rate --seed=100 --out_dir=out/lab_wide_trials/$1/$rate
-}
+study core lab_core $modern --batch_size=8 --max_tokens=307_200 --learning_rate=8e-3 \
+  --schedule=wsd --baseline=core --arms core_cosine=--schedule=cosine \
+  core_without_qk_norm=--qk_norm=False core_relu2=--activation=relu2 \
+  core_swiglu=--activation=swiglu core_zero_init=--zero_init=True \
+  core_value_residual=--value_residual=True
 
-for part in ${@:-alone core sizes wide trials}; do $part; done
+size small_1x --max_tokens=307_200
+size small_2x --max_tokens=614_400
+size wide_half --n_embd=192 --max_tokens=153_600
+size wide_1x --n_embd=192 --max_tokens=307_200
+# the larger ones next to a recipe with half the tokens, and to the lab's own run of the stack
+python study.py config/lab.py config/cloud.py --batch_size=8 --baseline=cloud --jobs="${JOBS:-2}" \
+  --out=out/lab
+python study.py out/lab_scale/small_2x out/lab_scale/small_1x/modern out/lab/cloud \
+  --baseline=published_stack --json=out/modern_small_2x.json
+python study.py out/lab_scale/wide_1x out/lab_scale/wide_half/modern \
+  --baseline=published_stack --json=out/modern_wide_1x.json
+
+{
+  for rate in 1e-3 2e-3 4e-3; do trial published $rate; done
+  for rate in 1e-3 2e-3 4e-3 8e-3; do trial rope_qk_norm $rate $rope_qk_norm; done
+  for rate in 4e-3 8e-3 1.6e-2; do trial modern $rate $modern; done
+} | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 python train.py --resume
+python study.py out/lab_wide_trials --validation --json=out/modern_wide_trials.json
+study wide_tuned lab_wide config/cloud.py --batch_size=8 --n_embd=192 --max_tokens=307_200 \
+  --learning_rate=2e-3 --baseline=published --arms rope_qk_norm="$rope_qk_norm" \
+  modern="$modern --batch_size=8 --learning_rate=8e-3"

@@ -9,15 +9,16 @@ with each other and so are not independent.
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 from scipy.linalg import null_space
-from scipy.optimize import minimize
+from scipy.optimize import Bounds, minimize
 from scipy.special import chdtri, stdtr
 
 from nanolab.common import argument_parser, run_script
 from nanolab.study import stats
-from nanolab.study.runs import SEEDS, losses_by_seed, read_file, settings
+from nanolab.study.runs import losses_by_seed, read_file, seeds_of, settings
 from nanolab.study.tables import format_interval, format_table
 
 EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
@@ -27,39 +28,36 @@ def mixed_model(losses, seeds, side=None):
     """Fits loss = mean of its side + effect of weights' seed + effect of loop's seeds + rest.
 
     losses: n of them. seeds: n tuples, first the weights' seed. side: n of 0 or 1. -> a dict. An
-    effect that the seeds do not vary, or cannot tell from the rest, has the variance None.
+    effect that the seeds do not vary, or cannot tell from the rest, has the variance NaN.
     """
     n = len(losses)
     side = np.zeros(n, int) if side is None else np.array(side)
-    means = np.eye(side.max() + 1)[side]  # (n, sides)
-    contrasts = null_space(means.T).T  # (n - sides, n): what the means cannot change
+    contrasts = null_space(np.eye(side.max() + 1)[side].T).T  # what the means cannot change
     y = contrasts @ losses
     shared = {"rest": np.eye(n)}  # 1 where two runs have an effect in common
-    projected = [np.eye(len(contrasts))]
-    for effect, matrix in (("weights", [[a[0] == b[0] for b in seeds] for a in seeds]),
-                           ("loop", [[a[1:] == b[1:] for b in seeds] for a in seeds])):
-        candidates = [*projected, contrasts @ matrix @ contrasts.T]
-        if np.linalg.matrix_rank([each.ravel() for each in candidates]) == len(candidates):
-            shared[effect], projected = np.array(matrix, float), candidates
+    for effect, ids in (("weights", [a[0] for a in seeds]), ("loop", [a[1:] for a in seeds])):
+        candidates = {**shared, effect: np.array([[float(a == b) for b in ids] for a in ids])}
+        projected = [contrasts @ each @ contrasts.T for each in candidates.values()]
+        if np.linalg.matrix_rank([each.ravel() for each in projected]) == len(candidates):
+            shared = candidates
     matrices = list(shared.values())
+    projected = [contrasts @ each @ contrasts.T for each in matrices]
 
     def fit(logs):
         """For variances expm1(logs) times that of the rest: REML's deviance, and the rest."""
         covariance = np.tensordot([1, *np.expm1(logs)], projected, 1)
-        rest = max(y @ np.linalg.solve(covariance, y), 1e-30) / len(y)
+        rest = y @ np.linalg.solve(covariance, y) / len(y)
         return len(y) * math.log(rest) + np.linalg.slogdet(covariance)[1], rest
 
-    logs = []
-    if len(matrices) > 1:  # from two starting points, for there may be two minima
-        fits = [minimize(lambda x: fit(x)[0], [start] * (len(matrices) - 1),
-                         bounds=[(0, 16)] * (len(matrices) - 1)) for start in (0.1, 2)]
-        logs = min(fits, key=lambda each: each.fun).x
+    # from two starting points, for there may be two minima
+    fits = [minimize(lambda x: fit(x)[0], [start] * (len(matrices) - 1),
+                     bounds=Bounds(0, 16)) for start in (0.1, 2)]
+    logs = min(fits, key=lambda each: each.fun).x
     variances = fit(logs)[1] * np.array([1, *np.expm1(logs)])
     inverse = np.linalg.inv(np.tensordot(variances, projected, 1))
-    found = dict(zip(shared, map(float, variances)))
     return {"losses": np.array(losses), "matrices": matrices, "variances": variances,
             "projection": contrasts.T @ inverse @ contrasts,
-            **{effect: found.get(effect) for effect in EFFECTS}}
+            **dict.fromkeys(EFFECTS, math.nan), **dict(zip(shared, variances))}
 
 
 def estimate(model, weights, n_new_runs=0):
@@ -97,25 +95,22 @@ def difference(ours, theirs):
         n, m = len(ours), len(theirs)
         model = mixed_model([*ours.values(), *theirs.values()], seeds, [0] * n + [1] * m)
         _, error, df = estimate(model, [1 / n] * n + [-1 / m] * m)
-    p = 2 * float(stdtr(df, -abs(result["difference"]) / error))
-    return {**result, "error": error, "df": df, "p": p}
+    return {**result, "error": error, "df": df,
+            "p": 2 * float(stdtr(df, -abs(result["difference"]) / error))}
 
 
 def sources_of_noise(runs):
     """The losses of one experiment by what its seeds vary: {source: losses}. A run may count in
     several."""
     losses = losses_by_seed(runs)
-    one_seed = {tuple(options[key] for key in SEEDS) for options in map(settings, runs)
-                if len({options[key] for key in ("seed", *SEEDS)}) == 1}
-    same_weights, same_loop = {}, {}
-    for seeds in losses:
-        same_weights.setdefault(seeds[0], []).append(seeds)
-        same_loop.setdefault(seeds[1:], []).append(seeds)
-    chosen = {"both, by one seed": [seeds for seeds in losses if seeds in one_seed],
-              "the loop, with the same initial weights": max(same_weights.values(), key=len),
-              "initial weights, with the same loop": max(same_loop.values(), key=len)}
-    return {source: [losses[seeds] for seeds in members] for source, members in chosen.items()
-            if len(members) > 1}
+    one_seed = {seeds_of(run) for run in runs if set(seeds_of(run)) == {settings(run)["seed"]}}
+    weights = Counter(seeds[0] for seeds in losses).most_common(1)[0][0]
+    loop = Counter(seeds[1:] for seeds in losses).most_common(1)[0][0]
+    sources = {"both, by one seed": one_seed.__contains__,
+               "the loop, with the same initial weights": lambda seeds: seeds[0] == weights,
+               "initial weights, with the same loop": lambda seeds: seeds[1:] == loop}
+    return {source: [loss for seeds, loss in losses.items() if belongs(seeds)]
+            for source, belongs in sources.items()}
 
 
 def sd_interval(losses):
@@ -130,8 +125,7 @@ def format_noise(runs):
         rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
                      f"{np.std(values, ddof=1):.6f}", format_interval(sd_interval(values), ".4f")])
     model = mixed_model(list(losses.values()), list(losses))
-    sds = [f"{name} {math.sqrt(model[effect]):.4f}" if model[effect] is not None else
-           f"{name} not varied, or part of the rest" for effect, name in EFFECTS.items()]
+    sds = [f"{name} {math.sqrt(model[effect]):.4f}" for effect, name in EFFECTS.items()]
     mean, one_more = (format_interval(stats.t_interval(*mean_loss(losses, n_new)), ".4f")
                       for n_new in (0, 1))
     return (f"{format_table(rows, markdown=True)}\n\n"

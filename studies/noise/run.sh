@@ -5,17 +5,11 @@
 set -euo pipefail
 export OMP_NUM_THREADS=1
 
-study() {
-  for seed in 1 2 3 4 5; do
-    echo config/lab.py --seed=$seed --out_dir=out/lab/baseline/$seed
-  done
-  for seed in 2 3 4 5; do
-    echo config/lab.py --seed=1 --init_seed=$seed --out_dir=out/lab_noise/weights/$seed
-    echo config/lab.py --seed=$seed --init_seed=1 --out_dir=out/lab_noise/loop/$seed
-  done
-}
-
-study | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
-python eval.py --ckpt out/lab/baseline/*/best.pt out/lab_noise/*/*/best.pt
+python study.py config/lab.py --jobs="${JOBS:-2}" --out=out/lab
+for seed in 2 3 4 5; do
+  echo config/lab.py --seed=1 --init_seed=$seed --out_dir=out/lab_noise/weights/$seed
+  echo config/lab.py --seed=$seed --init_seed=1 --out_dir=out/lab_noise/loop/$seed
+done | xargs -P "${JOBS:-2}" -L 1 python train.py --resume
+python eval.py --ckpt out/lab_noise/*/*/best.pt
 python study.py out/lab/baseline out/lab_noise --json out/noise.json
 python -m studies.noise.mixed_model out/noise.json
