@@ -171,14 +171,5 @@ def test_nanogpt_flags_of_sample(small_run, tiny_data, tmp_path, monkeypatch, ca
         assert text(*flags, "--num_samples=2") == expected
 
 
-def test_no_fraction_above_all(small_run, tiny_data, monkeypatch, capsys):
-    """Products timed on a busy machine may be slower than the training later."""
-    for rate, expected in ((1.0, "products here (0.0%);"),
-                           (1e12, "products here when the run started, on a busy machine;")):
-        monkeypatch.setattr("nanolab.checkpoint.RunState.tokens_per_second", lambda self: rate)
-        small_run(f"run{rate}", *tiny_data)
-        assert expected in re.search("speed: .*", capsys.readouterr().out)[0]
-
-
 def test_seconds_are_plain_numbers():
     assert [short(s) for s in (1030.4, 99.96, 0.01234)] == ["1,030", "100", "0.0123"]
