@@ -17,7 +17,7 @@ from nanolab.common import write_atomically
 from nanolab.plots import curve
 
 VIEWS = {"loss": "loss in nats per token: lines training, circles validation", "difference": "",
-         "learning_rate": "learning rate", "gradient_norm": "gradient norm"}  # what a chart can show
+         "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
 
 # Okabe and Ito's colours ("Color universal design", 2008), that the colour-blind can tell apart,
 # a little lighter or darker where white or black behind them asks for it. The first is the text's.
