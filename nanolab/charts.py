@@ -191,16 +191,15 @@ def run_chart(name, entries):
 
 def differences_chart(rows, baseline):
     """The differences of tables.compare's rows, with the intervals that their verdicts use."""
-    look = {"better": (COLORS[1], COLORS[1]), "worse": (COLORS[2], "transparent")}
+    looks = {"better": (COLORS[1], COLORS[1]), "worse": (COLORS[2], "transparent")}
     values = []
     for row in rows:
         if "difference" in row:
-            edge, fill = look.get(row["verdict"], (GREY, "transparent"))
-            middle = row["difference"]
-            label = f"{row['experiment']}  {middle:+.4f} {row['verdict']}"
-            values.append({"edge": edge, "fill": fill, "label": label, "gaps": row["gaps"],
-                           "difference": middle, "low": row.get("low", middle),
-                           "high": row.get("high", middle)})
+            middle, (edge, fill) = row["difference"], looks.get(row["verdict"],
+                                                                (GREY, "transparent"))
+            values.append({"edge": edge, "fill": fill, "difference": middle, "gaps": row["gaps"],
+                           "low": row.get("low", middle), "high": row.get("high", middle),
+                           "label": f"{row['experiment']}  {middle:+.4f} {row['verdict']}"})
 
     def layer(mark, x, **channels):
         x = {"type": "quantitative", "axis": TICKS, **x,

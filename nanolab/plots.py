@@ -1,7 +1,6 @@
 """The log of a run: its lines, and the curves that charts draw of it."""
 
 import gc
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,17 +17,6 @@ def read_entries(path):
             entry = parse_json(line)
             entries += [entry] if {"step", "tokens"} <= entry.keys() else []
     return entries
-
-
-def last_entry(path):
-    """The last whole line of a log that may be being written, as a dict; None if there is none."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(os.path.getsize(path) - 2**14, 0))
-            for line in reversed(file.read().split(b"\n")[:-1]):
-                return parse_json(line)
-    except (OSError, ValueError):
-        return None
 
 
 def read_log(path):

@@ -12,11 +12,8 @@ from nanolab.plots import curve, having
 
 STYLE = f"""
 :root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto;
-       padding: 0 1rem }}
-p {{ margin: .5rem 0 }}
-h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere }}
-h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem }}
+body {{ font: 16px/1.5 system-ui; max-width: 62rem; margin: 1rem auto; padding: 0 1rem }}
+h1 {{ margin: 0; overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; font-size: .9rem }}
 th, td {{ text-align: left; padding: .1rem 1.2rem .1rem 0; vertical-align: top }}
 td {{ white-space: nowrap }}
@@ -26,18 +23,21 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid {G
       padding-left: .7rem }}
 .chart {{ width: 100% }}
 .vega-bindings {{ display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; font-size: .9rem }}
-.vega-bind-name::after {{ content: " " }}
-.vega-bind label {{ cursor: pointer }}
-.vega-bind-radio label {{ margin-right: .8rem }}
+.vega-bind-name, .vega-bind-radio label {{ margin-right: .6rem }}
 {"".join(f'[name="on{e}"] {{ accent-color: {color} }} ' for e, color in enumerate(COLORS))}
 :focus-visible {{ outline: 3px solid #3a8fc7; outline-offset: 2px }}
 """
 
 
-CURVES = """<div id="curves" class="chart"></div>
-<p>Drag to move. Shift and the wheel zoom. A double-click goes back.</p>"""
+ZOOMING = "Drag to move. Shift and the wheel zoom. A double-click goes back."
 
-# what a reader has chosen outlives it: the page stays as it is then
+
+def chart(name, words):
+    """The place of the chart `name`, and a line below it."""
+    return f'<div id="{name}" class="chart"></div>\n<p>{words}</p>'
+
+
+# not while nobody looks; nor once a reader has chosen what is drawn, which would be lost
 RELOAD = """let used = false;
 addEventListener("input", () => { used = true });
 setInterval(() => used || document.hidden || location.reload(), 30000);"""
@@ -95,7 +95,7 @@ def run_page(options, summary, entries, status, is_running):
     name, code = options["name"], "; then ".join(map(code_name, summary["code"]))
     versions = ", ".join(map(" ".join, summary["versions"].items()))
     sections = {
-        "Curves": CURVES,
+        "Curves": chart("curves", ZOOMING),
         "Summary": html_table({**summary, "code": code, "versions": versions}.items()),
         "Validation loss, nats per token": html_table(
             (f"step {entry['step']:,}", f"{entry['val_loss'] or math.nan:.4f}")

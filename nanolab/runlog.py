@@ -4,7 +4,6 @@ report.html, summary.json; and the clock behind it."""
 import html
 import json
 import math
-import os
 import shlex
 import sys
 import textwrap
@@ -17,13 +16,11 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from config import OPTIONS
 from nanolab.charts import run_chart, save_picture
 from nanolab.checkpoint import checkpoint_file
-from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, utc_now, versions,
+from nanolab.common import (UserError, code_diff, code_state, describe, utc_now, versions,
                             write_atomically)
 from nanolab.distributed import machine, n_threads
-from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
 from nanolab.plots import read_entries
 from nanolab.report import run_page
@@ -101,7 +98,7 @@ class RunLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *raised):
         self.bar.close()
         if self.file:
             try:
@@ -175,8 +172,7 @@ class RunLog:
                 "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
                 "tokens_per_second": round(state.tokens_per_second(), 1),
                 "peak_memory_mb": round(peak_memory(self.world.device) / 2**20),
-                "cost": round(self.cost(), 2),
-                "started": state.started, "ended": utc_now(),
+                "cost": round(self.cost(), 2), "started": state.started, "ended": utc_now(),
                 "machine": machine(self.world), "versions": versions(), "code": state.code}
 
     def report_is_due(self):
@@ -187,18 +183,18 @@ class RunLog:
         """Writes report.html, but for a timing run; when it ends loss.png too, and summary.json."""
         if not self.enabled:
             return
-        is_last, summary = self.state.step == self.max_steps, self.summary(best_val_loss)
+        start, state, summary = time.perf_counter(), self.state, self.summary(best_val_loss)
+        is_last = state.step == self.max_steps
+        is_running = not (is_last or stopped)
         if is_last:
             write_atomically(self.out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         if not self.config.save_weights:
             return
-        start = time.perf_counter()
-        is_running = not (is_last or stopped)
-        status = "finished" if is_last else f"step {self.state.step:,} of {self.max_steps:,}"
+        status = "finished" if is_last else f"step {state.step:,} of {self.max_steps:,}"
         try:
-            entries = read_entries(self.out_dir / "log.jsonl")
-            page = run_page(vars(self.config), summary, entries, status, is_running)
-            write_atomically(self.out_dir / "report.html", page)
+            entries = read_entries(self.file.name)
+            write_atomically(self.out_dir / "report.html", run_page(
+                vars(self.config), summary, entries, status, is_running))
             if not is_running:  # it takes seconds
                 save_picture(run_chart(self.config.name, entries), self.out_dir / "loss.png")
         except Exception as error:  # a picture ends no run
@@ -217,11 +213,10 @@ class RunLog:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
             self.report(best_val_loss, stopped=True)
-            if self.tracker:
-                self.tracker.finish()
-            return
         if self.tracker:
             finish_wandb(self.tracker, self.out_dir)
+        if state.step < self.max_steps:
+            return
         rate = state.tokens_per_second()
         flops = rate * self.flops_per_token
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
@@ -232,25 +227,12 @@ class RunLog:
             cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
                   f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
-            commands = next_commands(self.config, self.meta, bool(self.draw_sample))
-            for i, command in enumerate(commands):
-                print(f"{'' if i else 'next:':8}{command}")
-
-
-def next_commands(config, meta, can_sample):
-    """Command lines that work on what a finished run left, from the current folder."""
-    path = str(checkpoint_file(config.out_dir))
-    test_tokens = meta["splits"].get("test", {"tokens": 0})["tokens"]
-    split = ["--split=val"] if test_tokens <= config.block_size else []
-    commands = [["eval.py", "--ckpt", path, *split]]
-    before = config.init_from
-    if before in OPENAI_REVISIONS or before and Path(before).exists():
-        commands = [["eval.py", "--ckpt", before, path, f"--dataset={config.dataset}",
-                     f"--data_dir={config.data_dir}", f"--block_size={config.block_size}", *split]]
-    if can_sample:
-        commands.append(["sample.py", "--ckpt", path])
-    return [shlex.join(["python", os.path.relpath(ROOT / script), *words])
-            for script, *words in commands]
+            path = shlex.quote(str(checkpoint_file(self.out_dir)))
+            no_test = self.meta["splits"].get("test", {"tokens": 0})["tokens"] <= (
+                self.config.block_size)
+            print(f"next:   python eval.py --ckpt {path}{' --split=val' * no_test}")
+            if self.draw_sample:
+                print(f"        python sample.py --ckpt {path}")
 
 
 def lock(path):
@@ -321,7 +303,6 @@ def make_sampler(model, config, tokenizer_name, world):
         return None  # none at the end, then
 
     def draw():
-        was_training = model.training
         model.eval()
         generator = torch.Generator(world.device).manual_seed(config.seed)
         tokens = torch.tensor([prompt], device=world.device)
@@ -332,7 +313,7 @@ def make_sampler(model, config, tokenizer_name, world):
                 text += b"".join(text_of(map(int, steps), tokenizer))
         except FloatingPointError as error:  # logits that are not finite end no run
             text += f" (no sample: {error})".encode()
-        model.train(was_training)
+        model.train()
         return text.decode(errors="replace")
 
     return draw
@@ -355,9 +336,10 @@ def start_wandb(config, id_file, resumed):
 
 
 def finish_wandb(tracker, out_dir):
-    """Adds loss.png, unless the disk was full, and the figures of summary.json."""
+    """Adds loss.png and the figures of summary.json, where there are such files."""
     if (out_dir / "loss.png").exists():
         from wandb import Image
         tracker.log({"plot": Image(str(out_dir / "loss.png"))})
-    tracker.summary.update(json.loads((out_dir / "summary.json").read_text()))
+    if (out_dir / "summary.json").exists():
+        tracker.summary.update(json.loads((out_dir / "summary.json").read_text()))
     tracker.finish()

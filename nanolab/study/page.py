@@ -8,7 +8,7 @@ from pathlib import Path
 from nanolab.charts import curves_chart, differences_chart
 from nanolab.common import code_name
 from nanolab.plots import curve, having, read_entries
-from nanolab.report import CURVES, format_page, format_samples, html_table
+from nanolab.report import ZOOMING, chart, format_page, format_samples, html_table
 from nanolab.study import tables
 from nanolab.study.runs import (changed_objective, group_by_experiment, relevant_options, seeds_of,
                                 settings)
@@ -24,26 +24,25 @@ def study_page(path, status, runs, rows, baseline, loss, more="", is_running=Fal
     logs = read_logs(runs)
     sections, charts = {}, {}
     if rows:
-        cells = tables.comparison_cells(rows)
-        sections["Verdicts"] = paragraphs(tables.format_heading(rows, baseline, loss)) + html_table(
-            cells[1:], cells[0]) + paragraphs(tables.format_legend(rows)) + paragraphs(
-                tables.format_notes(rows, baseline))
+        header, *cells = tables.comparison_cells(rows)
+        sections["Verdicts"] = "".join((
+            paragraphs(tables.format_heading(rows, baseline, loss)), html_table(cells, header),
+            paragraphs(tables.format_legend(rows)), paragraphs(tables.format_notes(rows, baseline))))
     sections["Missing"] = paragraphs(more)
     if any("difference" in row for row in rows):
-        sections["Differences"] = (
-            '<div id="differences" class="chart"></div>\n'
-            "<p>Bars: the 95 % intervals of the verdicts. Grey ticks: the seeds.</p>")
         charts["differences"] = differences_chart(rows, baseline)
+        sections["Differences"] = chart("differences", "Bars: the 95 % intervals of the verdicts. "
+                                                       "Grey ticks: the seeds.")
     if logs:
-        sections["Curves"] = CURVES + paragraphs(format_objectives(experiments, baseline))
         charts["curves"] = study_curves(experiments, baseline, logs)
+        sections["Curves"] = chart("curves", ZOOMING) + paragraphs(
+            format_objectives(experiments, baseline))
     sections["Options that differ"] = html_table(
         differing_options(experiments, baseline or next(iter(experiments), None)).items())
     sections["Samples"] = format_samples(last_samples(experiments, logs))
-    sections["Runs"] = html_table([cells_of_run(label, run, path) for label in experiments
-                                   for run in experiments[label]],
-                                  ["run", "seed", "test loss", "validation", "minutes",
-                                   "tokens/s", "code", "machine"])
+    sections["Runs"] = html_table(
+        [cells_of_run(label, run, path) for label, runs in experiments.items() for run in runs],
+        ["run", "seed", "test loss", "validation", "minutes", "tokens/s", "code", "machine"])
     return format_page(str(Path(path).parent), status, sections, charts, is_running)
 
 
@@ -96,12 +95,10 @@ def differing_options(experiments, usual):
 
 def last_samples(experiments, logs):
     """[(where from, text)]: of each experiment the last sample of its first run that has one."""
-    found = []
     for label, runs in experiments.items():
         samples = [having("sample", logs.get(run["path"], ()))[-1:] for run in runs]
-        found += [(f"{label}, after {entry['tokens']:,} tokens", entry["sample"])
-                  for entry in sum(samples, [])[:1]]
-    return found
+        for entry in sum(samples, [])[:1]:
+            yield f"{label}, after {entry['tokens']:,} tokens", entry["sample"]
 
 
 def cells_of_run(label, run, page):
