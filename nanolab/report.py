@@ -19,6 +19,7 @@ th, td {{ text-align: left; padding: .1rem 1.2rem .1rem 0; vertical-align: top }
 td {{ white-space: nowrap }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
 .wide {{ overflow-x: auto }}
+#curves {{ min-height: 30rem }}  /* so that a reload finds the place that was read */
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid {GREY};
       padding-left: .7rem }}
 .chart {{ width: 100% }}
