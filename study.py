@@ -29,7 +29,7 @@ from types import SimpleNamespace
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.study import tables
 from nanolab.study.runs import (as_json, choose_baseline, group_by_experiment, has_loss, read_file,
-                                read_run, read_runs)
+                                read_runs)
 
 
 def main():
@@ -55,20 +55,15 @@ def main():
 def read_study(args):
     """What there is of a study: the table's rows, its baseline, the experiments in the table;
     measured runs, the other ones, and lines about what is missing. Raises UserError."""
-    loss, exists = args.loss, not args.words or any(Path(args.out).rglob("config.json"))
-    runs, unmeasured, unfinished = read_runs(args.runs if exists else [], loss == "val_loss")
-    others = [read_run(path, validation=True) for path in (
-        *unmeasured, *(f"{folder}/best.pt" for folder in unfinished))
-        if Path(path).with_name("config.json").exists()]
-    compared = [run for run in runs if has_loss(run, loss)]
-    check_data(compared, loss)
+    exists = not args.words or any(Path(args.out).rglob("config.json"))
+    runs, others, missing = read_runs(args.runs if exists else [], args.loss)
+    compared = [run for run in runs if has_loss(run, args.loss)]
+    check_data(compared, args.loss)
     experiments = group_by_experiment(compared)
     is_to_come = args.words and args.baseline not in experiments
     baseline = choose_baseline(experiments, None if is_to_come else args.baseline)
-    return SimpleNamespace(
-        rows=tables.compare(experiments, baseline, loss), baseline=baseline,
-        experiments=experiments, runs=runs, others=others,
-        missing=format_missing(runs, loss, unmeasured, unfinished))
+    return SimpleNamespace(rows=tables.compare(experiments, baseline, args.loss), baseline=baseline,
+                           experiments=experiments, runs=runs, others=others, missing=missing)
 
 
 def draw_live_page(args, status):
@@ -81,18 +76,6 @@ def write_page(args, study, status, is_running=False):
     page = study_page(args.page, status, [*study.runs, *study.others], study.rows, study.baseline,
                       args.loss, "\n".join(study.missing), is_running)
     write_atomically(args.page, page)
-
-
-def format_missing(runs, loss, unmeasured, unfinished):
-    """Lines that name the runs that are not in the table, and say why."""
-    lines = []
-    if unmeasured:
-        lines.append(f"not measured: python eval.py --ckpt {' '.join(unmeasured)}")
-    lines += [f"missing: {folder} has not ended (the same command with --resume goes on)"
-              for folder in unfinished]
-    lines += [f"missing: {run.get('path', run['name'])} has no {loss} that is a number"
-              for run in runs if not has_loss(run, loss)]
-    return lines
 
 
 def check_data(runs, loss):

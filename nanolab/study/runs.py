@@ -32,23 +32,30 @@ FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started
 NUMBERS = ("test_loss", "val_loss", "seconds", "tokens_per_second", "parameters", "trained_tokens")
 
 
-def read_runs(words, validation=False):
+def read_runs(words, loss):
     """The runs that words name: run folders, folders of runs, checkpoints, globs, results files.
 
-    -> runs, checkpoints of ended runs that are not measured, folders of runs that have not ended.
-    A checkpoint named in full is taken as it is. Raises UserError.
+    -> measured runs, the others as far as they are known, and lines that say what is missing. A
+    checkpoint named in full is taken as it is. Raises UserError.
     """
     runs, unmeasured, unfinished = [], [], []
     for path in dict.fromkeys(path for word in words for path in find_paths(word)):
         if path.endswith(".json"):
             runs += read_file(path)
         elif path not in words and is_unfinished(os.path.dirname(path)):
-            unfinished.append(os.path.dirname(path))
-        elif run := read_run(path, validation):
+            unfinished.append(path)
+        elif run := read_run(path, validation=loss == "val_loss"):
             runs.append(run)
         else:
             unmeasured.append(path)
-    return runs, unmeasured, unfinished
+    missing = [f"not measured: python eval.py --ckpt {' '.join(unmeasured)}"] * bool(unmeasured)
+    missing += [f"missing: {os.path.dirname(path)} has not ended (the same command with --resume "
+                "goes on)" for path in unfinished]
+    missing += [f"missing: {run.get('path', run['name'])} has no {loss} that is a number"
+                for run in runs if not has_loss(run, loss)]
+    others = [read_run(path, validation=True) for path in unmeasured + unfinished
+              if Path(path).with_name("config.json").exists()]
+    return runs, others, missing
 
 
 def find_paths(word):
