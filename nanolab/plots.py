@@ -1,12 +1,11 @@
 """The log of a run: its lines, and the curves that charts draw of it."""
 
-import gc
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from nanolab.common import UserError, parse_json
+from nanolab.common import parse_json
 
 
 def read_entries(path):
@@ -49,31 +48,3 @@ def curve(entries, paired=()):
                          series(found, "lr"), series(found, "grad_norm")])
 
     return columns("loss"), columns("val_loss")
-
-
-def import_matplotlib():
-    """-> pyplot, for files only"""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def new_figure(*shape, **options):
-    """plt.subplots without the frame's top and right line."""
-    plt = import_matplotlib()
-    figure, axes = plt.subplots(*shape, layout="constrained", **options)
-    for ax in np.ravel(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save_figure(figure, path, dpi=150):
-    import matplotlib.pyplot as plt
-    try:
-        figure.savefig(path, dpi=dpi)
-    except ValueError as error:  # a suffix that matplotlib cannot write
-        raise UserError(f"{path}: {error}") from None
-    finally:
-        plt.close(figure)
-        gc.collect()  # its cycles hold megabytes, and a training loop hardly starts the collector

@@ -1,6 +1,5 @@
 """study.py makes what a study lacks: every run once, seed by seed, through stops and failures."""
 
-import json
 import os
 import signal
 import subprocess
@@ -108,12 +107,6 @@ def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
     assert code == 0 and again.split("missing")[0] in out
     code, _, err = command(BASE, "--max_steps=10", "--learning_rate=1", "--out=out/s")
     assert code == 2 and "out/s/baseline/1 was made with learning_rate=0.0004, not 1" in err
-
-
-def test_the_reason_of_a_study_that_cannot_start(command, tmp_path):
-    (tmp_path / "train.py").write_text("raise SystemExit('train.py: there is no data')")
-    code, out, err = command(BASE, "--seeds=1", "--jobs=1")
-    assert code == 1 and "failed: out/study/baseline/1: train.py: there is no data" in err
 
 
 def planned(*arms, words=(BASE,), seeds=2, out="nowhere"):
