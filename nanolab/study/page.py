@@ -25,9 +25,10 @@ def study_page(path, status, runs, rows, baseline, loss, more="", is_running=Fal
     sections, charts = {}, {}
     if rows:
         header, *cells = tables.comparison_cells(rows)
-        sections["Verdicts"] = "".join((
-            paragraphs(tables.format_heading(rows, baseline, loss)), html_table(cells, header),
-            paragraphs(tables.format_legend(rows)), paragraphs(tables.format_notes(rows, baseline))))
+        sections["Verdicts"] = (
+            paragraphs(tables.format_heading(rows, baseline, loss)) + html_table(cells, header)
+            + paragraphs(tables.format_legend(rows))
+            + paragraphs(tables.format_notes(rows, baseline)))
     sections["Missing"] = paragraphs(more)
     if any("difference" in row for row in rows):
         charts["differences"] = differences_chart(rows, baseline)
