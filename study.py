@@ -22,14 +22,14 @@ the experiments are compared with the one named baseline.
 import csv
 import sys
 import textwrap
-import time
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.study import tables
 from nanolab.study.runs import (as_json, choose_baseline, group_by_experiment, has_loss, read_file,
-                                read_run, read_runs)
+                                read_runs)
 
 
 def main():
@@ -37,7 +37,8 @@ def main():
     status, failures, stopped = "", {}, False
     if args.words:
         from nanolab.study.jobs import make_runs, plan
-        status, failures, stopped = make_runs(plan(args), args, LivePage(args).draw)
+        status, failures, stopped = make_runs(plan(args), args,
+                                              lambda status: draw_live_page(args, status))
     study = read_study(args)
     if not (study.rows or args.words):
         raise UserError("; ".join(study.missing) or f"{' '.join(args.runs)}: no runs")
@@ -51,69 +52,30 @@ def main():
         raise KeyboardInterrupt
 
 
-@dataclass
-class Study:
-    """What there is of a study. runs: the measured ones; others: the rest; rows: of the table."""
-    loss: str
-    runs: list
-    others: list
-    missing: list
-    baseline: str | None
-    experiments: dict
-    rows: list
-
-
 def read_study(args):
-    """-> Study. Raises UserError."""
-    exists = not args.words or any(Path(args.out).rglob("config.json"))  # a run, at least begun
-    runs, unmeasured, unfinished = read_runs(args.runs if exists else [], args.loss == "val_loss")
-    others = [read_run(path, validation=True) for path in (
-        *unmeasured, *(f"{folder}/best.pt" for folder in unfinished))
-        if Path(path).with_name("config.json").exists()]
+    """What there is of a study: the table's rows, its baseline, the experiments in the table;
+    measured runs, the other ones, and lines about what is missing. Raises UserError."""
+    exists = not args.words or any(Path(args.out).rglob("config.json"))
+    runs, others, missing = read_runs(args.runs if exists else [], args.loss)
     compared = [run for run in runs if has_loss(run, args.loss)]
     check_data(compared, args.loss)
     experiments = group_by_experiment(compared)
-    wanted = args.baseline
-    if args.words and wanted not in experiments:
-        wanted = None  # not measured yet
-    baseline = choose_baseline(experiments, wanted)
-    return Study(args.loss, runs, others, format_missing(runs, args.loss, unmeasured, unfinished),
-                 baseline, experiments, tables.compare(experiments, baseline, args.loss))
+    is_to_come = args.words and args.baseline not in experiments
+    baseline = choose_baseline(experiments, None if is_to_come else args.baseline)
+    return SimpleNamespace(rows=tables.compare(experiments, baseline, args.loss), baseline=baseline,
+                           experiments=experiments, runs=runs, others=others, missing=missing)
 
 
-class LivePage:
-    """Draws the page while runs go: every 30 seconds, and in at most 1 % of the time."""
-
-    def __init__(self, args):
-        self.args, self.next = args, time.perf_counter() + 5
-
-    def draw(self, status):
-        start = time.perf_counter()
-        if start > self.next:
-            try:
-                write_page(self.args, read_study(self.args), status, is_running=True)
-            except (UserError, OSError):  # no run of the baseline yet; a full disk
-                pass
-            self.next = time.perf_counter() + max(30, 100 * (time.perf_counter() - start))
+def draw_live_page(args, status):
+    with suppress(UserError, OSError):  # no run of the baseline yet; a full disk
+        write_page(args, read_study(args), status, is_running=True)
 
 
 def write_page(args, study, status, is_running=False):
     from nanolab.study.page import study_page
     page = study_page(args.page, status, [*study.runs, *study.others], study.rows, study.baseline,
-                      study.loss, "\n".join(study.missing), is_running)
+                      args.loss, "\n".join(study.missing), is_running)
     write_atomically(args.page, page)
-
-
-def format_missing(runs, loss, unmeasured, unfinished):
-    """Lines that name the runs that are not in the table, and say why."""
-    lines = []
-    if unmeasured:
-        lines.append(f"not measured: python eval.py --ckpt {' '.join(unmeasured)}")
-    lines += [f"missing: {folder} has not ended (the same command with --resume goes on)"
-              for folder in unfinished]
-    lines += [f"missing: {run.get('path', run['name'])} has no {loss} that is a number"
-              for run in runs if not has_loss(run, loss)]
-    return lines
 
 
 def check_data(runs, loss):
@@ -126,26 +88,24 @@ def check_data(runs, loss):
 
 
 def print_table(args, study):
-    beside, rows, baseline, loss = None, study.rows, study.baseline, study.loss
+    beside, rows, baseline = None, study.rows, study.baseline
     if args.beside:
         others = group_by_experiment([run for run in read_file(args.beside)
-                                      if has_loss(run, loss)])
+                                      if has_loss(run, args.loss)])
         path = Path(args.beside)
         title = path.parent.name if path.stem == "results" else path.stem
-        beside = title, tables.compare(others, choose_baseline(others, None), loss)
-    sentences = [tables.format_heading(rows, baseline, loss), tables.format_legend(rows),
-                 tables.format_notes(rows, baseline)]
-    if args.markdown:
-        sentences[1] = ""  # studies/README.md explains the words
-    else:
-        sentences = map(wrapped, sentences)
-    heading, *more = sentences
-    table = tables.format_table(tables.comparison_cells(rows, args.all, beside), args.markdown)
-    print("\n\n".join(filter(None, [heading, table, *more])))
+        beside = title, tables.compare(others, choose_baseline(others, None), args.loss)
+    cells = tables.comparison_cells(rows, args.all, beside)
+    print(wrapped(tables.format_heading(rows, baseline, args.loss), args.markdown), "",
+          tables.format_table(cells, args.markdown), sep="\n")
+    notes = ["" if args.markdown else tables.format_legend(rows),  # studies/README.md has it
+             tables.format_notes(rows, baseline)]
+    for text in filter(None, notes):
+        print("", wrapped(text, args.markdown), sep="\n")
 
 
-def wrapped(text):
-    return "\n".join(textwrap.fill(line, 100) for line in text.splitlines())
+def wrapped(text, markdown):
+    return text if markdown else "\n".join(textwrap.fill(line, 100) for line in text.splitlines())
 
 
 def write_files(args, study, status):

@@ -5,16 +5,19 @@ Its JavaScript is part of the package vl-convert-python, so nothing needs the ne
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from nanolab.common import UserError, write_atomically
+from nanolab.common import write_atomically
+from nanolab.plots import curve
+
+VIEWS = {"loss": "loss in nats per token: lines training, circles validation", "difference": "",
+         "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
 
 # Okabe and Ito's colours ("Color universal design", 2008), that the colour-blind can tell apart,
 # a little lighter or darker where white or black behind them asks for it. The first is the text's.
@@ -33,40 +36,40 @@ CHART = {  # as the text around it, in light and in dark; the schema is a name: 
         "title": {"color": "currentColor", "fontWeight": "normal", "anchor": "start",
                   "fontSize": 13},
         "text": {"color": "currentColor", "fontSize": 13}}}
+WIDTH = 760  # of a picture, without its axis
 TICKS = {"tickCount": {"expr": "width / 90"}}
+TOKENS = {"field": "t", "type": "quantitative", "title": "training tokens, millions",
+          "axis": TICKS, "scale": {"zero": False, "nice": False}}
+IS_TRAINING, IS_VALIDATION = {"filter": "datum.kind == 'train'"}, {"filter": "datum.kind == 'val'"}
 
 
 @functools.cache
 def vega():
-    """The JavaScript of Vega-Lite, 0.9 MB. Bundling takes seconds and 150 MB, so another process
-    does it, once on a machine. Raises UserError if the package is missing."""
-    try:
-        name = f"vega-{version('vl-convert-python')}.js"
-    except PackageNotFoundError:
-        raise UserError("pip install -r requirements.txt: vl-convert-python is missing") from None
-    cache = Path.home() / ".cache/nanolab" / name
+    """The JavaScript of Vega-Lite, 0.9 MB. Bundling takes seconds, so it is kept for the next
+    run."""
+    cache = Path.home() / f".cache/nanolab/vega-{version('vl-convert-python')}.js"
     if cache.exists():
         return cache.read_text()
-    code = "import vl_convert; print(vl_convert.javascript_bundle())"
-    script = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                            check=True).stdout
+    script = vl_convert("vl_convert.javascript_bundle().encode()")
     with suppress(OSError):  # a folder that cannot be written to
         cache.parent.mkdir(parents=True, exist_ok=True)
-        mine = cache.with_suffix(f".{os.getpid()}")  # several runs may be here at once
-        mine.write_text(script)
-        mine.replace(cache)
-    return script
+        write_atomically(cache, script)
+    return script.decode()
 
 
 def save_picture(chart, path):
-    """A chart as a PNG file on white, 830 pixels wide on a page. Raises UserError."""
-    try:
-        import vl_convert
-    except ImportError:
-        raise UserError("pip install -r requirements.txt: vl-convert-python is missing") from None
-    picture = json.dumps({**chart, "width": 760, "background": "white", "padding": 10})
-    png = vl_convert.vegalite_to_png(picture.replace("currentColor", "black"), scale=2)
-    write_atomically(path, png)
+    """A chart as a PNG file on white, 830 pixels wide on a page."""
+    picture = json.dumps({**chart, "width": WIDTH, "background": "white", "padding": 10})
+    write_atomically(path, vl_convert("vl_convert.vegalite_to_png(sys.stdin.read(), scale=2)",
+                                      picture.replace("currentColor", "black")))
+
+
+def vl_convert(expression, text=""):
+    """The bytes of an expression with the package of that name. Another process finds them: they
+    take 150 MB, and threads that no training process should have."""
+    code = f"import sys, vl_convert; sys.stdout.buffer.write({expression})"
+    return subprocess.run([sys.executable, "-c", code], input=text.encode(), check=True,
+                          stdout=subprocess.PIPE).stdout
 
 
 def thin(columns, n_points):
@@ -79,20 +82,33 @@ def thin(columns, n_points):
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
 
 
-def curves_chart(labels, curves, views, n_shown=5):
-    """Curves over the training tokens, with switches for what is drawn.
+def curve_data(curves):
+    """The data of a chart: a line of CSV for each point, with a value for each of VIEWS.
 
-    labels: of the experiments, the first in the colour of the text; curves: [(index of the
-    experiment, name of the run, columns of the training, of the validations)]; columns: millions of
-    tokens and a value for each view, (1 + n views, n); views: {name: what the chart says above};
-    n_shown: experiments that are drawn before a reader ticks others.
+    curves: [(index of the experiment, name of the run, columns of the training, of the
+    validations)], columns as plots.curve returns them.
     """
     n_points = max(50, min(250 if len(curves) > 1 else 1000, N_POINTS // max(len(curves), 1)))
-    keys, rows = [f"v{i}" for i in range(len(views))], []
+    numbers = ["e", "r", "t", *VIEWS]
+    lines = ["kind," + ",".join(numbers)]
     for r, (e, _, train, val) in reversed(list(enumerate(curves))):  # the first on top
         for kind, columns in (("train", thin(train, n_points)), ("val", val)):
-            rows += [f"{e},{r},{kind}," + ",".join("" if np.isnan(x) else f"{x:.5g}" for x in point)
-                     for point in columns.T]
+            lines += [f"{kind},{e},{r}," + ",".join(
+                "" if np.isnan(x) else f"{x:.5g}" for x in point) for point in columns.T]
+    return {"values": "\n".join(lines),
+            "format": {"type": "csv", "parse": dict.fromkeys(numbers, "number")}}
+
+
+def curves_chart(labels, curves, baseline=None, n_shown=5):
+    """Curves over the training tokens, with switches for what is drawn.
+
+    labels: of the experiments, the first in the colour of the text; curves: as curve_data takes
+    them; n_shown: experiments that are drawn before a reader ticks others.
+    """
+    views = {**VIEWS, "difference":
+             f"difference in loss to the run of {baseline} with the same seeds"}
+    if not baseline:
+        del views["difference"]
 
     def switch(name, value, kind, label, **more):
         return {"name": name, "value": value, "bind": {"input": kind, "name": label, **more}}
@@ -100,8 +116,9 @@ def curves_chart(labels, curves, views, n_shown=5):
     params = [
         {"name": "labels", "value": labels},
         {"name": "runs", "value": [name for _, name, *_ in curves]},
-        {"name": "titles", "value": dict(zip(keys, views.values()))},
-        switch("view", "v0", "radio", "show", options=keys, labels=list(views)),
+        {"name": "titles", "value": views},
+        switch("view", "loss", "radio", "show", options=list(views),
+               labels=[view.replace("_", " ") for view in views]),
         switch("smoothing", 2, "select", "mean over", options=list(SMOOTHING.values()),
                labels=list(SMOOTHING)),
         switch("start", 10, "range", "from % of the run", min=0, max=90, step=5),
@@ -111,9 +128,8 @@ def curves_chart(labels, curves, views, n_shown=5):
               "groupby": ["r", "kind"], "sort": [{"field": "t"}]} for n in SMOOTHING.values() if n]
     y = " : ".join(f"smoothing == {n} ? datum.mean{n}" for n in SMOOTHING.values() if n)
     encoding = {
-        "x": {"field": "t", "type": "quantitative", "title": "training tokens, millions",
-              "axis": TICKS, "scale": {"zero": False, "nice": False}},
-        "y": {"field": "y", "type": "quantitative", "title": None, "scale": {"zero": False}},
+        "x": TOKENS, "y": {"field": "y", "type": "quantitative", "title": None,
+                           "scale": {"zero": False}},
         "detail": {"field": "r"},
         "color": {"field": "e", "type": "nominal", "legend": None, "scale": {
             "domain": list(range(len(labels))), "range": COLORS[:len(labels)]}},
@@ -125,7 +141,7 @@ def curves_chart(labels, curves, views, n_shown=5):
         "translate": "[mousedown, window:mouseup] > window:mousemove!"}, "bind": "scales"}
     # the names, in the order of the curves' ends
     last = {"joinaggregate": [{"op": "argmax", "field": "t", "as": "last"}], "groupby": ["r"]}
-    ends = [{"filter": "datum.kind == 'train'"}, last, {"filter": "datum.t == datum.last.t"},
+    ends = [IS_TRAINING, last, {"filter": "datum.t == datum.last.t"},
             {"aggregate": [{"op": "mean", "field": "y", "as": "y"}],
              "groupby": ["e", "experiment"]},
             {"window": [{"op": "row_number", "as": "rank"}],
@@ -133,9 +149,7 @@ def curves_chart(labels, curves, views, n_shown=5):
     label = {"field": "experiment", "type": "nominal"}
     return {
         **CHART, "height": 380, "title": {"text": {"expr": "titles[view]"}},
-        "data": {"values": "\n".join([f"e,r,kind,t,{','.join(keys)}", *rows]), "format": {
-            "type": "csv", "parse": dict.fromkeys(["e", "r", "t", *keys], "number")}},
-        "params": params, "transform": [
+        "data": curve_data(curves), "params": params, "transform": [
             {"filter": shown}, {"calculate": "datum[view]", "as": "y0"}, *means,
             {"calculate": f"datum.kind == 'val' ? datum.y0 : {y} : datum.y0", "as": "y"},
             {"calculate": "labels[datum.e]", "as": "experiment"},
@@ -143,27 +157,49 @@ def curves_chart(labels, curves, views, n_shown=5):
             {"joinaggregate": [{"op": "max", "field": "t", "as": "end"}]},
             {"filter": "datum.t >= start / 100 * datum.end && isValid(datum.y)"}],
         "layer": [
-            {"transform": [{"filter": "datum.kind == 'train'"}], "params": [zoom],
-             "mark": {"type": "line", "clip": True, "strokeWidth": 1.3}, "encoding": encoding},
-            {"transform": [{"filter": "datum.kind == 'val'"}],
-             "mark": {"type": "point", "clip": True, "size": 35}, "encoding": encoding},
+            {"transform": [IS_TRAINING], "params": [zoom], "encoding": encoding,
+             "mark": {"type": "line", "clip": True, "strokeWidth": 1.3}},
+            {"transform": [IS_VALIDATION], "encoding": encoding,
+             "mark": {"type": "point", "clip": True, "size": 35}},
             {"transform": ends, "encoding": {"color": encoding["color"], "text": label},
              "mark": {"type": "text", "align": "right", "x": {"expr": "width"},
                       "y": {"expr": "18 * datum.rank - 10"}}}]}
 
 
+def run_chart(name, entries):
+    """A run's loss, learning rate and gradient norm over its tokens; entries: of its log."""
+    def panel(field, height, scale, *layers, **axis):
+        y = {"type": "quantitative", "title": None, "axis": axis, "scale": scale}
+        return {"title": VIEWS[field], "width": WIDTH, "height": height, "layer": [
+            {"transform": transform, "mark": {"clip": True, "color": "black", **mark},
+             "encoding": {"x": TOKENS, "y": {"field": field, **y}}}
+            for mark, *transform in layers]}
+
+    curves = [(0, name, *curve(entries))]
+    losses = curves[0][2][1]
+    low, high = np.nanmin(losses), np.nanquantile(losses, 0.98)  # the first steps are far above
+    mean = {"window": [{"op": "mean", "field": "loss", "as": "loss"}], "frame": [-10, 10]}
+    powers = [digit * 10.0 ** power for power in range(-6, 7) for digit in (1, 2, 5)]
+    line = {"type": "line"}
+    return {**CHART, "title": name, "data": curve_data(curves), "vconcat": [
+        panel("loss", 380, {"domain": [low - 0.1, high + 0.1]},
+              ({**line, "color": "#bbb"}, IS_TRAINING), (line, IS_TRAINING, mean),
+              ({"type": "point", "opacity": 1, "fill": "white"}, IS_VALIDATION)),
+        panel("learning_rate", 100, {}, (line, IS_TRAINING)),
+        panel("gradient_norm", 100, {"type": "log"}, (line, IS_TRAINING), values=powers)]}
+
+
 def differences_chart(rows, baseline):
     """The differences of tables.compare's rows, with the intervals that their verdicts use."""
-    look = {"better": (COLORS[1], COLORS[1]), "worse": (COLORS[2], "transparent")}
+    looks = {"better": (COLORS[1], COLORS[1]), "worse": (COLORS[2], "transparent")}
     values = []
     for row in rows:
         if "difference" in row:
-            edge, fill = look.get(row["verdict"], (GREY, "transparent"))
-            middle = row["difference"]
-            label = f"{row['experiment']}  {middle:+.4f} {row['verdict']}"
-            values.append({"edge": edge, "fill": fill, "label": label, "gaps": row["gaps"],
-                           "difference": middle, "low": row.get("low", middle),
-                           "high": row.get("high", middle)})
+            middle, (edge, fill) = row["difference"], looks.get(row["verdict"],
+                                                                (GREY, "transparent"))
+            values.append({"edge": edge, "fill": fill, "difference": middle, "gaps": row["gaps"],
+                           "low": row.get("low", middle), "high": row.get("high", middle),
+                           "label": f"{row['experiment']}  {middle:+.4f} {row['verdict']}"})
 
     def layer(mark, x, **channels):
         x = {"type": "quantitative", "axis": TICKS, **x,

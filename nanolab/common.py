@@ -155,7 +155,7 @@ def argument_parser(description):
 
 
 def describe(error):
-    """An error in a few words: an OSError, or what torch.save, matplotlib or W&B make of one."""
+    """An error in a few words: an OSError, or what torch.save or W&B make of one."""
     if getattr(error, "strerror", None):
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return next(iter(str(error).splitlines()), type(error).__name__)

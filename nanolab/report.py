@@ -6,57 +6,53 @@ import json
 import math
 import re
 
-import numpy as np
-
 from nanolab.charts import COLORS, GREY, curves_chart, vega
 from nanolab.common import code_name
-from nanolab.plots import having, millions_of_tokens, series
+from nanolab.plots import curve, having
 
 STYLE = f"""
 :root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 1rem auto;
-       padding: 0 1rem }}
-p {{ margin: .5rem 0 }}
-h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere }}
-h2 {{ font-size: 1.15rem; margin: 2rem 0 .5rem }}
+body {{ font: 16px/1.5 system-ui; max-width: 62rem; margin: 1rem auto; padding: 0 1rem }}
+h1 {{ margin: 0; overflow-wrap: anywhere }}
 table {{ border-collapse: collapse; font-size: .9rem }}
 th, td {{ text-align: left; padding: .1rem 1.2rem .1rem 0; vertical-align: top }}
 td {{ white-space: nowrap }}
 td.number {{ text-align: right; font-variant-numeric: tabular-nums }}
 .wide {{ overflow-x: auto }}
+#curves {{ min-height: 30rem }}  /* so that a reload finds the place that was read */
 pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid {GREY};
       padding-left: .7rem }}
 .chart {{ width: 100% }}
 .vega-bindings {{ display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; font-size: .9rem }}
-.vega-bind-name::after {{ content: " " }}
-.vega-bind label {{ cursor: pointer }}
-.vega-bind-radio label {{ margin-right: .8rem }}
+.vega-bind-name, .vega-bind-radio label {{ margin-right: .6rem }}
 {"".join(f'[name="on{e}"] {{ accent-color: {color} }} ' for e, color in enumerate(COLORS))}
 :focus-visible {{ outline: 3px solid #3a8fc7; outline-offset: 2px }}
 """
 
-LOSS_TITLE = "loss in nats per token: lines training, circles validation"
+
+ZOOMING = "Drag to move. Shift and the wheel zoom. A double-click goes back."
 
 
-def chart(name):
-    """The place of the chart `name`."""
-    return f'<div id="{name}" class="chart"></div>'
+def chart(name, words):
+    """The place of the chart `name`, and a line below it."""
+    return f'<div id="{name}" class="chart"></div>\n<p>{words}</p>'
 
 
-CURVES = chart("curves") + (
-    "<p>Drag to move. Shift and the wheel zoom. A double-click goes back.</p>")
+# not while nobody looks; nor once a reader has chosen what is drawn, which would be lost
+RELOAD = """let used = false;
+addEventListener("input", () => { used = true });
+setInterval(() => used || document.hidden || location.reload(), 30000);"""
 
 
 def format_page(title, status, sections, charts, is_running):
     """The page. sections: {heading: HTML}; charts: {id of an element: Vega-Lite's specification};
-    is_running: a browser then loads the page again every 30 seconds."""
-    refresh = '<meta http-equiv="refresh" content="30">' if is_running else ""
+    is_running: a browser then loads the page again every 30 seconds, until a switch is used."""
     specs = json.dumps(charts).replace("</", "<\\/")
     body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{content}"
                      for heading, content in sections.items() if content)
     return f"""<!DOCTYPE html>
 <html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">{refresh}
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(f"{title}: {status}")}</title><style>{STYLE}</style></head>
 <body>
 <h1>{html.escape(title)}</h1>
@@ -64,7 +60,8 @@ def format_page(title, status, sections, charts, is_running):
 {body}
 <script>{vega() if charts else ""}</script>
 <script>for (const [id, spec] of Object.entries({specs}))
-  vegaEmbed("#" + id, spec, {{renderer: "svg", actions: false}});</script>
+  vegaEmbed("#" + id, spec, {{renderer: "svg", actions: false}});
+{RELOAD if is_running else ""}</script>
 </body>
 </html>
 """
@@ -96,23 +93,16 @@ def format_samples(samples):
 
 def run_page(options, summary, entries, status, is_running):
     """report.html: how a run went. options, summary: {name: value}; entries: of its log."""
-    train, val = having("loss", entries), having("val_loss", entries)
-    none = [math.nan] * len(val)
-    columns = np.stack([millions_of_tokens(train),
-                        *(series(train, key) for key in ("loss", "lr", "grad_norm"))])
-    val_columns = np.stack([millions_of_tokens(val), series(val, "val_loss"), none, none])
-    views = {"loss": LOSS_TITLE, "learning rate": "learning rate", "gradient norm": "gradient norm"}
     name, code = options["name"], "; then ".join(map(code_name, summary["code"]))
-    samples = [(f"After step {entry['step']:,}", entry["sample"])
-               for entry in reversed(having("sample", entries))]
+    versions = ", ".join(map(" ".join, summary["versions"].items()))
     sections = {
-        "Curves": CURVES,
-        "Summary": html_table({
-            **summary, "code": code, "versions": ", ".join(
-                map(" ".join, summary["versions"].items()))}.items()),
+        "Curves": chart("curves", ZOOMING),
+        "Summary": html_table({**summary, "code": code, "versions": versions}.items()),
         "Validation loss, nats per token": html_table(
-            (f"step {entry['step']:,}", f"{entry['val_loss'] or math.nan:.4f}") for entry in val),
-        "Samples": format_samples(samples),
+            (f"step {entry['step']:,}", f"{entry['val_loss'] or math.nan:.4f}")
+            for entry in having("val_loss", entries)),
+        "Samples": format_samples((f"After step {entry['step']:,}", entry["sample"])
+                                  for entry in reversed(having("sample", entries))),
         "Options": details(f"all {len(options)}", html_table(options.items()))}
-    charts = {"curves": curves_chart([name], [(0, name, columns, val_columns)], views)}
+    charts = {"curves": curves_chart([name], [(0, name, *curve(entries))])}
     return format_page(name, f"A training run of nanolab: {status}.", sections, charts, is_running)

@@ -4,28 +4,25 @@ report.html, summary.json; and the clock behind it."""
 import html
 import json
 import math
-import os
 import shlex
 import sys
 import textwrap
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from subprocess import CalledProcessError
 
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from config import OPTIONS
+from nanolab.charts import run_chart, save_picture
 from nanolab.checkpoint import checkpoint_file
-from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, parse_json, utc_now,
-                            versions, write_atomically)
+from nanolab.common import (UserError, code_diff, code_state, describe, utc_now, versions,
+                            write_atomically)
 from nanolab.distributed import machine, n_threads
-from nanolab.huggingface import OPENAI_REVISIONS
 from nanolab.memory import peak_memory
-from nanolab.plots import having, import_matplotlib, plot_run, read_entries
+from nanolab.plots import read_entries
 from nanolab.report import run_page
 from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 
@@ -81,7 +78,7 @@ class RunLog:
                         mininterval=0.5 if sys.stderr.isatty() else 10.0)
         self.last_line = state.tokens, 0.0  # how many tokens, and seconds in steps, were logged
         self.next_report = time.perf_counter() + 30
-        self.unwritten = b""  # lines that wait for room on the disk
+        self.disk_is_full = False
 
     def open_files(self):
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -96,20 +93,19 @@ class RunLog:
             if code_state()["changed"]:
                 write_atomically(self.out_dir / "code.diff", code_diff())
         (self.out_dir / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
-        self.file = open_log(self.out_dir / "log.jsonl", self.state.step, self.config.log_every)
+        self.file = open_log(self.out_dir / "log.jsonl", self.state.step)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *raised):
         self.bar.close()
         if self.file:
-            with suppress(OSError):
-                self.flush()
-            if n := self.unwritten.count(b"\n"):
-                print(f"{self.out_dir / 'log.jsonl'} lacks its last {n} lines: they could not be "
-                      "written", file=sys.stderr)
-            self.file.close()
+            try:
+                self.file.close()
+            except OSError as error:
+                print(f"the last lines of {self.file.name} could not be written "
+                      f"({describe(error)})", file=sys.stderr)
         if self.lock:
             Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
@@ -142,35 +138,27 @@ class RunLog:
         text = self.draw_sample()
         self.write({"step": self.state.step, "tokens": self.state.tokens, "sample": text})
         shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-        encoding = sys.stdout.encoding or "ascii"
-        shown = shown.encode(encoding, "replace").decode(encoding)
         tqdm.write(f"step {self.state.step:,}, a sample:\n{textwrap.indent(shown, '  | ')}")
 
     def write(self, entry):
         if not self.enabled:
             return
         line = json.dumps({key: finite_or_none(value) for key, value in entry.items()}) + "\n"
-        if len(self.unwritten) > 2**26:
-            return  # a disk that stays full must not fill the memory
-        is_waiting = bool(self.unwritten)
-        self.unwritten += line.encode()
+        was_full, self.disk_is_full = self.disk_is_full, False
         try:
-            self.flush()
+            self.file.write(line)
+            self.file.flush()
         except OSError as error:
-            if not is_waiting:
-                tqdm.write(f"could not write {self.out_dir / 'log.jsonl'} ({describe(error)}); its "
-                           "lines are kept until there is room", file=sys.stderr)
+            self.disk_is_full = True
+            if not was_full:
+                tqdm.write(f"could not write {self.file.name} ({describe(error)}); its lines are "
+                           "kept until there is room", file=sys.stderr)
         if self.tracker:
             values = {key: value for key, value in entry.items() if key != "step"}
             if "sample" in entry:
                 from wandb import Html
                 values["sample"] = Html(f"<pre>{html.escape(entry['sample'])}</pre>")
             self.tracker.log(values, step=entry["step"])
-
-    def flush(self):
-        """Writes the lines that wait. A full disk may take a part of them before the OSError."""
-        while self.unwritten:
-            self.unwritten = self.unwritten[self.file.write(self.unwritten):]
 
     def cost(self):
         """In dollars, so far."""
@@ -184,8 +172,7 @@ class RunLog:
                 "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
                 "tokens_per_second": round(state.tokens_per_second(), 1),
                 "peak_memory_mb": round(peak_memory(self.world.device) / 2**20),
-                "cost": round(self.cost(), 2),
-                "started": state.started, "ended": utc_now(),
+                "cost": round(self.cost(), 2), "started": state.started, "ended": utc_now(),
                 "machine": machine(self.world), "versions": versions(), "code": state.code}
 
     def report_is_due(self):
@@ -193,27 +180,24 @@ class RunLog:
         return time.perf_counter() > self.next_report
 
     def report(self, best_val_loss, stopped=False):
-        """Writes loss.png and report.html, but for a timing run; at the end summary.json too."""
+        """Writes report.html, but for a timing run; when it ends loss.png too, and summary.json."""
         if not self.enabled:
             return
-        is_last, summary = self.state.step == self.max_steps, self.summary(best_val_loss)
+        start, state, summary = time.perf_counter(), self.state, self.summary(best_val_loss)
+        is_last = state.step == self.max_steps
+        is_running = not (is_last or stopped)
         if is_last:
-            self.flush()
             write_atomically(self.out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         if not self.config.save_weights:
             return
-        import_matplotlib()
-        start = time.perf_counter()
-        status = "finished" if is_last else f"step {self.state.step:,} of {self.max_steps:,}"
+        status = "finished" if is_last else f"step {state.step:,} of {self.max_steps:,}"
         try:
-            entries = read_entries(self.out_dir / "log.jsonl")
-            png = plot_run(having("loss", entries), having("val_loss", entries), self.config)
-            write_atomically(self.out_dir / "loss.png", png)
-            page = run_page(vars(self.config), summary, entries, status,
-                            is_running=not (is_last or stopped))
-            write_atomically(self.out_dir / "report.html", page)
-        except (OSError, ValueError, KeyError, TypeError, UserError,
-                CalledProcessError) as error:  # a full disk, a damaged log, a missing package
+            entries = read_entries(self.file.name)
+            write_atomically(self.out_dir / "report.html", run_page(
+                vars(self.config), summary, entries, status, is_running))
+            if not is_running:  # it takes seconds
+                save_picture(run_chart(self.config.name, entries), self.out_dir / "loss.png")
+        except Exception as error:  # a picture ends no run
             tqdm.write(f"could not draw the run in {self.out_dir} ({describe(error)})",
                        file=sys.stderr)
         now = time.perf_counter()
@@ -229,43 +213,26 @@ class RunLog:
             saved = " and saved; the same command with --resume continues from here"
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
             self.report(best_val_loss, stopped=True)
-            if self.tracker:
-                self.tracker.finish()
-            return
         if self.tracker:
             finish_wandb(self.tracker, self.out_dir)
+        if state.step < self.max_steps:
+            return
         rate = state.tokens_per_second()
         flops = rate * self.flops_per_token
-        fraction = f"({flops / self.peak_flops:.1%})"
-        if flops > self.peak_flops:
-            fraction = "when the run started, on a busy machine"
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
-              f"{self.peak_flops / 1e9:,.1f} of matrix products here {fraction}; peak memory "
+              f"{self.peak_flops / 1e9:,.1f} of matrix products here "
+              f"({flops / self.peak_flops:.1%}); peak memory "
               f"{peak_memory(self.world.device) / 2**20:,.0f} MB")
         if self.config.save_weights:
             cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
                   f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
-            commands = next_commands(self.config, self.meta, bool(self.draw_sample))
-            for i, command in enumerate(commands):
-                print(f"{'' if i else 'next:':8}{command}")
-
-
-def next_commands(config, meta, can_sample):
-    """Command lines that work on what a finished run left, from the current folder."""
-    path = str(checkpoint_file(config.out_dir))
-    test_tokens = meta["splits"].get("test", {"tokens": 0})["tokens"]
-    split = ["--split=val"] if test_tokens <= config.block_size else []
-    commands = [["eval.py", "--ckpt", path, *split]]
-    before = config.init_from
-    if before in OPENAI_REVISIONS or before and Path(before).exists():
-        commands = [["eval.py", "--ckpt", before, path, f"--dataset={config.dataset}",
-                     f"--data_dir={config.data_dir}", f"--block_size={config.block_size}", *split]]
-    if can_sample:
-        is_default = path == str(Path(OPTIONS["out_dir"].default, "best.pt"))
-        commands.append(["sample.py", *([] if is_default else ["--ckpt", path])])
-    return [shlex.join(["python", os.path.relpath(ROOT / script), *words])
-            for script, *words in commands]
+            path = shlex.quote(str(checkpoint_file(self.out_dir)))
+            no_test = self.meta["splits"].get("test", {"tokens": 0})["tokens"] <= (
+                self.config.block_size)
+            print(f"next:   python eval.py --ckpt {path}{' --split=val' * no_test}")
+            if self.draw_sample:
+                print(f"        python sample.py --ckpt {path}")
 
 
 def lock(path):
@@ -278,39 +245,18 @@ def lock(path):
         raise UserError(f"another run is writing to {path.parent}; choose another --out_dir, or "
                         "stop that run first") from None
     except (OSError, NotImplementedError) as error:  # some network disks have no locks
-        print(f"note:   {path.parent} cannot be locked ({describe(error)}): make sure that no "
-              "other run writes to it", flush=True)
+        print(f"note:   {path.parent} cannot be locked ({describe(error)})", flush=True)
     return file_lock
 
 
-def open_log(path, step, log_every):
-    """log.jsonl, open for more lines, without those that a killed run wrote after its last
-    checkpoint, at `step`. Lines that are damaged or missing are reported."""
-    lines, steps, n_damaged = [], [-1], 0
-    if step and path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            entry = parse_entry(line)
-            if entry is None:
-                n_damaged += 1
-            elif entry["step"] < step + ("loss" not in entry):  # the others count steps done
-                lines.append(line + "\n")
-                steps += [entry["step"]] if "loss" in entry else []
-    if step - steps[-1] > max(log_every, steps[-1] - steps[-2] if len(steps) > 2 else 1):
-        print(f"note:   {path} lacks the steps {steps[-1] + 1:,} to {step - 1:,}", flush=True)
-    elif n_damaged:
-        print(f"note:   {path} has {n_damaged} damaged lines, which are left out", flush=True)
-    write_atomically(path, "".join(lines))
-    return open(path, "ab", buffering=0)
-
-
-def parse_entry(line):
-    """A line of log.jsonl as a dict, or None if it is damaged."""
-    try:
-        entry = parse_json(line)
-        is_entry = type(entry["step"]) is int and {"loss", "val_loss", "sample"} & entry.keys()
-    except (ValueError, TypeError, KeyError):
-        return None
-    return entry if is_entry else None
+def open_log(path, step):
+    """log.jsonl, open for more lines, without damaged ones and those that a killed run wrote after
+    its last checkpoint, at `step`."""
+    entries = read_entries(path) if step and path.exists() else []
+    write_atomically(path, "".join(  # training lines count from 0, the others the steps done
+        json.dumps(entry) + "\n" for entry in entries
+        if entry["step"] < step + ("loss" not in entry)))
+    return open(path, "a", buffering=2**24)  # keeps that many bytes while the disk is full
 
 
 def finite_or_none(value):
@@ -321,25 +267,21 @@ def finite_or_none(value):
 def matmul_peak(world):
     """Floating-point operations per second of square matrix products, measured on this device now.
     MFU is relative to it, so it needs no table of GPUs. Best of 0.5 s, after a warm-up."""
-    size = 8192 if world.device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=world.device, dtype=world.dtype or torch.float32)
-
-    def seconds(rows):
-        world.synchronize()
-        start = time.perf_counter()
-        rows @ a
-        world.synchronize()
-        return time.perf_counter() - start
-
+    on_gpu = world.device.type == "cuda"
+    size = 8192 if on_gpu else 1024
+    # a CPU without 16-bit units would take seconds for each product
+    a = torch.randn(size, size, device=world.device, dtype=world.dtype if on_gpu else None)
     of_operators = torch.get_num_threads()
     torch.set_num_threads(n_threads())  # those that share batches, too
-    # a CPU without 16-bit units would take seconds for each product
-    rows = a[:128] if world.device.type == "cpu" and seconds(a[:128]) > 0.05 else a
     times, end = [], time.perf_counter() + 0.5
-    while len(times) < 3 or time.perf_counter() < end:
-        times.append(seconds(rows))
+    while len(times) < 4 or time.perf_counter() < end:
+        world.synchronize()
+        start = time.perf_counter()
+        a @ a
+        world.synchronize()
+        times.append(time.perf_counter() - start)
     torch.set_num_threads(of_operators)
-    return 2 * len(rows) * size * size / min(times[1:])
+    return 2 * size**3 / min(times[1:])
 
 
 def make_sampler(model, config, tokenizer_name, world):
@@ -361,7 +303,6 @@ def make_sampler(model, config, tokenizer_name, world):
         return None  # none at the end, then
 
     def draw():
-        was_training = model.training
         model.eval()
         generator = torch.Generator(world.device).manual_seed(config.seed)
         tokens = torch.tensor([prompt], device=world.device)
@@ -372,7 +313,7 @@ def make_sampler(model, config, tokenizer_name, world):
                 text += b"".join(text_of(map(int, steps), tokenizer))
         except FloatingPointError as error:  # logits that are not finite end no run
             text += f" (no sample: {error})".encode()
-        model.train(was_training)
+        model.train()
         return text.decode(errors="replace")
 
     return draw
@@ -383,25 +324,22 @@ def start_wandb(config, id_file, resumed):
     Raises UserError."""
     try:
         from wandb import init  # `import wandb` would find wandb's own output folder
-    except ImportError:
-        raise UserError(f"wandb={config.wandb!r}: the package is not installed; pip install wandb",
-                        exit_code=2) from None
-    run_id = id_file.read_text() if resumed and id_file.exists() else None
-    try:
-        tracker = init(project=config.wandb, name=config.name, config=vars(config), id=run_id,
-                       resume="allow", allow_val_change=True)
+        tracker = init(project=config.wandb, name=config.name, config=vars(config), resume="allow",
+                       id=id_file.read_text() if resumed and id_file.exists() else None,
+                       allow_val_change=True)
     except Exception as error:  # network or account problems, in many classes
-        reason = describe(error)
-        raise UserError(f"Weights & Biases did not start ({reason}); run `wandb login` first, set "
-                        "WANDB_MODE=offline, or leave out --wandb") from None
+        raise UserError(f"Weights & Biases did not start ({describe(error)}); pip install wandb "
+                        "and run `wandb login`, set WANDB_MODE=offline, or leave out "
+                        "--wandb") from None
     write_atomically(id_file, tracker.id)
     return tracker
 
 
 def finish_wandb(tracker, out_dir):
-    """Adds loss.png, unless the disk was full, and the figures of summary.json."""
-    from wandb import Image
+    """Adds loss.png and the figures of summary.json, where there are such files."""
     if (out_dir / "loss.png").exists():
+        from wandb import Image
         tracker.log({"plot": Image(str(out_dir / "loss.png"))})
-    tracker.summary.update(json.loads((out_dir / "summary.json").read_text()))
+    if (out_dir / "summary.json").exists():
+        tracker.summary.update(json.loads((out_dir / "summary.json").read_text()))
     tracker.finish()

@@ -113,7 +113,7 @@ def stop_at(step, number=signal.SIGINT):
 def run_quickly(argv, on_step=no_watch):
     """A run of train.py without chart and timing of matrix products, which take longer than it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nanolab.runlog, "plot_run", lambda *args: b"no picture")
+        patch.setattr(nanolab.runlog, "save_picture", lambda chart, path: path.touch())
         patch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
         train.train(load(Config, argv, options_of_run), on_step)
 
@@ -145,7 +145,7 @@ def call(*command, processes=0, timeout=120, stdin=None, **env):
 
 # Processes that start at once: they are forks of one that has loaded torch and this file.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "conftest"])
+FORKS.set_forkserver_preload(["torch._dynamo", "conftest"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE / "tests"), os.environ.get("PYTHONPATH", "")])
 tqdm.get_lock()  # a fork that is killed would leave one of its own behind
 

@@ -17,7 +17,7 @@ from nanolab.common import UserError
 MODERN = ["--position=rope", "--qk_norm", "--qk_bound=3", "--value_embeddings", "--x0_lambdas",
           "--embed_norm", "--logit_softcap=15", "--activation=relu2"]
 TEXT = "def f(x):\n    return x  # é\n"
-OF_TRAINING = {"train", "datasets", "matplotlib", "wandb", *(f"nanolab.{name}" for name in (
+OF_TRAINING = {"train", "datasets", "wandb", *(f"nanolab.{name}" for name in (
     "optim", "start", "runlog", "memory", "evaluation", "dataset_writer", "plots"))}
 
 

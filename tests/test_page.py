@@ -103,7 +103,7 @@ def test_curves_are_thinned_to_their_means():
     assert thin[1, 0] == pytest.approx((sum(range(10_000, 10_100)) - 10_005) / 99)
 
 
-def test_a_run_that_goes_on_is_loaded_again():
+def test_a_page_of_what_goes_on_is_loaded_again():
     for is_running in (True, False):
         text = report.format_page("mine", "goes on", {"A": "B", "C": ""}, {}, is_running)
-        assert ('http-equiv="refresh"' in text) == is_running and "<h2>C</h2>" not in text
+        assert ("location.reload()" in text) == is_running and "<h2>C</h2>" not in text

@@ -8,52 +8,47 @@ import re
 import sys
 import types
 
+import pytest
+
 import nanolab.runlog
 import nanolab.start
 from conftest import run_main, stop_at
-from nanolab import plots
+from nanolab import charts
 from nanolab.checkpoint import read_checkpoint
 from nanolab.plots import having, read_entries
 
 
-def test_chart(monkeypatch):
-    """The band has the extremes of every bin; best validation and skipped updates are marked."""
-    figures = []
-    monkeypatch.setattr(plots, "save_figure", lambda figure, *args, **kw: figures.append(figure))
-    train_log = [{"step": i, "tokens": i + 1, "loss": 3.0 + i % 7 / 100, "lr": 1e-3,
-                  "grad_norm": 1.0, "skipped": False} for i in range(10_000)]
-    train_log[4321]["loss"], train_log[4322]["loss"] = 3.5, 2.5
-    train_log[77].update(loss=None, grad_norm=None, skipped=True)
-    val_log = [{"step": step, "tokens": step, "val_loss": loss}
-               for step, loss in ((2000, 3.2), (4000, 3.1), (6000, None), (8000, 3.15))]
-    plots.plot_run(train_log, val_log, types.SimpleNamespace(name="run", grad_clip=0.0))
-    top = figures[0].axes[0]
-    ends = top.collections[0].get_paths()[0].vertices[:, 1]
-    assert (ends.min(), ends.max()) == (2.5, 3.5)
-    mean, _, best, skipped = top.lines
-    assert abs(mean.get_ydata() - 3.03).max() < 0.02, "a skipped update leaves no hole"
-    assert (best.get_xdata(), best.get_ydata()) == (4000 / 1e6, 3.1)
-    assert list(skipped.get_xdata()) == [78 / 1e6]
+def test_loss_png(tmp_path):
+    """A spike does not press the rest of the losses flat; skipped updates leave no hole."""
+    entries = [{"step": i, "tokens": i + 1, "loss": 3.0 + i % 7 / 100, "lr": 1e-3,
+                "grad_norm": 1.0} for i in range(3000)]
+    entries[123].update(loss=9.5)
+    entries[77].update(loss=None, grad_norm=None)
+    entries.append({"step": 3000, "tokens": 3000, "val_loss": 3.1})
+    chart = charts.run_chart("run", entries)
+    low, high = chart["vconcat"][0]["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    assert (low, high) == pytest.approx((2.9, 3.16))
+    charts.save_picture(chart, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_drawn_as_it_runs(small_run, monkeypatch):
     """At most every 30 s, less often if drawing takes long, and at the end. The clock stops."""
     now, drawn_at = [0.0], []
 
-    def plot_run(train_log, val, config):
-        drawn_at.append(len(train_log))
+    def run_page(options, summary, entries, status, is_running):
+        drawn_at.append((len(having("loss", entries)), is_running))
         now[0] += 0.25
-        return b"png"
+        return "page"
 
     def on_step(step, model):
         now[0] += 1
-        monkeypatch.setattr(nanolab.runlog, "plot_run", plot_run)
 
+    monkeypatch.setattr(nanolab.runlog, "run_page", run_page)
     monkeypatch.setattr(nanolab.runlog, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     run = small_run("run", "--max_steps=40", on_step=on_step)
-    assert drawn_at == [31, 40]
+    assert drawn_at == [(31, True), (40, False)]
     assert read_checkpoint(run / "last.pt")["timed_seconds"] == 39
-    assert (run / "loss.png").read_bytes() == b"png"
 
 
 def test_a_chart_that_fails_ends_no_run(small_run, monkeypatch, capsys):

@@ -347,15 +347,13 @@ def test_a_disk_without_locks(small_run, tiny_data, monkeypatch, capsys):
     assert (folder / "summary.json").exists()
 
 
-def test_a_damaged_log_is_reported(small_run, tiny_data, capsys):
-    """Garbage in log.jsonl does not stop a resumed run: the good lines stay, one line says so."""
+def test_a_damaged_log(small_run, tiny_data):
+    """Garbage in log.jsonl does not stop a resumed run: the good lines stay."""
     flags = [*tiny_data, "--max_steps=4"]
     log = small_run("run", *flags) / "log.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     garbage = [b"5\n", b"null\n", b'{"a": 1}\n', b'{"step": "x"}\n', b"\xff\n",
                b"[" * 100_000 + b"\n"]
     log.write_bytes(b"".join([lines[0], *garbage, *lines[1:]]))
-    capsys.readouterr()
     small_run("run", *flags, "--resume", "--max_steps=6")
-    assert f"{log} has {len(garbage)} damaged lines" in capsys.readouterr().out
     assert [entry["step"] for entry in read_log(log)[0]] == [0, 1, 2, 3, 4, 5]

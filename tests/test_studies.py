@@ -86,7 +86,7 @@ def trained(lines):
                 patch.setattr(sys, "argv", line)
                 args = study.parse_arguments()
             if args.words:
-                yield from (job.words for job in jobs.plan(args))
+                yield from jobs.plan(args).values()
 
 
 def experiment(config, name):

@@ -272,15 +272,11 @@ def test_runs_in_every_state(compare, tmp_path):
     assert content["runs"][-1]["config"] == {"seed": 3, "n_layer": 2}
     same = compare(out).split("\nnot measured")[0]
     assert table.startswith(same.rstrip()) and compare(f"{tmp_path}/[bm]*") == table
-    assert compare(f"{tmp_path}/*/*/best.pt") == table
     assert compare(tmp_path / "baseline", tmp_path / "mine") == table
     assert "paired, 3" in compare(tmp_path, "--all")
     named_in_full = compare(make_run(tmp_path / "new", 3.0, ended=False) / "best.pt")
     assert "missing" not in named_in_full and "3.0000" in named_in_full
 
-    (tmp_path / "baseline/1/last.pt").touch()
-    with pytest.raises(UserError, match="are of one run"):
-        compare(f"{tmp_path}/baseline/1/best.pt", f"{tmp_path}/baseline/1/last.pt")
     with pytest.raises(UserError, match="not measured: python eval.py --ckpt"):
         compare(tmp_path / "baseline/4")
     make_run(tmp_path / "elsewhere", 3.0, dataset="fineweb")
@@ -336,11 +332,10 @@ def test_the_baseline_that_was_asked_for(compare, tmp_path):
 
 @pytest.mark.parametrize("content, message", [
     ("{", "is no file of results"), ("3", "is no file of results"), ("[3]", "is no file of"),
-    ('{"rows": []}', "is no file of results"), ('[{"test_loss": 3}]', "each needs a name"),
+    ('{"rows": []}', "is no file of results"), ('[{"test_loss": 3}]', "each with a name"),
     ('[{"name": "a", "test_loss": "3"}]', "figures must be numbers"),
     ('[{"name": "a", "test_loss": 3, "seconds": "7"}]', "figures must be numbers"),
     ('[{"name": "a", "test_loss": 3, "config": {"dropout": [1]}}]', "figures must be numbers"),
-    ('[{"name": "a", "test_loss": 3, "group_losses": [1], "group_windows": []}]', "be numbers"),
     ('[{"name": "a", "test_loss": NaN}]', "has no test_loss that is a number"),
     (None, "there is no file"), ("[]", "no runs")])
 def test_bad_results_get_one_line(compare, tmp_path, content, message):
@@ -368,7 +363,7 @@ def test_no_run_and_damaged_records(compare, tmp_path):
 def test_study_needs_neither_torch_nor_scipy_stats():
     """They take seconds to import."""
     code = ("import sys, study; sys.argv = ['study.py', 'studies/lab/results.json']; study.main();"
-            "print(sorted({'torch', 'scipy.stats', 'matplotlib', 'vl_convert'} & sys.modules.keys()))")
+            "print(sorted({'torch', 'scipy.stats', 'vl_convert'} & sys.modules.keys()))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n"), done.stderr
 

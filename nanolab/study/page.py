@@ -5,12 +5,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from nanolab.charts import curves_chart, differences_chart
 from nanolab.common import code_name
-from nanolab.plots import having, read_entries, series
-from nanolab.report import CURVES, LOSS_TITLE, chart, format_page, format_samples, html_table
+from nanolab.plots import curve, having, read_entries
+from nanolab.report import ZOOMING, chart, format_page, format_samples, html_table
 from nanolab.study import tables
 from nanolab.study.runs import (changed_objective, group_by_experiment, relevant_options, seeds_of,
                                 settings)
@@ -26,25 +24,26 @@ def study_page(path, status, runs, rows, baseline, loss, more="", is_running=Fal
     logs = read_logs(runs)
     sections, charts = {}, {}
     if rows:
-        cells = tables.comparison_cells(rows)
-        sections["Verdicts"] = paragraphs(tables.format_heading(rows, baseline, loss)) + html_table(
-            cells[1:], cells[0]) + paragraphs(tables.format_legend(rows)) + paragraphs(
-                tables.format_notes(rows, baseline))
+        header, *cells = tables.comparison_cells(rows)
+        sections["Verdicts"] = (
+            paragraphs(tables.format_heading(rows, baseline, loss)) + html_table(cells, header)
+            + paragraphs(tables.format_legend(rows))
+            + paragraphs(tables.format_notes(rows, baseline)))
     sections["Missing"] = paragraphs(more)
     if any("difference" in row for row in rows):
-        sections["Differences"] = chart("differences") + (
-            "<p>Bars: the 95 % intervals of the verdicts. Grey ticks: the seeds.</p>")
         charts["differences"] = differences_chart(rows, baseline)
+        sections["Differences"] = chart("differences", "Bars: the 95 % intervals of the verdicts. "
+                                                       "Grey ticks: the seeds.")
     if logs:
-        sections["Curves"] = CURVES + paragraphs(format_objectives(experiments, baseline))
         charts["curves"] = study_curves(experiments, baseline, logs)
+        sections["Curves"] = chart("curves", ZOOMING) + paragraphs(
+            format_objectives(experiments, baseline))
     sections["Options that differ"] = html_table(
         differing_options(experiments, baseline or next(iter(experiments), None)).items())
     sections["Samples"] = format_samples(last_samples(experiments, logs))
-    sections["Runs"] = html_table([cells_of_run(label, run, path) for label in experiments
-                                   for run in experiments[label]],
-                                  ["run", "seed", "test loss", "validation", "minutes",
-                                   "tokens/s", "code", "machine"])
+    sections["Runs"] = html_table(
+        [cells_of_run(label, run, path) for label, runs in experiments.items() for run in runs],
+        ["run", "seed", "test loss", "validation", "minutes", "tokens/s", "code", "machine"])
     return format_page(str(Path(path).parent), status, sections, charts, is_running)
 
 
@@ -59,34 +58,23 @@ def in_order(experiments, rows, baseline):
 
 
 def read_logs(runs):
-    """{path of a run: the entries of its log}, without those that are missing, damaged or being
-    written"""
+    """{path of a run: the entries of its log}, without those that are missing or empty"""
     logs = {}
     for run in runs:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            entries = read_entries(Path(run["path"]).with_name("log.jsonl"))
-            logs[run["path"]] = [entry for entry in entries if entry["tokens"] >= 0]
+        with suppress(OSError, KeyError):
+            logs[run["path"]] = read_entries(Path(run["path"]).with_name("log.jsonl"))
     return {path: entries for path, entries in logs.items() if entries}
 
 
 def study_curves(experiments, baseline, logs):
     """The chart of the losses, and of their differences to the baseline's of the same seeds at as
     many tokens."""
-    def columns(run, key):
-        entries = having(key, logs[run["path"]])
-        paired = logs.get(of_baseline.get(seeds_of(run)), ())
-        theirs = {entry["tokens"]: entry[key] for entry in having(key, paired)}
-        gaps = [theirs.get(entry["tokens"]) for entry in entries]
-        tokens, losses = series(entries, "tokens"), series(entries, key)
-        return np.stack([tokens / 1e6, losses, losses - np.array(gaps, float)])
-
     of_baseline = {seeds_of(run): run["path"] for run in experiments.get(baseline, ())}
-    curves = [(e, f"seed {settings(run)['seed']}", columns(run, "loss"), columns(run, "val_loss"))
+    curves = [(e, f"seed {settings(run)['seed']}",
+               *curve(logs[run["path"]], logs.get(of_baseline.get(seeds_of(run)), ())))
               for e, runs in enumerate(experiments.values()) for run in runs
               if run["path"] in logs]
-    views = {"loss": LOSS_TITLE, "difference":
-             f"difference in loss to the run of {baseline} with the same seeds"}
-    return curves_chart(list(experiments), curves, views if baseline else {"loss": LOSS_TITLE})
+    return curves_chart(list(experiments), curves, baseline)
 
 
 def format_objectives(experiments, baseline):
@@ -108,12 +96,10 @@ def differing_options(experiments, usual):
 
 def last_samples(experiments, logs):
     """[(where from, text)]: of each experiment the last sample of its first run that has one."""
-    found = []
     for label, runs in experiments.items():
         samples = [having("sample", logs.get(run["path"], ()))[-1:] for run in runs]
-        found += [(f"{label}, after {entry['tokens']:,} tokens", entry["sample"])
-                  for entry in sum(samples, [])[:1]]
-    return found
+        for entry in sum(samples, [])[:1]:
+            yield f"{label}, after {entry['tokens']:,} tokens", entry["sample"]
 
 
 def cells_of_run(label, run, page):

@@ -32,38 +32,35 @@ FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started
 NUMBERS = ("test_loss", "val_loss", "seconds", "tokens_per_second", "parameters", "trained_tokens")
 
 
-def read_runs(words, validation=False):
+def read_runs(words, loss):
     """The runs that words name: run folders, folders of runs, checkpoints, globs, results files.
 
-    -> runs, checkpoints of ended runs that are not measured, folders of runs that have not ended.
-    A checkpoint named in full is taken as it is. Raises UserError.
+    -> measured runs, the others as far as they are known, and lines that say what is missing. A
+    checkpoint named in full is taken as it is. Raises UserError.
     """
-    runs, unmeasured, unfinished, folders = [], [], [], {}
+    runs, unmeasured, unfinished = [], [], []
     for path in dict.fromkeys(path for word in words for path in find_paths(word)):
-        folder = os.path.dirname(path)
         if path.endswith(".json"):
             runs += read_file(path)
-        elif path not in words and is_unfinished(folder):
-            unfinished.append(folder)
-        elif folders.setdefault(folder, path) != path:  # they are no two samples of the noise
-            raise UserError(f"{folders[folder]} and {path} are of one run; name one of them")
-        elif run := read_run(path, validation):
+        elif path not in words and is_unfinished(os.path.dirname(path)):
+            unfinished.append(path)
+        elif run := read_run(path, validation=loss == "val_loss"):
             runs.append(run)
         else:
             unmeasured.append(path)
-    return runs, unmeasured, unfinished
+    missing = [f"not measured: python eval.py --ckpt {' '.join(unmeasured)}"] * bool(unmeasured)
+    missing += [f"missing: {os.path.dirname(path)} has not ended (the same command with --resume "
+                "goes on)" for path in unfinished]
+    missing += [f"missing: {run.get('path', run['name'])} has no {loss} that is a number"
+                for run in runs if not has_loss(run, loss)]
+    others = [read_run(path, validation=True) for path in unmeasured + unfinished
+              if Path(path).with_name("config.json").exists()]
+    return runs, others, missing
 
 
 def find_paths(word):
     """The checkpoints and results files that a word names. Raises UserError if there is none."""
-    folder, name = os.path.split(word)
-    if not glob.has_magic(word):
-        matches = [word]
-    elif name.endswith(".pt") and not glob.has_magic(name):  # also of runs that lack it so far
-        matches = [os.path.join(each, name) for each in glob.glob(folder, recursive=True)
-                   if os.path.exists(os.path.join(each, name)) or is_unfinished(each)]
-    else:
-        matches = glob.glob(word, recursive=True)
+    matches = glob.glob(word, recursive=True) if glob.has_magic(word) else [word]
     paths = {path for match in matches for path in (
         [str(config.with_name("best.pt")) for config in Path(match).rglob("config.json")]
         if os.path.isdir(match) else [match]) if path.endswith((".pt", ".json"))}
@@ -85,15 +82,15 @@ def read_run(checkpoint, validation):
     if validation:
         config = read_json(path.with_name("config.json"))
         config.pop("code", None)  # it is no option
-        return checked({"name": config.get("name"), "dataset": config.get("dataset"), **facts,
-                        "config": config, "val_loss": summary.get("best_val_loss")}, checkpoint)
+        return {"name": config.get("name"), "dataset": config.get("dataset"), **facts,
+                "config": config, "val_loss": summary.get("best_val_loss")}
     try:
         if path.exists() and path.stat().st_mtime > result_path.stat().st_mtime:
             return None
         results = parse_json(result_path.read_text())["results"]
         own = [result for result in results if result["amp"] == "off"
                and result["dataset"] == result["config"]["dataset"]]
-        return checked({**(own or results)[-1], **facts}, result_path)
+        return {**(own or results)[-1], **facts}
     except (OSError, ValueError, KeyError, TypeError, IndexError):  # missing or damaged
         return None
 
@@ -111,26 +108,17 @@ def read_file(path):
         content = parse_json(Path(path).read_text())
         content = content if isinstance(content, dict) else {"runs": content}
         shared = content.get("options", {})
-        return [checked({**run, "config": {**shared, **run.get("config", {
-            key: run[key] for key in DEFAULTS if key in run})}}, path) for run in content["runs"]]
+        runs = [{**run, "config": {**shared, **run.get("config", {
+            key: run[key] for key in DEFAULTS if key in run})}} for run in content["runs"]]
+        for run in runs:
+            sum(run.get(key) or 0 for key in NUMBERS)  # a TypeError if one is no number
+            hash((run["name"], *run["config"].values()))  # or if a value is a list
+        return runs
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no file of results: it needs a list of runs") from None
-
-
-def checked(run, path):
-    """The run. Raises UserError if a figure or an option has a type that cannot be right."""
-    losses, sizes = (run.get(key) or [] for key in ("group_losses", "group_windows"))
-    numbers = [run.get(key) or 0 for key in NUMBERS]
-    plain = [run.get("cost"), *run["config"].values()]
-    if not (isinstance(run.get("name"), str) and len(losses) == len(sizes)
-            and isinstance(run.get("path", ""), str)
-            and all(isinstance(value, (int, float)) for value in (*numbers, *losses, *sizes))
-            and all(isinstance(value, (int, float, str, type(None))) for value in plain)):
-        raise UserError(f"{path} is no record of runs: each needs a name, and figures must be "
-                        "numbers")
-    return run
+        raise UserError(f"{path} is no file of results: it needs a list of runs, each with a name, "
+                        "and figures must be numbers") from None
 
 
 def settings(run):
@@ -153,10 +141,9 @@ def changed_objective(run, other):
 
 
 def group_by_experiment(runs):
-    """-> {label: runs}
-
-    The runs of one experiment have one name and differ only in SAME_EXPERIMENT. The label is the
-    name; if experiments share it, then also the options that differ.
+    """-> {label: runs}. The runs of one experiment have one name and differ only in
+    SAME_EXPERIMENT. The label is the name; if experiments share it, then also the options that
+    differ.
     """
     experiments = {}
     for run in runs:
@@ -198,16 +185,10 @@ def losses_by_seed(runs, loss="test_loss"):
 def choose_baseline(experiments, wanted):
     """The label of the experiment that the others are compared with; without `wanted`, the one
     called baseline, or None. Raises UserError."""
-    if wanted in experiments:
-        return wanted
-    matching = [label for label in experiments if label.startswith(f"{wanted or 'baseline'}, ")]
-    if wanted and len(matching) != 1:
-        could_be = f"; it could be any of {'; '.join(sorted(matching))}" if matching else ""
-        raise UserError(f"no run is named '{wanted}' (from --baseline){could_be}; "
+    if wanted and wanted not in experiments:
+        raise UserError(f"no run is named '{wanted}' (from --baseline); "
                         f"there are {', '.join(sorted(experiments))}")
-    if not wanted and "baseline" in experiments:
-        return "baseline"
-    return matching[0] if len(matching) == 1 else None
+    return wanted or ("baseline" if "baseline" in experiments else None)
 
 
 def has_loss(run, loss):

@@ -24,26 +24,26 @@ def compare(experiments, baseline, loss="test_loss", test=stats.compare_means):
                "hours": (mean_of(runs, "seconds") or 0) / 3600 or None, "cost": cost_of(runs),
                "seeds_cross": any(len(set(column)) < len(ours) for column in zip(*ours)),
                "code": code_states(runs)}
-        if baseline and label != baseline:
-            row.update(test(ours, losses_by_seed(experiments[baseline], loss)),
+        if label == baseline:
+            row["verdict"] = "baseline"
+        elif baseline:
+            row.update(test(ours, losses_by_seed(experiments[baseline], loss)))
+            row.update(verdict="not exercised" if "equal" in row["compared"] else "not shown",
                        text_error=text_error(runs, experiments[baseline]),
                        n_groups=len(runs[0].get("group_losses", ())))
             if all(run.get("reference") for run in runs):
                 row.update(verdict="reference", p=None, compared="", gaps=[])
-        elif baseline:
-            row["verdict"] = "baseline"
         rows.append(row)
-    add_verdicts(rows)
+    add_verdicts([row for row in rows if row.get("p") is not None])
     return sorted(rows, key=lambda row: row["loss"])
 
 
-def add_verdicts(rows):
-    """Adds the verdict to each row that was compared, and to each that was tested its interval.
+def add_verdicts(tested):
+    """Adds to each row that was tested its verdict and interval.
 
     The rule is Bonferroni's. Of m tests each is made at 5 % / m, so that all m intervals hold
     together 95 times in 100. A difference is shown if its interval leaves out 0.
     """
-    tested = [row for row in rows if row.get("p") is not None]
     for row in tested:
         level = 0.05 / len(tested)
         low, high = stats.t_interval(row["difference"], row["error"], row["df"], level)
@@ -57,10 +57,6 @@ def add_verdicts(rows):
             _, text = stats.t_interval(0, row["text_error"], row["n_groups"] - 1, level)
             half = math.hypot((high - low) / 2, text)  # so never below that of the seeds alone
             row["resampled"] = [row["difference"] - half, row["difference"] + half]
-    for row in rows:
-        if not row["verdict"] and "compared" in row:
-            is_equal = row["compared"].startswith("equal")
-            row["verdict"] = "not exercised" if is_equal else "not shown"
 
 
 def text_error(runs, others):
@@ -136,26 +132,28 @@ def comparison_cells(rows, all_columns=False, beside=None):
     differences get a column."""
     title, other_rows = beside or ("", [])
     theirs = {row["experiment"]: row.get("difference") for row in other_rows}
-    cells = [["experiment", "n", "loss", "SD", "difference", "95 % interval", "p", "verdict",
-              title, "if test set resampled", "compared", "same seed", "tokens/s", "hours", "US$"]]
-    for row in rows:
-        same_seed = row["gaps"][0] if len(row.get("gaps", ())) == 1 else None
-        cost = row["cost"] or ""
-        cells.append([row["experiment"], str(row["n"]),
-                      f"{row['loss']:{'.6f' if all_columns else '.4f'}}",
-                      format_number(row["sd"], ".6f"),
-                      format_number(row.get("difference"), "+.4f"),
-                      format_interval((row["low"], row["high"]) if "low" in row else None, "+.4f"),
-                      format_p(row.get("p_corrected")), row["verdict"],
-                      format_number(theirs.get(row["experiment"]), "+.4f"),
-                      format_interval(row.get("resampled"), "+.4f"), row.get("compared", ""),
-                      format_number(same_seed, "+.4f"),
-                      format_number(row["tokens_per_second"], ",.0f"),
-                      format_number(row["hours"], ".3g"),
-                      cost if isinstance(cost, str) else f"{cost:.2f}"])
-    if not all_columns:
-        cells = [line[:3] + line[4:9] for line in cells]
-    return cells
+
+    def cells(row):
+        gaps, cost = row.get("gaps", ()), row["cost"]
+        return {"experiment": row["experiment"], "n": str(row["n"]),
+                "loss": f"{row['loss']:{'.6f' if all_columns else '.4f'}}",
+                "SD": format_number(row["sd"], ".6f"),
+                "difference": format_number(row.get("difference"), "+.4f"),
+                "95 % interval": format_interval((row["low"], row["high"]) if "low" in row
+                                                 else None, "+.4f"),
+                "p": format_p(row.get("p_corrected")), "verdict": row["verdict"],
+                title: format_number(theirs.get(row["experiment"]), "+.4f"),
+                "if test set resampled": format_interval(row.get("resampled"), "+.4f"),
+                "compared": row.get("compared", ""),
+                "same seed": format_number(gaps[0] if len(gaps) == 1 else None, "+.4f"),
+                "tokens/s": format_number(row["tokens_per_second"], ",.0f"),
+                "hours": format_number(row["hours"], ".3g"),
+                "US$": cost if isinstance(cost, str) else format_number(cost or None, ".2f")}
+
+    lines = [cells(row) for row in rows]
+    names = list(lines[0]) if all_columns else [
+        "experiment", "n", "loss", "difference", "95 % interval", "p", "verdict", title]
+    return [names, *([line[name] for name in names] for line in lines)]
 
 
 def format_heading(rows, baseline, loss):
@@ -173,10 +171,9 @@ def format_heading(rows, baseline, loss):
 def format_legend(rows):
     """What the words of the table mean."""
     n_tests = sum("low" in row for row in rows)
-    words = {row["verdict"] for row in rows} | {row.get("compared", "") for row in rows}
-    kinds = {word.split(",")[0] for word in words}
+    words = " ".join(f"{row['verdict']}, {row.get('compared', '')}" for row in rows)
     lines = {
-        "Nothing is compared: --baseline names an experiment.": words == {""},
+        "Nothing is compared: --baseline names an experiment.": not words.strip(", "),
         f"95 % intervals and p are corrected for the {n_tests} tests of this table (Bonferroni): "
         "all intervals hold together 95 times in 100, and p is below 0.05 where an interval "
         "leaves out 0.": n_tests > 1,
@@ -186,13 +183,12 @@ def format_legend(rows):
         "not exercised: the option changed nothing. The losses equal the baseline's to the last "
         "bit.": "not exercised" in words,
         "reference: differs in more than its options, so it is not tested.": "reference" in words,
-        "Experiments with common seeds are compared seed by seed (paired).": "paired" in kinds,
+        "Experiments with common seeds are compared seed by seed (paired).": ", paired" in words,
         "Without common seeds: Welch's test; if a side has one or two runs, Student's, which "
-        "takes both sides to vary alike.": "unpaired" in kinds,
+        "takes both sides to vary alike.": "unpaired" in words,
         "One run a side shows no noise, so nothing can be tested: run more seeds.":
             "one run each" in words,
-        "Where nothing varies over the seeds, nothing can be tested.":
-            any(word.endswith("no spread") for word in words)}
+        "Where nothing varies over the seeds, nothing can be tested.": "no spread" in words}
     return "\n".join(line for line, applies in lines.items() if applies)
 
 
@@ -201,47 +197,40 @@ def format_notes(rows, baseline, independent=True):
 
     independent: the tests took the runs of one experiment for independent.
     """
+    def listed(sentence, chosen, detail=lambda row: ""):
+        names = "; ".join(f"{row['experiment']}{detail(row)}" for row in chosen)
+        return [sentence.format(names)] if names else []
+
     tested, lines = [row for row in rows if "low" in row], []
     if tested:
         effects = [f"{f([row['detectable'] for row in tested]):.4f}" for f in (min, max)]
         lines.append("Minimum detectable effect (80 % power): "
                      f"{' to '.join(dict.fromkeys(effects))}.")
-    needed = [f"{row['experiment']}: {row['seeds_needed'] or 'over 100'}" for row in tested
-              if "seeds_needed" in row]
-    if needed:
-        lines.append("Seeds that would show a difference as large as the one measured (80 % "
-                     f"power): {'; '.join(needed)}.")
-    uncertain = [row["experiment"] for row in tested if row["verdict"] != "not shown"
-                 and "resampled" in row and row["resampled"][0] < 0 < row["resampled"][1]]
-    if uncertain:
-        lines.append("Not shown if the test set were resampled (bootstrap over its documents): "
-                     f"{'; '.join(uncertain)}.")
-    crossed = [row["experiment"] for row in rows if row["seeds_cross"] and independent]
-    if tested and crossed:
-        lines.append(f"Some runs of {'; '.join(crossed)} have a seed in common, so they are not "
-                     "independent, and the intervals are too narrow.")
+    lines += listed("Seeds that would show a difference as large as the one measured (80 % power): "
+                    "{}.", [row for row in tested if "seeds_needed" in row],
+                    lambda row: f": {row['seeds_needed'] or 'over 100'}")
+    lines += listed("Not shown if the test set were resampled (bootstrap over its documents): {}.",
+                    [row for row in tested if row["verdict"] != "not shown" and "resampled" in row
+                     and row["resampled"][0] < 0 < row["resampled"][1]])
+    if tested and independent:
+        lines += listed("Some runs of {} have a seed in common, so they are not independent, and "
+                        "the intervals are too narrow.",
+                        [row for row in rows if row["seeds_cross"]])
     base = next((row for row in rows if row["experiment"] == baseline), None)
     if base and base["n"] > 1 and not base["seeds_cross"]:
         low, high = stats.prediction_interval(base["losses"])
         lines.append(f"One more run of {baseline} would fall between {low:.4f} and {high:.4f}, 95 "
                      "times in 100.")
-    usual = base and base["tokens"]
-    others = [f"{row['experiment']}: {row['tokens']:,}" for row in rows if usual
-              and row["verdict"] != "reference" and abs(row["tokens"] / usual - 1) > 0.01]
-    if others:
-        lines.append(f"Other training budgets than {baseline}'s {usual:,} tokens, so a difference "
-                     f"is not of the option alone: {'; '.join(others)}.")
-    lines += filter(None, [format_code(rows, baseline)])
+    if base and base["tokens"]:
+        lines += listed(f"Other training budgets than {baseline}'s {base['tokens']:,} tokens, so a "
+                        "difference is not of the option alone: {}.",
+                        [row for row in rows if row["verdict"] != "reference"
+                         and abs(row["tokens"] / base["tokens"] - 1) > 0.01],
+                        lambda row: f": {row['tokens']:,}")
+    if len({sha256 for row in rows for sha256 in row["code"]}) > 1:
+        lines += listed("Different code, so a difference may not be of the option alone (code.diff "
+                        "in a run's folder has its changes): {}.",
+                        [row for row in rows if row is base or len(row["code"]) > 1
+                         or not base or row["code"].keys() != base["code"].keys()],
+                        lambda row: f": {', '.join(row['code'].values())}")
     return "\n".join(lines)
-
-
-def format_code(rows, baseline):
-    """A warning if these experiments are not of one code; "" if they are."""
-    if len({sha256 for row in rows for sha256 in row["code"]}) < 2:
-        return ""
-    usual = next((row["code"].keys() for row in rows if row["experiment"] == baseline), None)
-    named = [f"{row['experiment']}: {', '.join(row['code'].values())}" for row in rows
-             if row["experiment"] == baseline or len(row["code"]) > 1
-             or row["code"].keys() != usual]
-    return ("Different code, so a difference may not be of the option alone (code.diff in a run's "
-            f"folder has its changes): {'; '.join(named)}.")
