@@ -4,6 +4,7 @@ report.html, summary.json; and the clock behind it."""
 import html
 import json
 import math
+import os
 import shlex
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from nanolab.charts import run_chart, save_picture
 from nanolab.checkpoint import checkpoint_file
-from nanolab.common import (UserError, code_diff, code_state, describe, utc_now, versions,
+from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, utc_now, versions,
                             write_atomically)
 from nanolab.distributed import machine, n_threads
 from nanolab.memory import peak_memory
@@ -219,20 +220,31 @@ class RunLog:
             return
         rate = state.tokens_per_second()
         flops = rate * self.flops_per_token
+        share = f"({flops / self.peak_flops:.1%})"
+        if flops > self.peak_flops:
+            share = "when the run started, on a busy machine"
         print(f"speed:  {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the "
-              f"{self.peak_flops / 1e9:,.1f} of matrix products here "
-              f"({flops / self.peak_flops:.1%}); peak memory "
+              f"{self.peak_flops / 1e9:,.1f} of matrix products here {share}; peak memory "
               f"{peak_memory(self.world.device) / 2**20:,.0f} MB")
         if self.config.save_weights:
             cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
                   f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
-            path = shlex.quote(str(checkpoint_file(self.out_dir)))
-            no_test = self.meta["splits"].get("test", {"tokens": 0})["tokens"] <= (
-                self.config.block_size)
-            print(f"next:   python eval.py --ckpt {path}{' --split=val' * no_test}")
-            if self.draw_sample:
-                print(f"        python sample.py --ckpt {path}")
+            for i, command in enumerate(self.next_commands()):
+                print(f"{'' if i else 'next:':8}{shlex.join(command)}")
+
+    def next_commands(self):
+        """Commands that work on what a finished run left, from the current folder."""
+        config, path = self.config, str(checkpoint_file(self.out_dir))
+        measure = ["python", os.path.relpath(ROOT / "eval.py"), "--ckpt", path]
+        if config.init_from:  # before and after, on the same documents
+            measure[3:3] = [config.init_from]
+            measure += [f"--{key}={getattr(config, key)}"
+                        for key in ("dataset", "data_dir", "block_size")]
+        if self.meta["splits"].get("test", {"tokens": 0})["tokens"] <= config.block_size:
+            measure.append("--split=val")
+        sample = ["python", os.path.relpath(ROOT / "sample.py"), "--ckpt", path]
+        return [measure, sample] if self.draw_sample else [measure]
 
 
 def lock(path):

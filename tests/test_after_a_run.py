@@ -3,6 +3,7 @@ loss before and after fine-tuning, prompts that are typed."""
 
 import builtins
 import json
+import re
 import shlex
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
+import conftest
 import sample
 from conftest import evaluate, run_main
 from nanolab.checkpoint import read_checkpoint
@@ -46,8 +48,9 @@ def without_test_split(tiny_data, folder):
     return [*tiny_data, "--dataset=plain", f"--data_dir={folder}", "--vocab_size=257"]
 
 
-def test_the_next_commands_work(next_commands, tiny_data, tmp_path):
-    """Of a plain run, and of one that has neither a test split nor a tokenizer."""
+def test_the_next_commands_work(next_commands, tiny_data, tmp_path, monkeypatch):
+    """Of a plain run; of one that has neither a test split nor a tokenizer; of one from weights
+    with a longer context, where the loss is measured before and after."""
     (evaluating, result), (sampling, text) = next_commands("a run", *tiny_data)
     assert "'" in evaluating and "test loss" in result and sampling.startswith("python sample.py")
     assert text.startswith("Every effort moves you")
@@ -55,6 +58,15 @@ def test_the_next_commands_work(next_commands, tiny_data, tmp_path):
     flags = without_test_split(tiny_data, tmp_path)
     [(evaluating, result)] = next_commands("plain", *flags)
     assert evaluating.endswith("--split=val") and "val loss" in result
+
+    monkeypatch.setattr(conftest, "SMALL", [  # the model's shape is that of init_from
+        flag for flag in conftest.SMALL if not flag.startswith("--n_")])
+    (evaluating, result), _ = next_commands("tuned", *tiny_data, "--block_size=8",
+                                            f"--init_from={tmp_path / 'a run'}")
+    before, after, difference = result.splitlines()
+    change = float(re.search(r"difference: (\S+), 95 % interval", difference)[1])
+    assert change < 0 and change == pytest.approx(
+        float(after.split()[-1]) - float(before.split()[-1]), abs=1e-4)
 
 
 def test_a_run_without_best(tiny_data, small_run, capsys, monkeypatch):
@@ -157,6 +169,15 @@ def test_nanogpt_flags_of_sample(small_run, tiny_data, tmp_path, monkeypatch, ca
                   ["--out_dir=elsewhere", f"--init_from={run}",
                    f"--start=FILE:{tmp_path / 'prompt.txt'}"]):
         assert text(*flags, "--num_samples=2") == expected
+
+
+def test_no_fraction_above_all(small_run, tiny_data, monkeypatch, capsys):
+    """Products timed on a busy machine may be slower than the training later."""
+    for rate, expected in ((1.0, "products here (0.0%);"),
+                           (1e12, "products here when the run started, on a busy machine;")):
+        monkeypatch.setattr("nanolab.checkpoint.RunState.tokens_per_second", lambda self: rate)
+        small_run(f"run{rate}", *tiny_data)
+        assert expected in re.search("speed: .*", capsys.readouterr().out)[0]
 
 
 def test_seconds_are_plain_numbers():
