@@ -48,7 +48,7 @@ def main():
         prepare_pypi(folder, args.tokenizer)
     elif args.source not in FINEWEBS:
         prepare_own(args, folder)
-    elif has_published_tokens(args):
+    elif args.is_published:
         prepare_published_tokens(args.from_folder, folder, **sizes)
     else:
         files = fineweb_files(args.from_folder, f"HuggingFaceFW/{args.source}")
@@ -92,12 +92,14 @@ def parse_arguments():
     fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024,
                          help="default: %(default)s")
     args = parser.parse_args()
+    args.is_published = (args.source == "fineweb" and args.from_folder
+                         and Path(args.from_folder, "train.safetensors").exists())
     has_own_name = args.source in ("info", "stdlib", "pypi", *FINEWEBS)
     without_effect = [*OWN_OPTIONS * has_own_name,
                       *FINEWEB_OPTIONS * (args.source not in FINEWEBS)]
     if args.source in ("stdlib", "pypi") or args.val and args.test:
         without_effect.append("heldout")
-    if has_published_tokens(args):
+    if args.is_published:
         without_effect += ["heldout", "tokenizer"]
     for key in without_effect:
         if getattr(args, key) != parser.get_default(key):
@@ -115,11 +117,6 @@ def parse_arguments():
     return args
 
 
-def has_published_tokens(args):
-    return (args.source == "fineweb" and args.from_folder
-            and Path(args.from_folder, "train.safetensors").exists())
-
-
 def prepare_own(args, folder):
     left_out = Counter()
     given = {split: own_files(path, left_out)
@@ -134,11 +131,8 @@ def prepare_own(args, folder):
 
 
 def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
-    """The Python files of pinned wheels from PyPI: the same bytes on every machine.
-
-    Whole packages are held out. A file that is there twice counts once, in test before val before
-    train. After a kill it starts again, but for the download. Raises UserError.
-    """
+    """The Python files of pinned wheels from PyPI: the same bytes on every machine. Whole packages
+    are held out. A file that is there twice counts once, in test before val before train."""
     plan = fingerprint(Path(requirements).read_text(), tokenizer_name)
     with new_dataset(folder, plan, tokenizer_name, f"the wheels of {requirements}") as writer:
         if not writer:
@@ -156,12 +150,9 @@ def prepare_pypi(folder, tokenizer_name, requirements=PYPI):
 
 def prepare_fineweb(files, folder, tokenizer, workers, source, train_tokens, heldout, test_offset,
                     test_tokens):
-    """FineWeb as published. Raises UserError.
-
-    The last `heldout` of the rows are one stream of tokens: val is the first `test_offset`, test
-    the `test_tokens` after them. Train is the first `train_tokens` of the rows before. Train and
-    test have one token more, the target of their last window.
-    """
+    """FineWeb as published. The last `heldout` of the rows are one stream of tokens: val is the
+    first `test_offset`, test the `test_tokens` after them. Train is the first `train_tokens` of the
+    rows before. Train and test have one token more, the target of their last window."""
     plan = fingerprint(source, files, tokenizer, train_tokens, heldout, test_offset, test_tokens)
     with new_dataset(folder, plan, tokenizer, source) as writer:
         if not writer:
@@ -194,10 +185,8 @@ def split_rows(ranges, heldout):
 
 
 def fill_splits(writer, group, ranges, sizes, workers):
-    """Tokenises file ranges as one stream that fills one split after the other.
-
-    sizes: {split: tokens}. -> how many tokens the splits have; fewer if the stream is too short.
-    """
+    """Tokenises file ranges as one stream that fills one split after the other. sizes: {split:
+    tokens}. -> how many tokens the splits have; fewer if the stream is too short."""
     missing, n_tokens = dict(sizes), sum(sizes.values())
     for shard in writer.tokenize(group, ranges, workers, n_tokens):
         tokens = shard["tokens"]
@@ -212,11 +201,8 @@ def fill_splits(writer, group, ranges, sizes, workers):
 
 
 def prepare_published_tokens(source, folder, train_tokens, test_offset, test_tokens):
-    """FineWeb from the token files of the published runs, gpjt/fineweb-gpt2-tokens on the hub.
-
-    train.safetensors and validation.safetensors are the first 99 % and the last 1 % of the rows as
-    GPT-2 tokens. The splits are those of prepare_fineweb. Raises UserError.
-    """
+    """The same from the token files of the published runs, gpjt/fineweb-gpt2-tokens on the hub:
+    the first 99 % and the last 1 % of the rows as GPT-2 tokens."""
     train, heldout = Path(source, "train.safetensors"), Path(source, "validation.safetensors")
     n_train, n_heldout = (open_tokens(file).get_shape()[0] for file in (train, heldout))
     test_end = test_offset + test_tokens + 1

@@ -162,8 +162,7 @@ def fineweb_files(folder, repository):
 
 
 def file_ranges(path):
-    """The whole file in ranges of about 4 MiB, which end where a line ends or, in a text file with
-    markers, a document. -> [FileRange]"""
+    """A list of FileRange of about 4 MiB, which end with a line, or with a MARKER if it has any."""
     if path.lower().endswith(".parquet"):
         ranges, metadata = [], open_parquet(path, only_footer=True).metadata
         for i in range(metadata.num_row_groups):
@@ -200,8 +199,7 @@ def group_into_shards(ranges):
 def records(file_range, text_column="text", is_own=False):
     """Yields (place, value): of each record, where None is a null; of a text file, its text.
 
-    place: for `locate`. is_own: your own text file, not that of a published data set: BOMs go, and
-    line ends become "\n". Raises UserError.
+    place: for `locate`. is_own: of a text file BOMs go, and line ends become "\n".
     """
     path, start, stop, _, row_group = file_range
     if row_group is not None:

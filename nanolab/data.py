@@ -175,8 +175,8 @@ class TokenDataset:
 def window_ids(order, data_seed, n_windows, first, count):
     """The windows at places first ... first + count - 1 of an endless run through a split. -> [int]
 
-    'sequential': in the order of the file. 'shuffled': in a permutation by (data_seed, epoch).
-    A pure function, so there is no state to save. After llm-baselines' data/utils.py.
+    'sequential': in the order of the file. Else in a permutation by (data_seed, epoch): a pure
+    function, so there is no state to save. After llm-baselines' data/utils.py.
     """
     places = range(first, first + count)
     if order == "sequential":

@@ -1,9 +1,9 @@
 """Documents to token files by many processes; meta.json, which describes them.
 
 A data set is a folder with train.bin, val.bin and test.bin (raw little-endian token ids, an
-end-of-text token after every document) and meta.json, which is written last: a folder without it
-is unfinished. Until then, all work is in its subfolder UNFINISHED. After a kill, the shards that
-are there are not tokenised again, and the splits are written again from the shards.
+end-of-text token after every document) and meta.json, which is written last. Until then, all work
+is in its subfolder UNFINISHED: shards, which are not tokenised again after a kill, and splits,
+which are written again from the shards.
 """
 
 import contextlib
@@ -54,9 +54,8 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
                  facts={}, is_own=True):
     """The documents of `files`, split by the hash of their text. Raises UserError.
 
-    heldout: the fraction for val and test, half each. given: {split: files} of val, of test or of
-    both, if they are not to come from `files`. facts: more for meta.json. is_own: not stdlib, whose
-    bytes are published and stay what they were.
+    heldout: the fraction for val and test, half each. given: {split: files} of val and test that
+    do not come from `files`. facts: more for meta.json. is_own: not stdlib, whose bytes stay.
     """
     groups = {"text": files, **given}
     stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
@@ -91,17 +90,16 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
         writer.facts = {**facts, "documents_left_out": leave_out(documents, known)}
         splits = [split for split in ("test", "val") if split not in given]  # to take from files
         hash_limits = choose_hash_limits(documents["text"], heldout, len(splits))
-        for group in groups:
-            limits, names, left_out = [], [group], []
-            if group == "text":
-                limits, names, left_out = hash_limits, [*splits, "train"], known
-            for shard in writer.tokenize(group, ranges[group], 1, **options):
-                tokens, documents = shard["tokens"], shard["documents"]
-                ids = np.searchsorted(np.array(limits, np.uint64), documents["hash"])
-                ids[np.isin(documents["hash"], left_out)] = -1
-                ids = ids.repeat(documents["n_tokens"].astype(int))
-                for i, split in enumerate(names):
-                    writer.append(split, tokens[ids == i])
+        for split in given:
+            for shard in writer.tokenize(split, ranges[split], 1, **options):
+                writer.append(split, shard["tokens"])
+        for shard in writer.tokenize("text", ranges["text"], 1, **options):
+            tokens, documents = shard["tokens"], shard["documents"]
+            ids = np.searchsorted(np.array(hash_limits, np.uint64), documents["hash"])
+            ids[np.isin(documents["hash"], known)] = -1
+            ids = ids.repeat(documents["n_tokens"].astype(int))
+            for i, split in enumerate([*splits, "train"]):
+                writer.append(split, tokens[ids == i])
 
 
 def leave_out(documents, known):
@@ -126,8 +124,7 @@ def choose_hash_limits(documents, heldout, n_limits):
     """The largest hash in each of the first n_limits splits, with documents ordered by their hash.
 
     Each split has the next half of the fraction `heldout` of the bytes, at least one document;
-    equal texts stay together. So it depends on the texts alone, not on the files or their order.
-    documents: an array of DOCUMENT. Raises UserError.
+    equal texts stay together. documents: an array of DOCUMENT. Raises UserError.
     """
     documents = documents[np.argsort(documents["hash"])]
     hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"], dtype=float)
@@ -148,23 +145,22 @@ def choose_hash_limits(documents, heldout, n_limits):
 def new_dataset(folder, plan, tokenizer, source):
     """Yields the DatasetWriter of a data set, and completes the data set at the end of the block.
 
-    Yields None if it is there already. One process at a time makes a data set; another one waits,
-    and then finds it complete. Raises UserError if the folder has another data set.
+    Yields None if it is there already. A second process waits, and then finds it complete. Raises
+    UserError if the folder has another data set.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / "meta.json").exists():
+        if (folder / "meta.json").exists():
+            if read_meta(folder.parent, folder.name)["plan"] != plan:
+                raise UserError(f"{folder} holds another data set, or one with other options; "
+                                "delete that folder, or choose another --name")
+            print(f"{folder} is there already")
+            yield None
+        else:
             writer = DatasetWriter(folder, plan, tokenizer)
             yield writer
             writer.finish(source)
-            return
-        meta = read_meta(folder.parent, folder.name)
-        if meta["plan"] != plan:
-            raise UserError(f"{folder} holds another data set (from {meta['source']}, or other "
-                            "options); delete that folder, or choose another --name")
-        print(f"{folder} is there already")
-        yield None
 
 
 class DatasetWriter:
@@ -183,8 +179,7 @@ class DatasetWriter:
     def tokenize(self, group, ranges, workers, n_tokens=None, **options):
         """Yields the arrays of tokenize_shard, of each shard of the file ranges, in order.
 
-        group: a name for these ranges. n_tokens: how many are needed, if not all. options: of
-        tokenize_shard. Raises UserError.
+        group: a name for these ranges. n_tokens: how many are needed, if not all.
         """
         shards = group_into_shards(ranges)
         # The plan is in the names: a killed run may have left the shards of another.

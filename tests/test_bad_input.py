@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import torch
-from pyarrow import table
-from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 from conftest import HERE, SMALL, call, run_quickly, write_texts
@@ -218,11 +216,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({"mine/a.rtf": write("text")}, PREPARE, "no text to read (left out: .rtf 1)"),
     ({"mine/a.txt": write("One.")}, PREPARE, "1 different documents are too few"),
     ({"mine/a.txt": write(bytes(range(256)) * 9)}, PREPARE, "a.txt is not UTF-8 text (byte 128)"),
-    ({"mine/a.jsonl": write('{"text": "one"}\n{"text": ')}, PREPARE, "line 2 is no JSON"),
-    ({"mine/a.jsonl": write('{"body": "one"}\n')}, PREPARE, "--text_column says which"),
     ({"mine/a.jsonl": write_jsonl(1)}, PREPARE, "line 1 has no text that can be encoded: '1'"),
-    ({"mine.parquet": lambda path: write_table(table({"body": ["one"]}), path)}, PARQUET,
-     "no column 'text' but body"),
     ({"mine.parquet": write("no")}, PARQUET, "mine.parquet is damaged"),
     ({}, ["prepare", "texts", *OWN_DATA[1:], "--name=tiny"], "holds another data set"),
     ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "'a/b' is no name for a folder"),

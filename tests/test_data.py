@@ -103,17 +103,6 @@ def test_tokenising_processes_do_not_load_torch():
     assert call("-c", command).stdout == "set()\n"
 
 
-def test_a_line_of_12_megabytes_is_cut(tmp_path):
-    """A text without line ends is cut where it must be, and comes back intact."""
-    text = " ".join(map(str, range(1_000_000, 2_500_000)))
-    (tmp_path / "long.txt").write_text(text)
-    prepare_mine(tmp_path / "long.txt", tmp_path / "long")
-    splits = read_meta(tmp_path, "long")["splits"]
-    assert sum(facts["bytes"] for facts in splits.values()) == len(text)
-    assert splits["test"]["documents"] > 0
-    assert all(0.01 <= splits[split]["bytes"] / len(text) < 0.031 for split in ("val", "test"))
-
-
 def test_two_at_once_make_one_data_set(tmp_path, texts):
     """Of two processes that make the same data set, one waits for the other and finds it made."""
     both = [start(prepare_mine, texts, tmp_path / "made", output=tmp_path / f"output{i}")
@@ -287,7 +276,9 @@ def test_info(tmp_path, texts, monkeypatch, capsys):
     for file in ("meta.json", "test.bin"):
         (folder / file).unlink()
     run_main(monkeypatch, "prepare", *info)
-    assert "from nanoGPT's prepare.py; unknown tokens of 65,536 kinds" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "from nanoGPT's prepare.py; unknown tokens of 65,536 kinds" in out
+    assert "train begins with the tokens [" in out, "nothing is shown as GPT-2's words"
 
 
 def test_gpt2_tokens_and_batches(tmp_path, texts):
