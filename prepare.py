@@ -75,9 +75,8 @@ def parse_arguments():
                         help="your own text for val, left out of train (default: a part of it)")
     parser.add_argument("--test", metavar="PATH", type=path, help="the same for test")
     parser.add_argument("--heldout", type=float,
-                        help="fraction for val and test: of your own text by a hash, half each "
-                             f"(default: {HELDOUT}; below 26 MB more, up to 0.1); of FineWeb, the "
-                             f"last rows (default: {FINEWEB_HELDOUT})")
+                        help=f"fraction for val and test (default: {HELDOUT}, of text below 26 MB "
+                             f"up to 0.1; of FineWeb {FINEWEB_HELDOUT})")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="processes; any number gives the same bytes")
     fineweb = parser.add_argument_group("fineweb and fineweb-edu")

@@ -110,8 +110,9 @@ class TokenDataset:
         self.dtype = np.dtype(meta["dtype"]).newbyteorder("<")
         self.vocab_size = meta["vocab_size"]
         self.block_size = block_size
-        self.advice = ("make the data set again with prepare.py; nanoGPT's files need uint16 "
-                       "tokens and the right --vocab_size")
+        self.advice = f"delete {self.path.parent} and make it again with prepare.py"
+        if meta["source"] == NANOGPT:
+            self.advice = "it needs uint16 tokens and the right --vocab_size"
         if split not in meta["splits"] or not self.path.is_file():
             raise UserError(f"there is no {split} split ({self.path}); {self.advice}")
         self.n_tokens = meta["splits"][split]["tokens"]

@@ -174,7 +174,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, [*TRAIN, "--block_size=100000"], "less than one window of 100,001"),
     (NANOGPTS, TRAIN, "train.py reads them with --vocab_size=N"),
     (NANOGPTS, EVAL, "has no test split; --split=val measures"),
-    (NANOGPTS, [*TRAIN, "--vocab_size=50"], "beyond its vocabulary of 50; make the data set"),
+    (NANOGPTS, [*TRAIN, "--vocab_size=50"], "beyond its vocabulary of 50; it needs uint16"),
     (NANOGPTS, [*TRAIN, "--vocab_size=257", "--sample_every=1"], "or train without --sample_every"),
     ({**NANOGPTS, TRAIN_BIN: resize(1001)}, [*TRAIN, "--vocab_size=257"], "instead of 1,000"),
     # eval

@@ -372,7 +372,7 @@ def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
     flip(folder / "train.bin", 1000)  # in the fourth chunk
     dataset = open_split()
     dataset.batch(range(900 // 32 - 1))  # windows of 32 bytes and a token
-    with pytest.raises(UserError, match="train.bin is damaged: bytes from 900 on .* make the"):
+    with pytest.raises(UserError, match="train.bin is damaged: bytes from 900 on .* make it"):
         dataset.batch([900 // 32])  # its last tokens are the chunk's first
     flip(folder / "train.bin", 1000)
     for split in ("val", "test"):
