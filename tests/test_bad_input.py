@@ -45,10 +45,6 @@ def write(content):
     return change
 
 
-def write_jsonl(*texts):
-    return write("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
 def resize(n_bytes):
     return lambda path: path.write_bytes(path.read_bytes()[:n_bytes])
 
@@ -96,7 +92,6 @@ SAMPLE = ["sample", "--ckpt", "out/best.pt", "--device=cpu", "--max_new_tokens=5
 SAMPLE_HF = [*SAMPLE, "--ckpt=hf"]
 EXPORT = ["nanolab.huggingface", "export"]
 PREPARE = ["prepare", "mine", "--data_dir=data", "--tokenizer=bytes"]
-PARQUET = ["prepare", "mine.parquet", "--data_dir=data"]
 FINEWEB = ["prepare", "fineweb", "--data_dir=data"]
 TOKENS = [*FINEWEB, "--from=tokens", "--test_offset=100", "--test_tokens=320",
           "--train_tokens=2048"]
@@ -216,8 +211,8 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({"mine/a.rtf": write("text")}, PREPARE, "no text to read (left out: .rtf 1)"),
     ({"mine/a.txt": write("One.")}, PREPARE, "1 different documents are too few"),
     ({"mine/a.txt": write(bytes(range(256)) * 9)}, PREPARE, "a.txt is not UTF-8 text (byte 128)"),
-    ({"mine/a.jsonl": write_jsonl(1)}, PREPARE, "line 1 has no text that can be encoded: '1'"),
-    ({"mine.parquet": write("no")}, PARQUET, "mine.parquet is damaged"),
+    ({"mine/a.jsonl": write('{"text": 1}')}, PREPARE, "line 1 has no text that can be encoded: '1'"),
+    ({"mine.parquet": write("no")}, ["prepare", "mine.parquet"], "mine.parquet is damaged"),
     ({}, ["prepare", "texts", *OWN_DATA[1:], "--name=tiny"], "holds another data set"),
     ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "'a/b' is no name for a folder"),
     ({}, ["prepare", "info", "--data_dir=data"], "info and the NAME"),
