@@ -29,15 +29,11 @@ from nanolab.tokenizer import END_OF_TEXT
 
 READABLE = {".txt", ".text", ".md", ".jsonl", ".ndjson", ".parquet"}  # in a folder
 RECORDS = (".jsonl", ".ndjson", ".json")  # a JSON object a line
-TABLES = {".csv", ".tsv"}  # as text they would be mostly commas and quotes
-MAC_FOLDER = "__MACOSX"  # of attributes, in a Mac's .zip
 SHARD_BYTES = 4 * 2**20
 MARKER = re.escape(END_OF_TEXT) + "(?:\r?\n)?"  # of your own text: between two documents
 # Soft hyphens, joiners, marks of direction, variants of emoji, BOMs.
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufe00-\ufe0f\ufeff]")
-# What prepare.py calls them: a title, and the repository on the hub.
-FINEWEBS = {"fineweb": ("FineWeb", "HuggingFaceFW/fineweb"),
-            "fineweb-edu": ("FineWeb-Edu", "HuggingFaceFW/fineweb-edu")}
+FINEWEBS = {"fineweb": "FineWeb", "fineweb-edu": "FineWeb-Edu"}  # what prepare.py calls them
 
 
 class FileRange(NamedTuple):
@@ -56,56 +52,40 @@ def own_files(source, left_out=None):
     A file with several names counts once. left_out: a Counter that gets the others, by reason.
     """
     path, left_out = Path(source), Counter() if left_out is None else left_out
-    start, _, end = str(source).partition("**")  # glob.glob would run into a loop of links
-    named = [path] if path.exists() else [Path(match) for match in glob.glob(start or ".")
-                                          if Path(match).name != MAC_FOLDER]
+    named = [path] if path.exists() else [*map(Path, glob.glob(str(source), recursive=True))]
     found = {file for match in named
-             for file in (files_below(match, set()) if match.is_dir() else [match])
-             if path.exists() or file.match(end.strip("/") or "*")}
+             for file in (files_below(match, set()) if match.is_dir() else [match])}
     suffixes = set(READABLE)
     if path.is_file() or path.suffix and not path.is_dir():
-        suffixes |= {path.suffix.lower()} - TABLES
+        suffixes.add(path.suffix.lower())
     files = {}
     for file in sorted(found):
-        if is_hidden(file.name) and file not in named:
+        if file.name.startswith(".") and file not in named:
             left_out["hidden"] += 1
-        elif not file.is_file():
-            left_out["broken link"] += 1
         elif file.suffix.lower() not in suffixes:
             left_out[file.suffix.lower() or "no suffix"] += 1
-        elif not file.stat().st_size:
-            left_out["empty"] += 1
+        elif not file.is_file() or not file.stat().st_size:
+            left_out["empty or a broken link"] += 1
         else:
-            files.setdefault(identity(file), str(file))
+            files.setdefault(os.path.realpath(file), str(file))
     if not files:
-        problem = ("does not exist" if not named else "has no text to read"
-                   + (f"; left out: {format_counts(left_out)}" if left_out else ""))
-        raise UserError(f"'{source}' {problem}; give stdlib, pypi, fineweb, fineweb-edu, or a "
-                        f"file, folder or glob of {' '.join(sorted(READABLE))}")
+        raise UserError(f"'{source}' does not exist, or has no text to read (left out: "
+                        f"{format_counts(left_out) or 'none'}); give stdlib, pypi, fineweb, fineweb"
+                        f"-edu, or a file, folder or glob of {' '.join(sorted(READABLE))}")
     return list(files.values())
 
 
 def files_below(folder, seen):
-    """Yields the files below a folder, and its hidden folders, which it does not enter. Links are
-    followed, but into each folder once: `seen` has those that it entered."""
-    if identity(folder) in seen:
+    """Yields the files below a folder, and its hidden folders. Links are followed, but into each
+    folder once: `seen` has those that it entered."""
+    if os.path.realpath(folder) in seen:
         return
-    seen.add(identity(folder))
+    seen.add(os.path.realpath(folder))
     for path in Path(folder).iterdir():
-        if path.is_dir() and not is_hidden(path.name):
+        if path.is_dir() and not path.name.startswith("."):
             yield from files_below(path, seen)
         else:
             yield path
-
-
-def is_hidden(name):
-    return name.startswith(".") or name == MAC_FOLDER
-
-
-def identity(path):
-    """The same for all names of a file or folder."""
-    stat = os.stat(path)
-    return stat.st_dev, stat.st_ino
 
 
 def format_counts(counts):
@@ -117,19 +97,14 @@ def stdlib_files():
     """Python's standard library, without its tests and without installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [str(file) for file in sorted(root.rglob("*.py"))
-             if not left_out & set(file.relative_to(root).parts)]
-    if not files:
-        raise UserError(f"the Python library at {root} has no source files; "
-                        "prepare a text of your own instead")
-    return files
+    return [str(file) for file in sorted(root.rglob("*.py"))
+            if not left_out & set(file.relative_to(root).parts)]
 
 
 def pypi_wheels(requirements, folder):
     """The wheels of a requirements file, downloaded to a folder by pip, which checks their hashes.
 
-    Comments `# test`, `# val` and `# train` in the file begin a split. -> {split: paths}. Raises
-    UserError.
+    Comments `# test`, `# val` and `# train` in the file begin a split. -> {split: paths}
     """
     wheels = {"test": [], "val": [], "train": []}
     for line in Path(requirements).read_text().splitlines():
@@ -139,29 +114,24 @@ def pypi_wheels(requirements, folder):
             name, version = line.split()[0].split("==")
             name = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
             wheels[split].append(Path(folder, name))
-    if all(path.exists() for paths in wheels.values() for path in paths):
+    if folder.exists():
         return wheels
     print(f"downloading the wheels of {requirements} to {folder}")
+    unfinished = f"{folder}.unfinished"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
                "--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none",
-               "--python-version=3.11", f"--dest={folder}", f"--requirement={requirements}"]
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise UserError(f"the wheels of {requirements} could not be downloaded ({reason}); "
-                        "connect to PyPI, and run the same command again")
+               "--python-version=3.11", f"--dest={unfinished}", f"--requirement={requirements}"]
+    if subprocess.run(command).returncode:
+        raise UserError("pip could not download the wheels; connect to PyPI, and run the same "
+                        "command again")
+    os.replace(unfinished, folder)
     return wheels
 
 
 def wheel_documents(path):
-    """The Python files of a wheel, by name; those that are UTF-8 and not empty. Raises
-    UserError."""
-    try:
-        with zipfile.ZipFile(path) as wheel:
-            names = sorted(name for name in wheel.namelist() if name.endswith(".py"))
-            files = [wheel.read(name) for name in names]
-    except zipfile.BadZipFile:
-        raise UserError(f"{path} is damaged; delete it, and run the same command again") from None
+    """The Python files of a wheel, by name: those that are UTF-8 and not empty."""
+    with zipfile.ZipFile(path) as wheel:
+        files = [wheel.read(name) for name in sorted(wheel.namelist()) if name.endswith(".py")]
     for data in files:
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode()
@@ -170,32 +140,30 @@ def wheel_documents(path):
 
 
 def fineweb_files(folder, repository):
-    """The .parquet files of the sample-10BT of one of FINEWEBS, in order.
+    """The .parquet files of the sample-10BT of a repository on the hub, in order.
 
-    Without a folder: their hf:// addresses, revision included. With one: their paths in it. The
-    folder is a copy of the repository, or contains one under the repository's name.
+    Their hf:// addresses, revision included, or their paths in a folder: a copy of the repository,
+    or one that contains a copy under the repository's name.
     """
-    if folder and not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder} (from --from)")
     if folder or not reachable("huggingface.co"):
         os.environ["HF_HUB_OFFLINE"] = "1"  # datasets may have the file list in its cache
-    source, advice = repository, "connect to huggingface.co, or give --from=FOLDER with a copy"
     if folder:
         copy = Path(folder, repository)
         source = str((copy if copy.is_dir() else Path(folder)).resolve())
-        advice = "needs sample/10BT/*.parquet and the README.md that names them"
     from datasets import load_dataset_builder
     try:
-        return list(load_dataset_builder(source, "sample-10BT").config.data_files["train"])
+        builder = load_dataset_builder(source if folder else repository, "sample-10BT")
+        return list(builder.config.data_files["train"])
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{repository} could not be opened at {source}: {advice} "
-                        f"({str(error).splitlines()[0]})") from None
+        raise UserError(f"{folder or repository} could not be opened "
+                        f"({str(error).splitlines()[0]}); connect to huggingface.co, or give --from"
+                        "=FOLDER with sample/10BT/*.parquet and the README.md that names them"
+                        ) from None
 
 
 def file_ranges(path):
-    """The whole file in ranges of about 4 MiB, which end where a line ends or, in a text file with
-    markers, a document. -> [FileRange]"""
-    if is_parquet(path):
+    """A list of FileRange of about 4 MiB, which end with a line, or with a MARKER if it has any."""
+    if path.lower().endswith(".parquet"):
         ranges, metadata = [], open_parquet(path, only_footer=True).metadata
         for i in range(metadata.num_row_groups):
             n_rows, n_bytes = metadata.row_group(i).num_rows, metadata.row_group(i).total_byte_size
@@ -208,7 +176,8 @@ def file_ranges(path):
         with (open(path, "rb") as file,
               mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data):
             has_markers = data[:SHARD_BYTES].count(END_OF_TEXT.encode()) > 1
-            end = re.compile(MARKER.encode() if has_markers and not is_records(path) else b"\n")
+            has_markers &= not path.lower().endswith(RECORDS)
+            end = re.compile(MARKER.encode() if has_markers else b"\n")
             ends = (end.search(data, i - 1) for i in range(SHARD_BYTES, size, SHARD_BYTES))
             bounds |= {end.end() for end in ends if end}
     bounds = sorted(bounds)
@@ -227,52 +196,39 @@ def group_into_shards(ranges):
     return shards
 
 
-def documents(file_range, text_column="text", is_own=False):
-    """Yields (place, text): of records each, with None for a null; a text file's as one.
+def records(file_range, text_column="text", is_own=False):
+    """Yields (place, value): of each record, where None is a null; of a text file, its text.
 
-    place: for `locate`; None of a text file. is_own: your own text, not that of a published data
-    set, loses its BOMs, and the line ends of its text files become "\n". Raises UserError.
+    place: for `locate`. is_own: of a text file BOMs go, and line ends become "\n".
     """
-    path = file_range.path
-    if is_parquet(path):
-        values = parquet_rows(file_range, text_column)
-    else:
-        text = read_text(path, file_range.start, file_range.stop)
-        text = re.sub("\r\n?", "\n", text.replace("\ufeff", "")) if is_own else text
-        values = json_values(text, file_range, text_column) if is_records(path) else [(None, text)]
-    for place, value in values:
-        try:
-            # a .parquet file may store text as bytes without the label that it is text
-            text = value.decode() if isinstance(value, bytes) else value
-            if text is not None:
-                text.encode()
-        except (AttributeError, UnicodeError):  # a number, other bytes, or half a surrogate pair
-            raise UserError(f"{locate(file_range, place)} has a '{text_column}' that is not text: "
-                            f"{str(value)[:60]!r}") from None
-        yield place, text.replace("\ufeff", "") if is_own and text else text
-
-
-def read_text(path, start, stop):
+    path, start, stop, _, row_group = file_range
+    if row_group is not None:
+        yield from parquet_rows(file_range, text_column)
+        return
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read(stop - start)
-    bad = data.find(b"\0")  # as in UTF-16
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        bad = error.start
-    if bad >= 0:
-        raise UserError(f"{path} is not UTF-8 text (byte {start + bad:,}); "
-                        "convert it or leave it out")
-    return text
+        raise UserError(f"{path} is not UTF-8 text (byte {start + error.start:,}); "
+                        "convert it or leave it out") from None
+    if is_own:
+        text = re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
+    if path.lower().endswith(RECORDS):
+        yield from json_values(text, file_range, text_column)
+    else:
+        yield None, text
 
 
 def locate(file_range, place):
-    """"FILE, line 31" or "FILE, row 31", of a place that `documents` gave."""
-    path, start = file_range.path, file_range.start
-    if is_parquet(path):
+    """"FILE, line 31" or "FILE, row 31", of a place that `records` gave; else "FILE"."""
+    path, start, _, _, row_group = file_range
+    if place is None:
+        return path
+    if row_group is not None:
         metadata = open_parquet(path, only_footer=True).metadata
-        before = sum(metadata.row_group(i).num_rows for i in range(file_range.row_group))
+        before = sum(metadata.row_group(i).num_rows for i in range(row_group))
         return f"{path}, row {before + place + 1:,}"
     with open(path, "rb") as file:
         before = sum(file.read(min(2**20, start - i)).count(b"\n") for i in range(0, start, 2**20))
@@ -280,18 +236,14 @@ def locate(file_range, place):
 
 
 def json_values(text, file_range, text_column):
-    columns = {}
     for i, line in enumerate(text.split("\n")):
         if not line.strip():
             continue
         try:
-            record = parse_json(line)
-            columns.update(record)
-            yield i, record.get(text_column)
-        except (ValueError, TypeError, AttributeError):
+            yield i, parse_json(line).get(text_column)
+        except (ValueError, AttributeError):
             raise UserError(f"{locate(file_range, i)} is no JSON object, as each line must be: "
                             f"{line[:60]!r}") from None
-    check_column(file_range.path, text_column, columns or [text_column])
 
 
 LEFT_OPEN = {}  # the row group that this process read last: the next row, and the rows from there
@@ -302,7 +254,9 @@ def parquet_rows(file_range, text_column):
     row, rows = LEFT_OPEN.pop((path, group, text_column), (stop, None))
     if row > start:  # else the rows before would be decoded again for each range of the group
         file = open_parquet(path)
-        check_column(path, text_column, file.schema_arrow.names)
+        if text_column not in (columns := file.schema_arrow.names):
+            raise UserError(f"{path} has no column '{text_column}' but {', '.join(columns)}; "
+                            "choose with --text_column")
         batches = file.iter_batches(256, row_groups=[group], columns=[text_column])
         row, rows = 0, (value for batch in batches for value in batch.column(0))
     try:
@@ -313,12 +267,6 @@ def parquet_rows(file_range, text_column):
         raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
     LEFT_OPEN.clear()
     LEFT_OPEN[path, group, text_column] = stop, rows
-
-
-def check_column(path, text_column, columns):
-    if text_column not in columns:
-        raise UserError(f"{path} has no column '{text_column}' but {', '.join(columns)}; "
-                        "choose with --text_column")
 
 
 def cut_at_line_ends(text, max_length):
@@ -332,8 +280,7 @@ def cut_at_line_ends(text, max_length):
 
 
 def own_texts(text, limit, size):
-    """Yields the documents of a text: those between markers, and cut if one has more than `limit`
-    bytes. size: see `cut`."""
+    """Yields the documents of a text, between markers; cut if one has more than `limit` bytes."""
     for document in re.split(MARKER, text):
         if len(undressed(document).encode()) > limit:
             yield from cut(document, size)
@@ -369,37 +316,19 @@ def undressed(text):
     return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
 
 
-def is_records(path):
-    return path.lower().endswith(RECORDS)
-
-
-def is_parquet(path):
-    return path.lower().endswith(".parquet")
-
-
 def open_parquet(path, only_footer=False):
     """A pyarrow ParquetFile. A file on the hub is downloaded to its cache, unless only_footer."""
-    from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
+    file = path
     try:
-        file = open_on_hub(path, only_footer) if path.startswith("hf://") else path
+        if path.startswith("hf://"):
+            import huggingface_hub
+            hub = huggingface_hub.HfFileSystem()
+            parts = hub.resolve_path(path)
+            file = hub.open(path) if only_footer else huggingface_hub.hf_hub_download(
+                parts.repo_id, parts.path_in_repo, repo_type=parts.repo_type,
+                revision=parts.revision)
         return ParquetFile(file, pre_buffer=False, buffer_size=2**16)  # not a row group at once
-    except ArrowInvalid as error:
-        raise UserError(f"{path} is damaged or no .parquet file "
-                        f"({str(error).splitlines()[0]})") from None
-
-
-def open_on_hub(path, only_footer):
-    """A file object that reads over the network, or the path of the whole file in the cache."""
-    import huggingface_hub
-    try:
-        hub = huggingface_hub.HfFileSystem()
-        if only_footer:
-            return hub.open(path)
-        file = hub.resolve_path(path)
-        return huggingface_hub.hf_hub_download(file.repo_id, file.path_in_repo,
-                                               repo_type=file.repo_type, revision=file.revision)
     except Exception as error:  # of many classes, from huggingface_hub and the packages it calls
-        raise UserError(f"{path} could not be downloaded "
-                        f"({type(error).__name__}: {str(error).splitlines()[0]}); "
-                        "the same command continues from here") from None
+        raise UserError(f"{path} is damaged or could not be downloaded ({type(error).__name__}: "
+                        f"{str(error).splitlines()[0]})") from None

@@ -28,20 +28,13 @@ def read_meta(data_dir, dataset, vocab_size=0):
     """
     if not dataset:
         raise UserError("these weights belong to no data set of nanolab: choose one with --dataset")
-    if "/" in dataset or dataset in (".", ".."):
-        raise UserError(f"the data set's name '{dataset}' is a path; name the folder that it is in "
-                        "with --data_dir")
     folder = Path(data_dir, dataset)
     path = folder / "meta.json"
     try:
         meta = parse_json(path.read_text())
-        if meta["dtype"] not in ("uint16", "uint32") or type(meta["tokenizer"]) is not str or not (
-                0 < meta["vocab_size"] <= 2**32 and meta["splits"]["train"]["sha256"]):
+        if not all({"tokens", "sha256", "chunks"} <= facts.keys()
+                   for facts in meta["splits"].values()):
             raise ValueError
-        for facts in meta["splits"].values():
-            if [type(facts["tokens"]), type(facts["sha256"]),
-                    type(facts.get("chunks", []))] != [int, str, list]:
-                raise ValueError
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
         return {key: meta[key] for key in keys}
     except FileNotFoundError:
@@ -51,10 +44,10 @@ def read_meta(data_dir, dataset, vocab_size=0):
         state = "is unfinished" if folder.is_dir() else "is not there"
         has_own_name = dataset in ("stdlib", "pypi", *FINEWEBS)
         source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={dataset}"
-        option = "" if data_dir == "data" else f" --data_dir={data_dir}"
-        raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source}"
-                        f"{option}, or give the folder it is in with --data_dir") from None
-    except (ValueError, TypeError, KeyError):
+        raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source} "
+                        f"--data_dir={data_dir}, or give the folder it is in with --data_dir"
+                        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged or not nanolab's; "
                         f"delete {folder} and make it again with prepare.py") from None
 
@@ -72,24 +65,17 @@ def nanogpt_vocabulary(path):
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
         size, itos = meta["vocab_size"], meta.get("itos", {})
-        if type(size) is not int or not 0 < size <= 2**16:
-            raise ValueError
         tokens = [itos[i] for i in range(len(itos))]
-        if not tokens:
-            return size, guess_tokenizer(size)
         if len(set(tokens)) == size and all(len(token) == 1 for token in tokens):
             return size, CHARACTERS + json.dumps("".join(tokens), ensure_ascii=False)
-        return size, UNKNOWN
+        return int(size), UNKNOWN if tokens else guess_tokenizer(size)
     except Exception:  # a damaged pickle raises anything
         raise UserError(f"{path} is damaged, or has more than a vocabulary; delete it and give "
                         "--vocab_size") from None
 
 
 def nanogpt_meta(folder, vocab_size):
-    """What meta.json would be for the uint16 files of nanoGPT's prepare.py.
-
-    They have up to 17 GB, so only the size, the first and the last MiB of each are hashed.
-    """
+    """What meta.json would be for the uint16 files of nanoGPT's prepare.py."""
     tokenizer = guess_tokenizer(vocab_size)
     if (folder / "meta.pkl").exists():
         vocab_size, tokenizer = nanogpt_vocabulary(folder / "meta.pkl")
@@ -101,26 +87,21 @@ def nanogpt_meta(folder, vocab_size):
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         size = path.stat().st_size
-        if size % 2:
-            raise UserError(f"{path} has {size:,} bytes, so it holds no uint16 tokens "
-                            "as nanoGPT makes them")
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # of up to 17 GB: only its ends are hashed
             digest = hashlib.sha256(b"%d" % size + file.read(2**20))
             file.seek(max(size - 2**20, 0))
             digest.update(file.read())
-        splits[split] = {"tokens": size // 2, "sha256": digest.hexdigest()}
+        splits[split] = {"tokens": size // 2, "sha256": digest.hexdigest(), "chunks": []}
     return {"tokenizer": tokenizer, "vocab_size": vocab_size, "dtype": "uint16", "eot_id": None,
             "splits": splits, "source": NANOGPT, "plan": None}
 
 
 class TokenDataset:
-    """One split of a data set as windows of block_size + 1 tokens.
+    """One split of a data set as windows of block_size + 1 tokens. Raises UserError.
 
     Window i is tokens i * block_size ... (i + 1) * block_size. Neighbours share one token: the last
-    target of the one is the first input of the other. vocab_size: see read_meta. Raises UserError.
-
-    Every token that is read has been checked against the SHA-256 sums in meta.json: val and test
-    at the start, train a chunk at a time, before a window in it is first read.
+    target of the one is the first input of the other. Tokens are checked against the SHA-256 sums
+    in meta.json, which nanoGPT's files lack: val and test at the start, train a chunk at a time.
     """
 
     def __init__(self, data_dir, dataset, split, block_size, vocab_size=0):
@@ -133,49 +114,36 @@ class TokenDataset:
         if meta["source"] == NANOGPT:
             self.advice = "it needs uint16 tokens and the right --vocab_size"
         if split not in meta["splits"] or not self.path.is_file():
-            raise UserError(f"the data set {self.path.parent} has no {split} split ({self.path}); "
-                            f"{self.advice}")
+            raise UserError(f"there is no {split} split ({self.path}); {self.advice}")
         self.n_tokens = meta["splits"][split]["tokens"]
         size, expected = self.path.stat().st_size, self.n_tokens * self.dtype.itemsize
         if size != expected:
-            raise UserError(f"{self.path} has {size:,} bytes, its meta.json says {expected:,}; "
+            raise UserError(f"{self.path} has {size:,} bytes instead of {expected:,}; "
                             f"{self.advice}")
         if len(self) < 1:
             raise UserError(f"{self.path} has {self.n_tokens:,} tokens, less than one window of "
                             f"{block_size + 1:,}; use more text or a smaller --block_size")
         self.file = open(self.path, "rb", buffering=0)
-        self.chunk_sums = meta["splits"][split].get("chunks", [])
+        self.chunk_sums = meta["splits"][split]["chunks"]
         self.unchecked = set(range(len(self.chunk_sums)))
-        if meta["source"] == NANOGPT:
-            return  # which has no sums
-        if not self.chunk_sums:  # a data set made before there were chunks
-            self.check_sum(0, size, meta["splits"][split]["sha256"])
         if split != "train":
             self.check_chunks(0, size)
 
     def check_chunks(self, start, stop):
         """Checks the chunks that hold bytes start ... stop - 1, unless they were checked before."""
         for i in self.unchecked.intersection(range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES))):
-            self.check_sum(i * CHUNK_BYTES, CHUNK_BYTES, self.chunk_sums[i])
+            chunk = os.pread(self.file.fileno(), CHUNK_BYTES, i * CHUNK_BYTES)
+            if hashlib.sha256(chunk).hexdigest() != self.chunk_sums[i]:
+                raise UserError(f"{self.path} is damaged: bytes from {i * CHUNK_BYTES:,} on do not "
+                                f"have the SHA-256 that meta.json gives; {self.advice}")
             self.unchecked.remove(i)
-
-    def check_sum(self, start, n_bytes, expected):
-        digest = hashlib.sha256()
-        for place in range(start, start + n_bytes, CHUNK_BYTES):
-            digest.update(os.pread(self.file.fileno(), min(CHUNK_BYTES, n_bytes), place))
-        if digest.hexdigest() != expected:
-            raise UserError(f"{self.path} is damaged: bytes {start:,} to {start + n_bytes:,} do "
-                            f"not have the SHA-256 that meta.json gives; {self.advice}")
 
     def __len__(self):
         return (self.n_tokens - 1) // self.block_size
 
     def groups_of_documents(self, eot_id, n_groups=200):
-        """All windows in at most n_groups ranges, each of whole documents in the file's order.
-
-        A window belongs to the document in which it begins. Neighbours are often from one source,
-        so a bootstrap should draw them together. -> [range]
-        """
+        """All windows in at most n_groups ranges: those that begin in the same whole documents,
+        which a bootstrap draws together, as neighbours are often from one source. -> [range]"""
         ends = np.flatnonzero(np.fromfile(self.path, self.dtype) == eot_id)
         firsts = -(-(ends[:-1] + 1) // self.block_size)  # the first window of each later document
         starts = [0]
@@ -185,19 +153,14 @@ class TokenDataset:
         return [range(*each) for each in zip(starts, [*starts[1:], len(self)])]
 
     def batch(self, ids, device="cpu"):
-        """The windows `ids`. -> inputs, targets, each (len(ids), block_size) int64
-
-        Raises UserError if the file was damaged since it was opened, or has other tokens.
-        """
+        """The windows `ids`. -> inputs, targets, each (len(ids), block_size) int64"""
         windows = np.empty((len(ids), self.block_size + 1), self.dtype)
         for window, i in zip(windows, ids):
             # Not a memory map: its pages would count as this process's memory, and it is slower.
             start = i * self.block_size * self.dtype.itemsize
-            if self.unchecked:
-                self.check_chunks(start, start + window.nbytes)
+            self.check_chunks(start, start + window.nbytes)
             if os.preadv(self.file.fileno(), [window], start) < window.nbytes:
-                raise UserError(f"{self.path} has become shorter since the run began; "
-                                f"{self.advice}")
+                raise UserError(f"{self.path} has become shorter; {self.advice}")
         windows = windows.astype(np.int64)
         if windows.max() >= self.vocab_size:
             raise UserError(f"{self.path} has the token {windows.max()}, beyond its vocabulary of "
@@ -213,15 +176,12 @@ class TokenDataset:
 def window_ids(order, data_seed, n_windows, first, count):
     """The windows at places first ... first + count - 1 of an endless run through a split. -> [int]
 
-    'sequential': in the order of the file. 'shuffled': in a permutation by (data_seed, epoch).
-    A pure function, so there is no state to save. After llm-baselines' data/utils.py. Raises
-    ValueError for an order that no rule covers.
+    'sequential': in the order of the file. Else in a permutation by (data_seed, epoch): a pure
+    function, so there is no state to save. After llm-baselines' data/utils.py.
     """
     places = range(first, first + count)
     if order == "sequential":
         return [place % n_windows for place in places]
-    if order != "shuffled":
-        raise ValueError(f"window_ids has no rule for order={order!r}")
     return [int(permutation(n_windows, data_seed, place // n_windows)[place % n_windows])
             for place in places]
 
@@ -232,30 +192,20 @@ def permutation(n, seed, epoch):
 
 
 def print_info(data_dir, dataset):
-    """Prints what a data set holds, whether its checksums match, and how it begins.
-
-    Raises UserError if it is damaged.
-    """
+    """Prints what a data set holds, whether its checksums match, and how it begins."""
     meta = read_meta(data_dir, dataset, vocab_size=2**16)  # as many as nanoGPT's files can have
     print(f"{Path(data_dir, dataset)}: from {meta['source']}; {meta['tokenizer']} tokens of "
           f"{meta['vocab_size']:,} kinds, stored as {meta['dtype']}")
-    damage, beginning = [], np.empty(0, np.int64)
     for split, facts in meta["splits"].items():
-        try:
-            data = TokenDataset(data_dir, dataset, split, 1, meta["vocab_size"])
-            data.check_chunks(0, data.path.stat().st_size)
-            state = "checksum matches" if meta["source"] != NANOGPT else "has no checksum"
-            if split == "train":
-                beginning = data.batch(range(min(200, len(data))))[0].flatten().numpy()
-        except UserError as error:
-            damage.append(str(error))
-            state = "DAMAGED"
+        data = TokenDataset(data_dir, dataset, split, 1, meta["vocab_size"])
+        data.check_chunks(0, data.path.stat().st_size)
         counts = [f"{facts[key]:15,} {key}" for key in ("tokens", "documents", "bytes")
                   if key in facts]
-        print(f"{split:6}{' '.join(counts)}  {state}")
-    if damage:
-        raise UserError("; ".join(damage))
+        print(f"{split:6}{' '.join(counts)}  "
+              f"{'checksum matches' if facts['chunks'] else 'has no checksum'}")
+    data = TokenDataset(data_dir, dataset, "train", 1, meta["vocab_size"])
+    tokens = data.batch(range(min(200, len(data))))[0].flatten().tolist()
     if meta["tokenizer"] == UNKNOWN:
-        print(f"train begins with the tokens {beginning[:20].tolist()}")
+        print(f"train begins with the tokens {tokens[:20]}")
     else:
-        print(f"train begins:\n{get_tokenizer(meta['tokenizer']).decode(beginning.tolist())}")
+        print(f"train begins:\n{get_tokenizer(meta['tokenizer']).decode(tokens)}")

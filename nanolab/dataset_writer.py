@@ -1,10 +1,12 @@
 """Documents to token files by many processes; meta.json, which describes them.
 
 A data set is a folder with train.bin, val.bin and test.bin (raw little-endian token ids, an
-end-of-text token after every document) and meta.json, which is written last: a folder without it
-is unfinished. Until then, all work is in its subfolder UNFINISHED.
+end-of-text token after every document) and meta.json, which is written last. Until then, all work
+is in its subfolder UNFINISHED: shards, which are not tokenised again after a kill, and splits,
+which are written again from the shards.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -24,9 +26,9 @@ import tiktoken
 from filelock import FileLock
 from tqdm import tqdm
 
-from nanolab.common import UserError, parse_json, write_atomically
-from nanolab.corpus import (cut_at_line_ends, documents, file_ranges, format_counts,
-                            group_into_shards, locate, own_texts, stdlib_files, undressed)
+from nanolab.common import UserError, write_atomically
+from nanolab.corpus import (cut_at_line_ends, file_ranges, format_counts, group_into_shards, locate,
+                            own_texts, records, stdlib_files, undressed)
 from nanolab.data import CHUNK_BYTES, UNFINISHED, read_meta
 from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
@@ -38,41 +40,22 @@ def fingerprint(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def dataset_lock(folder):
-    """One process at a time makes a data set; the next one waits, and then finds it complete."""
-    Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{folder}.lock")
-
-
-def is_complete(folder, plan):
-    """Whether the data set is there already; if so, prints that. Raises UserError if another is."""
-    if not Path(folder, "meta.json").exists():
-        return False
-    meta = read_meta(Path(folder).parent, Path(folder).name)
-    if meta["plan"] != plan:
-        raise UserError(f"{folder} holds another data set (from {meta['source']}, or other "
-                        "options); delete that folder, or choose another --name")
-    print(f"{folder} is there already")
-    return True
-
-
 HELDOUT = 0.02  # of stdlib and of much text, for val and test: half each
 OWN_RULES = 2  # the second set of rules by which your own text is read, cut and split
 
 
-def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1, heldout=HELDOUT):
+def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1):
     """Python's standard library: small, on every machine, different from one version to another."""
     prepare_text(stdlib_files(), Path(data_dir, name), tokenizer, "text", workers,
-                 f"the standard library of Python {sys.version.split()[0]}", heldout, is_own=False)
+                 f"the standard library of Python {sys.version.split()[0]}", is_own=False)
 
 
 def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout=None, given={},
                  facts={}, is_own=True):
     """The documents of `files`, split by the hash of their text. Raises UserError.
 
-    heldout: the fraction for val and test, half each. given: {split: files} of val, of test or of
-    both, if they are not to come from `files`. facts: more for meta.json. is_own: not stdlib, whose
-    bytes are published and stay what they were.
+    heldout: the fraction for val and test, half each. given: {split: files} of val and test that
+    do not come from `files`. facts: more for meta.json. is_own: not stdlib, whose bytes stay.
     """
     groups = {"text": files, **given}
     stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
@@ -90,48 +73,33 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
         limit = min(max(heldout / 2 * n_bytes, size), 2**20) if len(given) < 2 else 2**20
         split = functools.partial(own_texts, limit=limit, size=size)
     else:
-        other = [heldout] if heldout != HELDOUT else []  # so that older data sets keep their plan
-        plan = fingerprint(source, stats["text"], tokenizer, text_column, *other)
+        plan, heldout = fingerprint(source, stats["text"], tokenizer, text_column), HELDOUT
         max_length = min(max(n_bytes // 100, 2**14), 2**20)
         split = functools.partial(cut_at_line_ends, max_length=max_length)
     options = {"text_column": text_column, "split": split, "is_own": is_own}
-    with dataset_lock(folder):
-        if is_complete(folder, plan):
+    with new_dataset(folder, plan, tokenizer, source) as writer:
+        if not writer:
             return
-        # A GPT-2 token is 4.5 bytes of English or 2 of code; 2 is the safe bound.
-        n_tokens = sum(r.n_bytes for group in ranges.values() for r in group)
-        n_tokens = n_tokens // (1 if tokenizer == "bytes" else 2) + 1
-        writer, documents = DatasetWriter(folder, plan, tokenizer), {}
-        with writer.progress_bar(n_tokens) as bar:
-            for group in groups:
-                parts = [np.empty(0, DOCUMENT)]
-                for path in writer.tokenize(group, ranges[group], workers, **options):
-                    with np.load(path) as shard:
-                        parts.append(shard["documents"])
-                    bar.update(int(parts[-1]["n_tokens"].sum()))
-                documents[group] = np.concatenate(parts)
-        # All are there until the text is in its splits: it comes first.
-        known = np.array([hash_ for split in given for hash_ in documents[split]["hash"]], "u8")
-        splits = [split for split in ("test", "val") if split not in given]  # to take from files
-        if writer.hash_limits is None:  # they depend on the hash of every document
-            counts = leave_out(documents, known)
-            writer.facts = {**facts, "documents_left_out": counts}
-            writer.hash_limits = choose_hash_limits(documents["text"], heldout, splits)
-            writer.save()
+        documents = {}
         for group in groups:
-            limits, names, left_out = [], [group], []
-            if group == "text":
-                limits, names, left_out = writer.hash_limits, [*splits, "train"], known
-            for path in writer.tokenize(group, ranges[group], 1, **options):  # they exist by now
-                with np.load(path) as shard:
-                    tokens, documents = shard["tokens"], shard["documents"]
-                ids = np.searchsorted(np.array(limits, np.uint64), documents["hash"])
-                ids[np.isin(documents["hash"], left_out)] = -1
-                ids = ids.repeat(documents["n_tokens"].astype(int))
-                for i, split in enumerate(names):
-                    writer.append(split, tokens[ids == i])
-                writer.finish_shard(group, path)
-        writer.finish(source, writer.facts)
+            parts = [np.empty(0, DOCUMENT)]
+            for shard in writer.tokenize(group, ranges[group], workers, **options):
+                parts.append(shard["documents"])
+            documents[group] = np.concatenate(parts)
+        known = np.array([hash_ for split in given for hash_ in documents[split]["hash"]], "u8")
+        writer.facts = {**facts, "documents_left_out": leave_out(documents, known)}
+        splits = [split for split in ("test", "val") if split not in given]  # to take from files
+        hash_limits = choose_hash_limits(documents["text"], heldout, len(splits))
+        for split in given:
+            for shard in writer.tokenize(split, ranges[split], 1, **options):
+                writer.append(split, shard["tokens"])
+        for shard in writer.tokenize("text", ranges["text"], 1, **options):
+            tokens, documents = shard["tokens"], shard["documents"]
+            ids = np.searchsorted(np.array(hash_limits, np.uint64), documents["hash"])
+            ids[np.isin(documents["hash"], known)] = -1
+            ids = ids.repeat(documents["n_tokens"].astype(int))
+            for i, split in enumerate([*splits, "train"]):
+                writer.append(split, tokens[ids == i])
 
 
 def leave_out(documents, known):
@@ -145,23 +113,23 @@ def leave_out(documents, known):
                        "in val or test": int(is_known.sum())})
         if not len(documents[group]):
             raise UserError(f"there is no text for {group.replace('text', 'train')}; documents "
-                            f"left out: {format_counts(+counts) or 'none'}")
+                            f"left out: {format_counts(+counts) or 'none'}; --text_column says "
+                            "which column of .jsonl and .parquet files is text")
     if +counts:
         print(f"documents left out: {format_counts(+counts)}")
     return counts
 
 
-def choose_hash_limits(documents, heldout, splits=("test", "val")):
-    """The largest hash in each of the splits, with documents in the order of their hash.
+def choose_hash_limits(documents, heldout, n_limits):
+    """The largest hash in each of the first n_limits splits, with documents ordered by their hash.
 
     Each split has the next half of the fraction `heldout` of the bytes, at least one document;
-    equal texts stay together. So it depends on the texts alone, not on the files or their order.
-    documents: an array of DOCUMENT. Raises UserError.
+    equal texts stay together. documents: an array of DOCUMENT. Raises UserError.
     """
     documents = documents[np.argsort(documents["hash"])]
     hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"], dtype=float)
     limits, n_done = [], 0
-    for n_reserved, split in zip(range(len(splits), 0, -1), splits):  # documents to leave
+    for n_reserved in range(n_limits, 0, -1):  # documents to leave for the splits after this
         start = ends[n_done - 1] if n_done else 0
         last = int(np.searchsorted(ends, start + heldout / 2 * ends[-1]))
         last = max(min(last, len(hashes) - 1 - n_reserved), n_done)
@@ -170,103 +138,78 @@ def choose_hash_limits(documents, heldout, splits=("test", "val")):
             raise UserError(f"{len(np.unique(hashes)):,} different documents are too few to split "
                             "into train, val and test; use more or smaller ones")
         limits.append(int(hashes[last]))
-        if (fraction := (ends[n_done - 1] - start) / ends[-1]) > 0.75 * heldout:
-            print(f"note: {split} is {fraction:.1%} of the text instead of {heldout / 2:.1%}: it "
-                  "has long or equal documents; use more text, or another --heldout")
     return limits
 
 
-class DatasetWriter:
-    """Writes a data set shard by shard. After a kill, the same plan continues from the last save.
+@contextlib.contextmanager
+def new_dataset(folder, plan, tokenizer, source):
+    """Yields the DatasetWriter of a data set, and completes the data set at the end of the block.
 
-    n_tokens: how many tokens each split has. n_shards: how many shards of each group of file ranges
-    are in the splits; a group is what one call of `tokenize` is for.
+    Yields None if it is there already. A second process waits, and then finds it complete. Raises
+    UserError if the folder has another data set.
     """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "meta.json").exists():
+            if read_meta(folder.parent, folder.name)["plan"] != plan:
+                raise UserError(f"{folder} holds another data set, or one with other options; "
+                                "delete that folder, or choose another --name")
+            print(f"{folder} is there already")
+            yield None
+        else:
+            writer = DatasetWriter(folder, plan, tokenizer)
+            yield writer
+            writer.finish(source)
+
+
+class DatasetWriter:
+    """Writes shards and splits in the subfolder UNFINISHED. facts: more for meta.json."""
 
     def __init__(self, folder, plan, tokenizer):
-        self.folder, self.plan, self.tokenizer = Path(folder), plan, tokenizer
-        self.unfinished = self.folder / UNFINISHED
-        self.progress_file = self.unfinished / "progress.json"
-        progress = self.read_progress()
-        if progress.get("plan") != plan or "facts" not in progress:  # once, shards were others
-            progress = {}
-            shutil.rmtree(self.unfinished, ignore_errors=True)
-            self.unfinished.mkdir(parents=True, exist_ok=True)
-        self.n_shards = Counter(progress.get("n_shards"))
-        self.n_tokens = Counter(progress.get("n_tokens"))
-        self.hash_limits = progress.get("hash_limits")  # of a split by hash, once they are known
-        self.facts = progress.get("facts", {})  # for meta.json, known at that time
-        self.save()
+        self.folder, self.plan, self.tokenizer = folder, plan, tokenizer
+        self.unfinished = folder / UNFINISHED
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        self.split_paths = {split: self.unfinished / f"{split}.tokens"
+                            for split in ("train", "val", "test")}
+        for path in self.split_paths.values():
+            path.write_bytes(b"")
+        self.facts = {}
 
-    def read_progress(self):
-        try:
-            return dict(parse_json(self.progress_file.read_text()))
-        except (OSError, ValueError, TypeError):  # none, or damaged: start again
-            return {}
+    def tokenize(self, group, ranges, workers, n_tokens=None, **options):
+        """Yields the arrays of tokenize_shard, of each shard of the file ranges, in order.
 
-    def save(self):
-        """Saves the progress. What was appended since the last save is overwritten after a kill."""
-        progress = {"plan": self.plan, "n_shards": self.n_shards, "n_tokens": self.n_tokens,
-                    "hash_limits": self.hash_limits, "facts": self.facts}
-        write_atomically(self.progress_file, json.dumps(progress))
-
-    def progress_bar(self, n_tokens):
-        """Prints what is to be done, if the disk has room for n_tokens. Raises UserError."""
-        done = self.n_tokens.total()
-        on_disk = sum(file.stat().st_size for file in self.unfinished.glob("*.npz"))
-        itemsize = token_dtype(get_tokenizer(self.tokenizer)).itemsize
-        needed = max((n_tokens - done) * itemsize - on_disk, 0) * 1.05
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise UserError(f"{self.folder} needs about {needed / 1e6:,.0f} MB more, and its disk "
-                            f"has {free / 1e6:,.0f} MB free; free some, or choose another "
-                            "--data_dir")
-        print(f"{self.folder}: up to {n_tokens / 1e6:,.1f} million tokens, of which "
-              f"{done / 1e6:,.1f} million are done; the rest takes up to {needed / 1e6:,.0f} MB, "
-              f"{free / 1e6:,.0f} MB are free")
-        return tqdm(total=n_tokens, initial=done, unit="tok", unit_scale=True, desc="tokenising",
-                    disable=None)
-
-    def tokenize(self, group, ranges, workers, **options):
-        """Tokenises the shards that are not in the splits yet. Yields the file of each, in order.
-
-        options: of tokenize_shard. Raises UserError.
+        group: a name for these ranges. n_tokens: how many are needed, if not all.
         """
-        # The plan is in the names: a process of a killed run may still write a shard of another.
-        prefix = self.unfinished / f"{self.plan[:8]}-{group}"
         shards = group_into_shards(ranges)
+        # The plan is in the names: a killed run may have left the shards of another.
+        prefix = self.unfinished / f"{self.plan[:8]}-{group}"
         paths = [Path(f"{prefix}-{i:06d}.npz") for i in range(len(shards))]
         function = functools.partial(tokenize_shard, self.tokenizer, **options)
-        first = self.n_shards[group]
-        yield from map_in_processes(function, paths[first:], shards[first:], workers)
+        token_bytes = 1 if self.tokenizer == "bytes" else 4  # of English, about
+        n_tokens = n_tokens or sum(r.n_bytes for r in ranges) / token_bytes
+        with tqdm(total=n_tokens, unit="tok", unit_scale=True, desc=group, disable=None) as bar:
+            for path in map_in_processes(function, paths, shards, workers):
+                with np.load(path) as shard:
+                    yield shard
+                    bar.update(int(shard["documents"]["n_tokens"].sum()))
 
     def append(self, split, tokens):
-        """Appends tokens to a split. The caller saves."""
-        with open(self.unfinished / f"{split}.tokens", "ab") as file:
-            file.truncate(self.n_tokens[split] * tokens.itemsize)  # drops what was never saved
+        with open(self.split_paths[split], "ab") as file:
             file.write(tokens)
-        self.n_tokens[split] += len(tokens)
 
-    def finish_shard(self, group, path):
-        """Saves that this shard is in the splits, and removes its file."""
-        self.n_shards[group] += 1
-        self.save()
-        path.unlink()
-
-    def finish(self, source, facts=None):
+    def finish(self, source):
         """Moves the splits to their places and writes meta.json, which completes the data set."""
         tokenizer, splits = get_tokenizer(self.tokenizer), {}
-        for split in ("train", "val", "test"):
-            unfinished, path = self.unfinished / f"{split}.tokens", self.folder / f"{split}.bin"
-            if unfinished.exists():  # if not, it was moved before a kill
-                os.replace(unfinished, path)
+        for split, unfinished in self.split_paths.items():
+            path = self.folder / f"{split}.bin"
+            os.replace(unfinished, path)
             splits[split] = count_tokens(path, tokenizer)
-        versions = {"python": sys.version.split()[0], "tiktoken": tiktoken.__version__,
-                    "numpy": np.__version__}
         meta = {"tokenizer": self.tokenizer, "vocab_size": tokenizer.n_vocab,
                 "dtype": token_dtype(tokenizer).name, "eot_id": tokenizer.eot_token,
-                "splits": splits, "source": source, "plan": self.plan, "versions": versions,
-                **(facts or {})}
+                "splits": splits, "source": source, "plan": self.plan,
+                "versions": {"python": sys.version.split()[0], "tiktoken": tiktoken.__version__,
+                             "numpy": np.__version__}, **self.facts}
         write_atomically(self.folder / "meta.json", json.dumps(meta, indent=1))
         shutil.rmtree(self.unfinished)
 
@@ -315,29 +258,29 @@ def exit_with_parent():
 def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, is_own=False):
     """Tokenises a list of FileRange into an .npz file, unless it is there already. -> its path
 
-    It has the tokens (n,) and of each document its DOCUMENT (m,), which is 0 for a null or an empty
-    text. split: a function of a text that returns its documents; None: it is one. is_own: see
-    corpus.documents. Raises UserError.
+    It has the tokens (n,) and of each document its DOCUMENT (m,), which is 0 for an empty text.
+    split: a function of a text that returns its documents. is_own: see corpus.records.
     """
     if path.exists():
         return path
     tokenizer, tokens, facts = get_tokenizer(tokenizer_name), [np.empty(0, np.uint32)], []
     for file_range in shard:
-        for place, text in documents(file_range, text_column, is_own):
-            if text is None or not (text.strip() if is_own else text):
-                facts.append((0, 0, 0))
-                continue
-            for document in split(text) if split else [text]:
-                try:
+        for place, value in records(file_range, text_column, is_own):
+            try:
+                text = (value or "").replace("\ufeff", "") if is_own else value
+                if not text or is_own and not text.strip():
+                    facts.append((0, 0, 0))
+                    continue
+                for document in split(text) if split else [text]:
                     tokens.append(encode(tokenizer, document))
-                except UserError as error:
-                    if place is None:
-                        place = text.count("\n", 0, text.find(document))
-                    raise UserError(f"{locate(file_range, place)}: {error}") from None
-                plain = (undressed(document) if is_own else document).encode()
-                digest = hashlib.blake2b(plain, digest_size=8).digest()
-                facts.append((len(tokens[-1]), len(document.encode()),
-                              int.from_bytes(digest, "big")))
+                    plain = (undressed(document) if is_own else document).encode()
+                    digest = hashlib.blake2b(plain, digest_size=8).digest()
+                    facts.append((len(tokens[-1]), len(document.encode()),
+                                  int.from_bytes(digest, "big")))
+            # a number, half a surrogate pair, or so many spaces that tiktoken's stack overflows
+            except (AttributeError, TypeError, ValueError) as error:
+                raise UserError(f"{locate(file_range, place)} has no text that can be encoded: "
+                                f"{str(value)[:60]!r} ({error})") from None
     temporary = path.with_suffix(f".{os.getpid()}")
     with open(temporary, "wb") as file:
         np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),

@@ -28,10 +28,7 @@ GPT2_VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb81
 @functools.cache
 def get_tokenizer(name):
     """'gpt2': 50,257 tokens. 'bytes': the 256 bytes and an end-of-text token. CHARACTERS + '"abc"':
-    a is 0, b is 1, c is 2, and what these lack has higher ids. -> tiktoken.Encoding
-
-    Raises UserError, within 2 seconds if GPT-2's vocabulary is not here and the network is down.
-    """
+    a is 0, b is 1, c is 2, and what these lack has higher ids. -> tiktoken.Encoding"""
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}",
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)},
@@ -43,24 +40,20 @@ def get_tokenizer(name):
             ranks.setdefault(bytes([byte]), len(ranks))
         return tiktoken.Encoding("character", pat_str=r"[\s\S]", mergeable_ranks=ranks,
                                  special_tokens={END_OF_TEXT: len(ranks)})
-    if name == UNKNOWN:
-        raise UserError("these tokens cannot be turned into text: their tokenizer is unknown; "
-                        "name it to sample.py, with --tokenizer=bytes or gpt2")
     if name != "gpt2":
-        raise UserError(f"unknown tokenizer '{name}'; there are gpt2 and bytes")
-    advice = ("connect once, or set TIKTOKEN_CACHE_DIR to a folder that has vocab.bpe and "
-              "encoder.json (docs/data.md says where they are), or use --tokenizer=bytes")
+        raise UserError(f"the tokenizer of these tokens is unknown ('{name}'); name it to "
+                        "sample.py with --tokenizer=bytes or gpt2")
     merges, vocabulary = gpt2_vocabulary_files()
     if vocabulary.name.endswith(".json"):
         return gpt2_from_file(vocabulary)
-    if not (merges.exists() and vocabulary.exists()) and not reachable(GPT2_HOST):
-        raise UserError("GPT-2's vocabulary is not on this machine "
-                        f"and {GPT2_HOST} does not answer: {advice}")
     try:
+        if not (merges.exists() and vocabulary.exists()) and not reachable(GPT2_HOST):
+            raise OSError(f"{GPT2_HOST} does not answer")
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # of requests, or tiktoken's own if a hash does not match
-        raise UserError("GPT-2's vocabulary could not be loaded "
-                        f"({type(error).__name__}): {advice}") from None
+        raise UserError(f"GPT-2's vocabulary could not be loaded ({describe(error)}): connect once,"
+                        " or set TIKTOKEN_CACHE_DIR to a folder that has vocab.bpe and encoder.json"
+                        " (docs/data.md says where they are), or use --tokenizer=bytes") from None
 
 
 def gpt2_vocabulary_files():
@@ -108,23 +101,16 @@ def vocabulary_sha256(vocabulary):
 
 
 def guess_tokenizer(vocab_size):
-    """The tokenizer of weights or token files that do not name one.
-
-    GPT-2's has 50,257 tokens; nanoGPT pads them to 50,304.
-    """
-    return "gpt2" if vocab_size in (50257, 50304) else UNKNOWN
+    """The tokenizer of weights or token files that do not name one."""
+    return "gpt2" if vocab_size in (50257, 50304) else UNKNOWN  # nanoGPT pads GPT-2's tokens
 
 
 def encode(tokenizer, text):
-    """The token ids of a document and its end-of-text token. -> (n,) uint32. Raises UserError.
+    """The token ids of a document and its end-of-text token. -> (n,) uint32
 
     As in the published data, "<|endoftext|>" inside the text becomes that token too.
     """
-    try:
-        tokens = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT})
-    except ValueError as error:  # about a million spaces overflow the stack of tiktoken's regex
-        raise UserError("tiktoken cannot encode the document that starts with "
-                        f"{text[:60]!r} ({describe(error)})") from None
+    tokens = tokenizer.encode_to_numpy(text, allowed_special={END_OF_TEXT})
     return np.append(tokens, np.uint32(tokenizer.eot_token))
 
 

@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import torch
-from pyarrow import table
-from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 from conftest import HERE, SMALL, call, run_quickly, write_texts
@@ -47,10 +45,6 @@ def write(content):
     return change
 
 
-def write_jsonl(*texts):
-    return write("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
 def resize(n_bytes):
     return lambda path: path.write_bytes(path.read_bytes()[:n_bytes])
 
@@ -59,11 +53,11 @@ def save(value):
     return lambda path: torch.save(value, path)
 
 
-def write_tokens(n_validation, dtype=torch.uint16, token=1):
+def write_tokens(n_validation, dtype=torch.uint16):
     def change(folder):
         folder.mkdir()
         for name, size in ("train", 9), ("validation", n_validation):
-            tokens = torch.full((size,), token, dtype=dtype)
+            tokens = torch.ones(size, dtype=dtype)
             save_file({"tokens": tokens}, folder / f"{name}.safetensors")
     return change
 
@@ -98,7 +92,6 @@ SAMPLE = ["sample", "--ckpt", "out/best.pt", "--device=cpu", "--max_new_tokens=5
 SAMPLE_HF = [*SAMPLE, "--ckpt=hf"]
 EXPORT = ["nanolab.huggingface", "export"]
 PREPARE = ["prepare", "mine", "--data_dir=data", "--tokenizer=bytes"]
-PARQUET = ["prepare", "mine.parquet", "--data_dir=data"]
 FINEWEB = ["prepare", "fineweb", "--data_dir=data"]
 TOKENS = [*FINEWEB, "--from=tokens", "--test_offset=100", "--test_tokens=320",
           "--train_tokens=2048"]
@@ -167,7 +160,6 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     # data sets
     ({}, [*TRAIN, "--dataset=other"], "make it: python prepare.py PATH_OF_YOUR_TEXT --name=other"),
     ({}, ["train", f"{HERE}/config/local_3090.py", "--data_dir=data"], "python prepare.py fineweb"),
-    ({}, [*TRAIN, "--dataset=../.."], "'../..' is a path"),
     ({META: GONE}, TRAIN, "is unfinished"),
     ({META: write("[" * 100_000)}, TRAIN, "meta.json is damaged"),
     ({META: change_meta(splits={"train": {"tokens": "9"}})}, TRAIN, "meta.json is damaged"),
@@ -179,7 +171,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     (NANOGPTS, EVAL, "has no test split; --split=val measures"),
     (NANOGPTS, [*TRAIN, "--vocab_size=50"], "beyond its vocabulary of 50; it needs uint16"),
     (NANOGPTS, [*TRAIN, "--vocab_size=257", "--sample_every=1"], "or train without --sample_every"),
-    ({**NANOGPTS, TRAIN_BIN: resize(1001)}, [*TRAIN, "--vocab_size=257"], "holds no uint16"),
+    ({**NANOGPTS, TRAIN_BIN: resize(1001)}, [*TRAIN, "--vocab_size=257"], "instead of 1,000"),
     # eval
     ({}, ["eval", "--ckpt", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
     ({}, ["eval", "--ckpt", "gpt2-smal"], "OpenAI's weights are gpt2, gpt2-medium"),
@@ -195,7 +187,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({"p.txt": write(b"a\xff")}, [*SAMPLE, "--prompt_file=p.txt"], "is not UTF-8 text (byte 1)"),
     ({}, [*SAMPLE, "--tokenizer=gpt2"], "reads bytes tokens; leave out --tokenizer=gpt2"),
     ({BEST: change_checkpoint(tokenizer="unknown")}, SAMPLE, "with --tokenizer=bytes or gpt2"),
-    ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "unknown tokenizer 'klingon'"),
+    ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "is unknown ('klingon')"),
     ({}, [*SAMPLE, "--num_samples=1000000"], "--num_samples must be from 1 to 1,000"),
     ({}, [*SAMPLE, "--temperature=1e-40"], "--temperature must be"),
     ({}, [*SAMPLE, "--top_p=nan"], "--top_p must be"),
@@ -215,32 +207,25 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({"file": write("")}, [*EXPORT, "out/best.pt", "file/new"], "Not a directory"),
     # text
     ({}, PREPARE, "'mine' does not exist"),
-    ({}, ["prepare", "*.jsonl", "--data_dir=data"], "gives no name; choose one with --name"),
-    ({"mine/a.rtf": write("text")}, PREPARE, "no text to read; left out: .rtf 1"),
+    ({}, ["prepare", "*.jsonl", "--data_dir=data"], "'*' is no name for a folder"),
+    ({"mine/a.rtf": write("text")}, PREPARE, "no text to read (left out: .rtf 1)"),
     ({"mine/a.txt": write("One.")}, PREPARE, "1 different documents are too few"),
     ({"mine/a.txt": write(bytes(range(256)) * 9)}, PREPARE, "a.txt is not UTF-8 text (byte 128)"),
-    ({"mine/a.jsonl": write('{"text": "one"}\n{"text": ')}, PREPARE, "line 2 is no JSON"),
-    ({"mine/a.jsonl": write('{"body": "one"}\n')}, PREPARE, "choose with --text_column"),
-    ({"mine/a.jsonl": write_jsonl(1)}, PREPARE, "that is not text"),
-    ({"mine/a.jsonl": write_jsonl("\ud800")}, PREPARE, "that is not text"),
-    ({"mine/a.jsonl": write_jsonl(" " * 10**6 + "a", "b", "c")}, PREPARE[:3], "tiktoken cannot"),
-    ({"mine.parquet": lambda path: write_table(table({"body": ["one"]}), path)}, PARQUET,
-     "no column 'text' but body"),
-    ({"mine.parquet": write("no")}, PARQUET, "damaged or no .parquet"),
+    ({"mine/a.jsonl": write('{"text": 1}')}, PREPARE, "line 1 has no text that can be encoded: '1'"),
+    ({"mine.parquet": write("no")}, ["prepare", "mine.parquet"], "mine.parquet is damaged"),
     ({}, ["prepare", "texts", *OWN_DATA[1:], "--name=tiny"], "holds another data set"),
-    ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "--name=a/b is a path"),
-    ({}, ["prepare", "info", "--data_dir=data"], "info wants the NAME"),
+    ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "'a/b' is no name for a folder"),
+    ({}, ["prepare", "info", "--data_dir=data"], "info and the NAME"),
     ({}, [*PREPARE, "--heldout=1"], "--heldout must be"),
-    ({}, [*PREPARE, "--val=a", "--test=b", "--heldout=0.1"], "does nothing with both --val and"),
-    ({}, [*PREPARE, "--train_tokens=9"], "--train_tokens does nothing for mine, only for fineweb,"),
+    ({}, [*PREPARE, "--val=a", "--test=b", "--heldout=0.1"], "--heldout has no effect on"),
+    ({}, [*PREPARE, "--train_tokens=9"], "--train_tokens has no effect on"),
     # FineWeb
-    ({}, [*FINEWEB, "--from=nowhere"], "no folder nowhere"),
+    ({}, [*FINEWEB, "--from=nowhere"], "nowhere could not be opened"),
     ({}, [*FINEWEB, "--from=texts"], "sample/10BT"),
     ({"tokens/train.safetensors": write("no")}, TOKENS, "train.safetensors is damaged"),
     ({"tokens": write_tokens(420)}, TOKENS, "420 tokens, and test ends at 421"),
-    ({"tokens": write_tokens(421, torch.int32)}, TOKENS, "holds I32 numbers of the shape [9]"),
-    ({"tokens": write_tokens(421, token=50257)}, TOKENS, "beyond GPT-2's vocabulary of 50257"),
-    ({"tokens": write_tokens(421)}, [*TOKENS, "--heldout=0.1"], "neither --tokenizer nor"),
+    ({"tokens": write_tokens(421, torch.int32)}, TOKENS, "no row of U16 tokens"),
+    ({"tokens": write_tokens(421)}, [*TOKENS, "--heldout=0.1"], "--heldout has no effect on"),
 ])
 def test_bad_input(good, tmp_path, monkeypatch, capsys, damage, command, reported):
     """A non-zero exit code, one line that says what is wrong, nothing lost or half made."""

@@ -1,7 +1,6 @@
 """Data sets: what prepare.py makes of text, and the batches that training reads from it."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -47,7 +46,7 @@ def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
     """make(folder) makes the same bytes after an interruption at any call of these functions."""
     make(tmp_path / "whole")
     for function in functions:
-        for calls in range(12):
+        for calls in (0, 1, 4, 12):
             folder = tmp_path / f"{function}{calls}"
             with monkeypatch.context() as patch:
                 patch.setattr(owner, function, stop_after(getattr(owner, function), calls))
@@ -98,33 +97,10 @@ def test_own_text_round_trip(tmp_path, monkeypatch, tokenizer):
     assert n_bytes == sum(len(row.encode()) for row in rows)
 
 
-def test_heldout_of_your_own_text(tmp_path, monkeypatch):
-    """Half of the fraction is test, half is val."""
-    (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "Line number {i:04d}."}}\n'
-                                                 for i in range(1000)))
-    for name, flags, documents in (("default", [], [900, 50, 50]),
-                                   ("more", ["--heldout=0.3"], [700, 150, 150])):
-        run_main(monkeypatch, "prepare", tmp_path / "mine.jsonl", f"--data_dir={tmp_path}",
-                 "--tokenizer=bytes", f"--name={name}", *flags)
-        splits = read_meta(tmp_path, name)["splits"]
-        assert [splits[split]["documents"] for split in SPLITS] == documents
-
-
 def test_tokenising_processes_do_not_load_torch():
     """They import prepare.py and what it imports: with torch, each would start seconds later."""
     command = "import sys, prepare; print({'torch', 'pyarrow', 'datasets'} & set(sys.modules))"
     assert call("-c", command).stdout == "set()\n"
-
-
-def test_a_line_of_12_megabytes_is_cut(tmp_path):
-    """A text without line ends is cut where it must be, and comes back intact."""
-    text = " ".join(map(str, range(1_000_000, 2_500_000)))
-    (tmp_path / "long.txt").write_text(text)
-    prepare_mine(tmp_path / "long.txt", tmp_path / "long")
-    splits = read_meta(tmp_path, "long")["splits"]
-    assert sum(facts["bytes"] for facts in splits.values()) == len(text)
-    assert splits["test"]["documents"] > 0
-    assert all(0.01 <= splits[split]["bytes"] / len(text) < 0.031 for split in ("val", "test"))
 
 
 def test_two_at_once_make_one_data_set(tmp_path, texts):
@@ -140,14 +116,18 @@ def test_two_at_once_make_one_data_set(tmp_path, texts):
 
 @pytest.mark.parametrize("owner, functions", [
     (dataset_writer, ["encode", "choose_hash_limits", "count_tokens"]),
-    (DatasetWriter, ["append", "save", "finish_shard", "finish"])])
+    (DatasetWriter, ["append", "finish"])])
 def test_own_text_after_a_kill(tmp_path, texts, monkeypatch, owner, functions):
-    assert_continues_after_a_kill(monkeypatch, tmp_path,
-                                  lambda folder: prepare_mine(texts, folder), owner, functions)
+    """With a ready-made split, whose texts are left out of train."""
+    def make(folder):
+        prepare_text(own_files(texts), folder, "bytes", "text", 1, "mine",
+                     given={"val": [str(texts / "c.jsonl")]})
+
+    assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
 
 
 def test_full_disk_in_prepare(tmp_path, texts, monkeypatch):
-    """It keeps what is done and goes on from there; a disk without room is refused at once."""
+    """It keeps what is done and goes on from there."""
     prepare_mine(texts, tmp_path / "whole")
     size = (tmp_path / "whole" / "train.bin").stat().st_size
     with no_file_larger_than(size // 2), pytest.raises(OSError):
@@ -156,10 +136,6 @@ def test_full_disk_in_prepare(tmp_path, texts, monkeypatch):
     monkeypatch.setattr(dataset_writer, "encode", None)
     prepare_mine(texts, tmp_path / "full")
     assert read_bytes(tmp_path / "full") == read_bytes(tmp_path / "whole")
-    monkeypatch.setattr(dataset_writer.shutil, "disk_usage",
-                        lambda folder: types.SimpleNamespace(free=999))
-    with pytest.raises(UserError, match="its disk has 0 MB free"):
-        prepare_mine(texts, tmp_path / "made")
 
 
 @pytest.fixture(scope="session")
@@ -211,7 +187,7 @@ def test_fineweb_after_a_kill(tmp_path, fineweb_copy, monkeypatch):
                                 1000)
 
     assert_continues_after_a_kill(monkeypatch, tmp_path, make, DatasetWriter,
-                                  ["append", "save", "finish_shard", "finish"])
+                                  ["append", "finish"])
 
 
 def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
@@ -295,14 +271,14 @@ def test_info(tmp_path, texts, monkeypatch, capsys):
                          "documents .*checksum matches", out)
     assert read_split(tmp_path, "mine", "train")[0][:100] in out
     flip(folder / "train.bin", 20)
-    os.truncate(folder / "test.bin", 10)
-    with pytest.raises(UserError, match="train.bin is damaged: bytes .*test.bin has 10 bytes"):
+    with pytest.raises(UserError, match="train.bin is damaged: bytes from 0 on"):
         run_main(monkeypatch, "prepare", *info)
-    assert re.search("train .*DAMAGED\nval .*matches\ntest .*DAMAGED", capsys.readouterr().out)
     for file in ("meta.json", "test.bin"):
         (folder / file).unlink()
     run_main(monkeypatch, "prepare", *info)
-    assert "from nanoGPT's prepare.py; unknown tokens of 65,536 kinds" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "from nanoGPT's prepare.py; unknown tokens of 65,536 kinds" in out
+    assert "train begins with the tokens [" in out, "nothing is shown as GPT-2's words"
 
 
 def test_gpt2_tokens_and_batches(tmp_path, texts):
@@ -361,15 +337,10 @@ def test_wheels(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     folder, wheels = tmp_path / "pypi", tmp_path / "pypi.wheels"
     write_wheels(wheels, tmp_path / "wheels.txt")
-    wheel = wheels / "pack_train-1.0-py3-none-any.whl"
-    content = wheel.read_bytes()
-    wheel.write_bytes(content[:40])
-    with pytest.raises(UserError, match="pack_train.*is damaged"):
+    wheels.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="pip could not download the wheels; connect to PyPI"):
         prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
-    wheel.unlink()
-    with pytest.raises(UserError, match="could not be downloaded .*No matching distribution"):
-        prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
-    wheel.write_bytes(content)
+    (tmp_path / "elsewhere").rename(wheels)
     prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
     for split in SPLITS:
         shared = ["shared = 'é'\n"] if split == "test" else []
@@ -401,23 +372,14 @@ def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
     flip(folder / "train.bin", 1000)  # in the fourth chunk
     dataset = open_split()
     dataset.batch(range(900 // 32 - 1))  # windows of 32 bytes and a token
-    with pytest.raises(UserError, match="train.bin is damaged: bytes 900 to 1,200 .* make it"):
+    with pytest.raises(UserError, match="train.bin is damaged: bytes from 900 on .* make it"):
         dataset.batch([900 // 32])  # its last tokens are the chunk's first
     flip(folder / "train.bin", 1000)
     for split in ("val", "test"):
         flip(folder / f"{split}.bin", 10)
-        with pytest.raises(UserError, match=f"{split}.bin is damaged: bytes 0 to 300"):
+        with pytest.raises(UserError, match=f"{split}.bin is damaged: bytes from 0 on"):
             open_split(split)
         flip(folder / f"{split}.bin", 10)
-
-    meta = json.loads((folder / "meta.json").read_text())
-    for facts in meta["splits"].values():
-        del facts["chunks"]
-    (folder / "meta.json").write_text(json.dumps(meta))
-    open_split().batch([0])
-    flip(folder / "train.bin", 1000)
-    with pytest.raises(UserError, match="train.bin is damaged"):
-        open_split()
     os.truncate(folder / "train.bin", 1000)
     with pytest.raises(UserError, match="has become shorter"):
         intact.batch([len(intact) - 1])
