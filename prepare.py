@@ -218,7 +218,10 @@ def prepare_published_tokens(source, folder, train_tokens, test_offset, test_tok
         for split, (file, start, stop) in ranges.items():
             for i in tqdm(range(start, stop, 2**23), desc=split, disable=None):
                 # Opened again for each chunk: memory does not grow with the file.
-                writer.append(split, open_tokens(file)[i:min(i + 2**23, stop)])
+                tokens = open_tokens(file)[i:min(i + 2**23, stop)]
+                if tokens.max() > 50256:
+                    raise UserError(f"{file} has the token {tokens.max()}; GPT-2's end at 50256")
+                writer.append(split, tokens)
 
 
 def open_tokens(path):

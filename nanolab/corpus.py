@@ -208,11 +208,14 @@ def records(file_range, text_column="text", is_own=False):
     with open(path, "rb") as file:
         file.seek(start)
         data = file.read(stop - start)
+    bad = data.find(b"\0")  # as in UTF-16
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {start + error.start:,}); "
-                        "convert it or leave it out") from None
+        bad = error.start
+    if bad >= 0:
+        raise UserError(f"{path} is not UTF-8 text (byte {start + bad:,}); "
+                        "convert it or leave it out")
     if is_own:
         text = re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
     if path.lower().endswith(RECORDS):

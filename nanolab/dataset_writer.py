@@ -138,6 +138,9 @@ def choose_hash_limits(documents, heldout, n_limits):
             raise UserError(f"{len(np.unique(hashes)):,} different documents are too few to split "
                             "into train, val and test; use more or smaller ones")
         limits.append(int(hashes[last]))
+        if (fraction := (ends[n_done - 1] - start) / ends[-1]) > 0.75 * heldout:
+            print(f"note: a held-out split is {fraction:.1%} of the text instead of "
+                  f"{heldout / 2:.1%}: it has long or equal documents")
     return limits
 
 

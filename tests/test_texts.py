@@ -196,6 +196,18 @@ def test_fractions_are_those_asked_for(tmp_path, monkeypatch, kind, kb, heldout)
         assert asked <= splits[split]["bytes"] / total <= asked + 0.02, split
 
 
+def test_long_documents_are_said(tmp_path, monkeypatch, capsys):
+    """Records are cut only if they are longer than a held-out part; if they are nearly so, the
+    fractions are said."""
+    rows = [f"{i}" * 1900 for i in range(10, 60)]
+    (tmp_path / "mine.jsonl").write_text("".join(f'{{"text": "{row}"}}\n' for row in rows))
+    made = make(monkeypatch, tmp_path, tmp_path / "mine.jsonl")
+    assert sorted(sum(made.values(), [])) == rows and len(made["test"]) == 3
+    assert "note:" not in capsys.readouterr().out
+    make(monkeypatch, tmp_path / "less", tmp_path / "mine.jsonl", "--heldout=0.05")
+    assert "note: a held-out split is 4.0% of the text instead of 2.5%" in capsys.readouterr().out
+
+
 # Ready-made splits
 
 
