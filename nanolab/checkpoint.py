@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from tqdm import tqdm
@@ -44,32 +45,27 @@ def read_checkpoint(path, mmap=False):
 
 def checked(checkpoint, path):
     """What a file held, if it is a checkpoint, with all options. Raises UserError."""
-    if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} has format {checkpoint['format']}; this nanolab reads format "
-                        f"{CHECKPOINT_FORMAT}")
-    config = stored_options(checkpoint, path)
+    if not (isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
+            and {"model", "config", "tokenizer", "step", "tokens", "seconds"} <= checkpoint.keys()
+            and isinstance(checkpoint["config"], dict) and are_weights(checkpoint["model"])):
+        raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT that this nanolab reads")
+    config = {**vars(Config()), **checked_options(checkpoint["config"], path)}
     for key in {"model", "training_model"} & checkpoint.keys():
         checkpoint[key] = {with_new_name(name): p for name, p in checkpoint[key].items()}
     return {**checkpoint, "path": str(path), "config": config}
 
 
-def stored_options(checkpoint, source):
-    """The config of a checkpoint, whose values are those that Config allows; options that it lacks
-    have their defaults. Raises UserError."""
-    is_intact = (isinstance(checkpoint["config"], dict) and checkpoint["config"].get("vocab_size")
-                 and isinstance(checkpoint["model"], dict)
-                 and all(isinstance(p, torch.Tensor) for p in checkpoint["model"].values())
-                 and {"tokenizer", "step", "tokens", "seconds"} <= checkpoint.keys())
-    if not is_intact:
-        raise UserError(f"{source} is no checkpoint of nanolab")
-    if unknown := sorted(map(str, checkpoint["config"].keys() - OPTIONS.keys())):
+def are_weights(value):
+    return isinstance(value, dict) and all(isinstance(p, torch.Tensor) for p in value.values())
+
+
+def checked_options(options, source):
+    """Options that a file holds, {name: value}, with values that Config allows. Raises UserError.
+    """
+    if unknown := sorted(map(str, options.keys() - OPTIONS.keys())):
         raise UserError(f"{source} has the option {unknown[0]}, which this nanolab does not have; "
                         "use the nanolab that made it")
-    stored = {key: check(OPTIONS[key], value, source)
-              for key, value in checkpoint["config"].items()}
-    return {**vars(Config()), **stored}
+    return {key: check(OPTIONS[key], value, source) for key, value in options.items()}
 
 
 def with_new_name(name):
@@ -93,10 +89,10 @@ def load_weights(model, checkpoint):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = shorten(str(error).partition("\n")[2], 300, placeholder=" ...")
         raise UserError(f"{checkpoint['path']} does not fit its own config ({reason})") from None
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+    for name, weight in checkpoint["model"].items():
+        if not (weight.is_floating_point() and weight.isfinite().all()):
             raise UserError(f"{checkpoint['path']} has weights that are not finite ({name})")
 
 

@@ -200,11 +200,11 @@ def test_tokenizer(tmp_path, tokenizer, flags):
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     card = (tmp_path / "folder" / "README.md").read_text()
     assert ("**Loading it runs code**" in card) is bool(flags)
-    assert "parameters, trained with nanolab as the run `mine` on 5,120" in card
+    assert "parameters, written by nanolab: `mine` after 10 steps, data set:\nstdlib" in card
     end_of_text = json.loads((tmp_path / "folder" / "config.json").read_text())["eos_token_id"]
     if tokenizer == "unknown":
         assert not any("token" in name or "vocab" in name for name in names)
-        assert "no tokenizer files" in card and end_of_text is None
+        assert end_of_text is None
         return
     theirs = AutoTokenizer.from_pretrained(tmp_path / "folder", trust_remote_code=True)
     text = "Every effort moves you: été, 12 345  spaces,\r\n\n\x00<|endoftext|>new 😀"
