@@ -49,15 +49,6 @@ def main():
             print()
 
 
-def read_prompt(file):
-    """The text of a file, or of standard input for "-". Raises UserError."""
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file={file} is not UTF-8 text (byte {error.start:,})") from None
-
-
 def continue_prompts(stream):
     """Reads the beginning of a text from the terminal and continues it, again and again."""
     import readline  # noqa: F401: input() then has arrow keys and a history
@@ -81,6 +72,16 @@ def continue_prompts(stream):
         print()
 
 
+def utf8_text(file):
+    """The text of a file, or of standard input for "-"."""
+    return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+
+
+def start_text(start):
+    """nanoGPT's --start: a text, or FILE:name of a file."""
+    return utf8_text(start.removeprefix("FILE:")) if start.startswith("FILE:") else start
+
+
 def parse_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
@@ -88,11 +89,11 @@ def parse_arguments():
         help="a checkpoint, nanoGPT's too, a run's folder, a folder in Hugging Face's layout, or "
              "gpt2, gpt2-medium, gpt2-large, gpt2-xl (default: %(default)s)")
     add("--prompt", help="default: the run's sample_prompt")
-    add("--prompt_file", metavar="FILE",
-        help="the prompt from a file, or - for standard input (default: --prompt)")
+    add("--prompt_file", metavar="FILE", dest="prompt", type=utf8_text,
+        help="the prompt from a file, or - for standard input")
     add("--interactive", action="store_true", help="continue texts that you type")
     add("--init_from", help=SUPPRESS)  # nanoGPT's
-    add("--start", help=SUPPRESS)
+    add("--start", dest="prompt", type=start_text, help=SUPPRESS)
     add("--tokenizer", choices=("gpt2", "bytes"),
         help="for weights that name none, such as byte-level ones (default: the model's own)")
     add("--num_samples", type=int, default=1,
@@ -109,12 +110,6 @@ def parse_arguments():
     args = parser.parse_args()
     if args.init_from not in (None, "resume"):
         args.ckpt = args.init_from
-    if args.start is not None:
-        args.prompt = args.start
-        if args.start.startswith("FILE:"):
-            args.prompt_file = args.start.removeprefix("FILE:")
-    if args.prompt_file is not None:
-        args.prompt = read_prompt(args.prompt_file)
     for name, low, high in (("num_samples", 1, 10**9), ("max_new_tokens", 1, 10**9),
                             ("temperature", 0, 100), ("top_k", 1, 10**9), ("top_p", 1e-9, 1),
                             ("seed", 0, 10**18)):

@@ -60,8 +60,7 @@ def are_weights(value):
 
 
 def checked_options(options, source):
-    """Options that a file holds, {name: value}, with values that Config allows. Raises UserError.
-    """
+    """Options that a file holds, {name: value}, if Config allows their values. Raises UserError."""
     if unknown := sorted(map(str, options.keys() - OPTIONS.keys())):
         raise UserError(f"{source} has the option {unknown[0]}, which this nanolab does not have; "
                         "use the nanolab that made it")
@@ -74,10 +73,8 @@ def with_new_name(name):
 
 
 def load_model(checkpoint):
-    """The GPT of a checkpoint, in eval mode, on the CPU. Raises UserError.
-
-    checkpoint: a path, or what read_checkpoint or huggingface.read_any returned.
-    """
+    """The GPT of a checkpoint (a path, or what read_checkpoint or huggingface.read_any returned), in
+    eval mode, on the CPU. Raises UserError."""
     if not isinstance(checkpoint, dict):
         checkpoint = read_checkpoint(checkpoint)
     model = GPT(GPTConfig.from_options(checkpoint["config"]))
@@ -231,17 +228,13 @@ def save_checkpoint(path, checkpoint):
 
 def run_on_save(command):
     """Runs a shell command to its end. If it fails, one line says so and the run goes on."""
-    try:
-        # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
-        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
-                              start_new_session=True)
+    # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+                          start_new_session=True)
+    if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        problem = said[0] if done.returncode else None
-    except OSError as error:  # no memory for a process
-        problem = describe(error)
-    if problem:
-        tqdm.write(f"--on_save failed ({problem[:500]}): {command}", file=sys.stderr)
+        tqdm.write(f"--on_save failed ({said[0][:500]}): {command}", file=sys.stderr)
 
 
 def snapshot_to_cpu(checkpoint, buffers):

@@ -24,7 +24,6 @@ class Start:
     config: Config
     resumed: dict | None = None
     weights: dict | None = None
-    name_suffix: str = ""
     best_val_loss: float = math.inf  # that of best.pt
 
     def restore(self, model, average, optimizer, scaler, world):
@@ -47,7 +46,6 @@ class Start:
                 raise UserError(f"{resumed['path']} does not fit this run, so it cannot be "
                                 "resumed; start with --init_from instead") from None
             state = RunState(**{key: resumed[key] for key in vars(state) if key in resumed})
-            state.name_suffix = self.name_suffix
             state.averaged_steps *= goes_on
             self.best_val_loss = resumed["best_val_loss"]
             print0(f"resume: {resumed['path']}, at step {state.step:,}")
@@ -104,16 +102,12 @@ def checkpoint_to_resume(config, meta):
 
 
 def read_run_checkpoint(path, mmap=False):
-    """read_checkpoint; if last.pt is damaged and best.pt is not, the error says so."""
+    """read_checkpoint; if it cannot, the error says how to go on."""
     try:
         return read_checkpoint(path, mmap)
     except UserError as error:
-        best = path.with_name("best.pt")
-        if path == best or not best.exists():
-            raise
-        step = read_checkpoint(best)["step"]
-        raise UserError(f"{error}; {best} is intact: copy it over {path.name} to resume from step "
-                        f"{step:,}") from None
+        raise UserError(f"{error}; without it, --resume goes on from the other of last.pt and "
+                        "best.pt") from None
 
 
 def with_architecture(config, checkpoint, meta):
@@ -182,14 +176,13 @@ def follow_schedule(start):
     planned, now = count_steps(SimpleNamespace(**then)), count_steps(config)
     is_same = same_schedule_so_far(then, vars(config), step)
     suffix = start.resumed.get("name_suffix", "")
-    start.name_suffix = suffix if is_same else f"{suffix} (extended at step {step})"
-    start.config = replace(config, name=config.name.removesuffix(suffix) + start.name_suffix)
+    new_suffix = suffix if is_same else f"{suffix} (extended at step {step})"
+    start.resumed["name_suffix"] = new_suffix
+    start.config = replace(config, name=config.name.removesuffix(suffix) + new_suffix)
     if now != planned and step < now:
-        rate = learning_rate_at(step, now, config)
-        print0(f"resume: {now:,} steps instead of {planned:,}; from here on the learning rate is "
-               f"that of a run of {now:,} steps, now {rate:.4g}. " + (
-                   "The steps done are those of that run too" if is_same else "The steps done are "
-                   f"not those of that run: this one is now {start.config.name}"))
+        print0(f"resume: {now:,} steps instead of {planned:,}, from here on at the learning rates "
+               f"of a run of {now:,} steps" + ("" if is_same else
+               f"; the steps done had others, so this one is now {start.config.name}"))
 
 
 def options_of_run(files, given):

@@ -17,7 +17,6 @@ from conftest import evaluate, run_main
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
 from nanolab.evaluation import paired_difference
-from nanolab.memory import short
 
 
 @pytest.fixture
@@ -177,7 +176,3 @@ def test_no_fraction_above_all(small_run, tiny_data, monkeypatch, capsys):
         monkeypatch.setattr("nanolab.checkpoint.RunState.tokens_per_second", lambda self: rate)
         small_run(f"run{rate}", *tiny_data)
         assert expected in re.search("speed: .*", capsys.readouterr().out)[0]
-
-
-def test_seconds_are_plain_numbers():
-    assert [short(s) for s in (1030.4, 99.96, 0.01234)] == ["1,030", "100", "0.0123"]

@@ -116,4 +116,4 @@ def test_timed_seconds(small_run, monkeypatch):
                     on_step=lambda step, model: advance(1 if step else 100))
     state = read_checkpoint(run / "last.pt")
     assert (state["timed_tokens"], state["timed_seconds"]) == (3 * 8 * 32, 3)
-    assert state["seconds"] == 100 + 3 + (4 + 2) * 1000
+    assert state["seconds"] == 100 + 3 + (5 + 2) * 1000  # the first before any step
