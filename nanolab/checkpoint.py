@@ -73,8 +73,8 @@ def with_new_name(name):
 
 
 def load_model(checkpoint):
-    """The GPT of a checkpoint (a path, or what read_checkpoint or huggingface.read_any returned), in
-    eval mode, on the CPU. Raises UserError."""
+    """The GPT of a checkpoint, a path or what read_checkpoint or huggingface.read_any returned. It
+    is in eval mode, on the CPU. Raises UserError."""
     if not isinstance(checkpoint, dict):
         checkpoint = read_checkpoint(checkpoint)
     model = GPT(GPTConfig.from_options(checkpoint["config"]))
@@ -141,10 +141,9 @@ def pack(config, meta, state, model, average, optimizer, scaler):
 
 
 class CheckpointSaver:
-    """Saves last.pt and best.pt in the background: a thread writes one file after the other.
+    """Saves last.pt and best.pt in the background: a thread writes one file after the other. Only
+    rank 0 has one that is enabled. As a context manager it waits for the last file and command.
 
-    Only rank 0 has one that is enabled. As a context manager it waits for the last file, and for
-    the last command.
     pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt;
     on_save: a shell command to run after each file; '': none.
     """
@@ -154,7 +153,7 @@ class CheckpointSaver:
         self.best_val_loss = best_val_loss  # only a best.pt on disk counts
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.pending_save = self.writer.submit(bool)  # a finished Future: nothing is pending
-        self.buffers, self.snapshot = {}, None
+        self.buffers, self.snapshot = {}, {}
         self.on_save, self.runner = on_save, ThreadPoolExecutor(max_workers=1)
         self.last_command = self.runner.submit(bool)
 
@@ -183,17 +182,13 @@ class CheckpointSaver:
         if wait:
             self.wait()
         else:
-            checkpoint = self.take_snapshot(checkpoint)
+            if self.snapshot.get("step") != checkpoint["step"]:  # one copy serves both files
+                self.wait()  # the writer may still read the buffers
+                self.snapshot = snapshot_to_cpu(checkpoint, self.buffers)
+            checkpoint = self.snapshot
         self.pending_save = self.writer.submit(self.write, name, checkpoint)
         if wait and not self.pending_save.result() and name == "last.pt":
             raise UserError(f"the last steps are lost: {self.out_dir / name} could not be saved")
-
-    def take_snapshot(self, checkpoint):
-        """This step's checkpoint, copied once for both files."""
-        if not self.snapshot or self.snapshot["step"] != checkpoint["step"]:
-            self.wait()  # the writer may still read the buffers
-            self.snapshot = snapshot_to_cpu(checkpoint, self.buffers)
-        return self.snapshot
 
     def write(self, name, checkpoint):
         """Writes a file, in the writer's thread. -> whether it could."""
@@ -238,12 +233,10 @@ def run_on_save(command):
 
 
 def snapshot_to_cpu(checkpoint, buffers):
-    """Copies a checkpoint, so that it can be written while training changes the tensors it was made
-    of.
+    """Copies a checkpoint, so that it can be written while training changes its tensors.
 
-    buffers: {(address, shape) of a tensor: its copy on the CPU}. The first call fills it and the
-    next ones reuse it: fresh memory costs the system more than the copy. Tied weights share
-    storage, so they are saved once.
+    buffers: {(address, shape) of a tensor: its copy on the CPU}, which the first call fills: fresh
+    memory costs the system more than the copy. Tied weights share storage, so they are saved once.
     """
     if isinstance(checkpoint, dict):
         return {key: snapshot_to_cpu(value, buffers) for key, value in checkpoint.items()}

@@ -98,8 +98,8 @@ def loss_of(result):
 
 
 def weighted_error(values, weights):
-    """The standard error of a weighted mean; None of a single value. Of the losses of groups of test
-    documents it is that from the choice of the documents."""
+    """The standard error of a weighted mean, such as that of a test loss from the choice of the
+    documents; None of a single value."""
     values, weights = (torch.tensor(each, dtype=torch.float64) for each in (values, weights))
     if len(values) < 2:
         return None

@@ -126,8 +126,8 @@ def own_config(config):
 
 
 def own_code():
-    """for_transformers.py and what it needs of ours, as one file, without the imports of each
-    other. config/ is left out: of the options a model needs no more than their values."""
+    """for_transformers.py and what it needs of ours, as one file, without imports of each other. Of
+    config/ a model needs no more than the options' values."""
     header = '"""A model of nanolab, for transformers: files of nanolab, one after another."""\n\n'
     texts = [(ROOT / name).read_text()
              for name in ("nanolab/head.py", "model.py", "nanolab/for_transformers.py")]

@@ -4,7 +4,6 @@ ckpt.pt. And the command that writes ours in Hugging Face's layout:
     python -m nanolab.huggingface export out/best.pt FOLDER
 """
 
-import math
 import os
 import re
 from pathlib import Path
@@ -74,7 +73,7 @@ def download_openai(name):
     return Path(path).parent
 
 
-def as_checkpoint(source, path, options, weights, tokenizer, step=0, tokens=0):
+def as_checkpoint(source, path, options, weights, tokenizer, step=0):
     """Foreign weights as a checkpoint. Of their training little is known: the data set is None.
 
     source: the name that the user gave; path: of the file that has the options.
@@ -83,7 +82,7 @@ def as_checkpoint(source, path, options, weights, tokenizer, step=0, tokens=0):
     options["tie_weights"] = tie(weights, options["tie_weights"])
     run = {"name": Path(source).resolve().name, "dataset": None, "data_dir": "data", "seed": None}
     return {"path": str(source), "format": CHECKPOINT_FORMAT, "model": weights,
-            "config": {**run, **options}, "tokenizer": tokenizer, "step": step, "tokens": tokens,
+            "config": {**run, **options}, "tokenizer": tokenizer, "step": step, "tokens": 0,
             "seconds": 0.0}
 
 
@@ -100,11 +99,8 @@ def tie(weights, asked):
 # --- Hugging Face's layout
 
 def read_hugging_face(folder, source):
-    """Reads config.json and the weights, as transformers would. Runs no code of the folder.
-
-    folder: a Path; source: the name that the user gave, for messages and tables. Raises UserError,
-    which names what our GPT does not compute.
-    """
+    """Reads config.json and the weights, as transformers would. Runs no code of the folder (a
+    Path). Raises UserError, which names what our GPT does not compute."""
     path, hf_config = folder / "config.json", {}
     if path.is_file():
         try:
@@ -194,11 +190,8 @@ def find_tokenizer(folder, hf_config):
 # --- nanoGPT
 
 def read_nanogpt(checkpoint, path):
-    """What nanoGPT's train.py saved: ckpt.pt. Missing biases are zeros, which computes the same.
-    Raises UserError.
-
-    Its MLP has the exact GELU, as nanoGPT's since May 2023 (commit 594068e).
-    """
+    """What nanoGPT's train.py saved: ckpt.pt. Its MLP has the exact GELU, as nanoGPT's since May
+    2023 (commit 594068e). Missing biases are zeros, which computes the same. Raises UserError."""
     args, given = checkpoint["model_args"], checkpoint["model"]
     config = checkpoint.get("config", {})  # the first versions saved none
     if not (isinstance(args, dict) and are_weights(given)
@@ -217,11 +210,8 @@ def read_nanogpt(checkpoint, path):
     options = {"dropout": 0.0, **args, "qkv_bias": has_bias, "tie_weights": True,
                "activation": "gelu_erf"}
     options.pop("bias", None)
-    step = checkpoint.get("iter_num", 0)
-    tokens = step * math.prod(config.get(key, 0) for key in (
-        "gradient_accumulation_steps", "batch_size", "block_size"))
     tokenizer = nanogpt_tokenizer(config.get("dataset"), options["vocab_size"])
-    return as_checkpoint(path, path, options, weights, tokenizer, step, tokens)
+    return as_checkpoint(path, path, options, weights, tokenizer, checkpoint.get("iter_num", 0))
 
 
 def nanogpt_tokenizer(dataset, vocab_size):

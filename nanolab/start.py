@@ -111,8 +111,7 @@ def read_run_checkpoint(path, mmap=False):
 
 
 def with_architecture(config, checkpoint, meta):
-    """The config with what init_from left open: the architecture, from a checkpoint, and with it
-    the budget."""
+    """The config with what init_from left open: architecture, from a checkpoint, and budget."""
     source = GPTConfig.from_options(checkpoint["config"])
     return with_budget(replace(config, **{key: getattr(source, key) for key in ARCHITECTURE_OPTIONS
                                           if getattr(config, key) is None}), meta)
@@ -145,11 +144,8 @@ def check_init_from(weights, config, tokenizer):
 
 
 def config_diff(then, now, step, budget_may_change):
-    """The changed options that would make it another run after `step` steps, as text.
-
-    Compiled code draws other dropout masks. A longer run passes through the same states as long as
-    its learning rates are the same.
-    """
+    """The changed options that would make it another run after `step` steps, as text."""
+    # compiled code draws other dropout masks
     may_change = RESUME_MAY_CHANGE | ({"compile"} if not now["dropout"] else set())
     if budget_may_change or same_schedule_so_far(then, now, step):
         may_change |= BUDGETS
@@ -167,11 +163,9 @@ def same_schedule_so_far(then, now, step):
 
 
 def follow_schedule(start):
-    """Says what it means that a resumed run gets another number of steps than was planned.
-
-    From here on it has the learning rates of a run of the new length. Unless it also had them so
-    far, bit for bit, no other run has been through its states, and its name says so from now on.
-    """
+    """Says it if a resumed run gets another number of steps than was planned. Unless it also had
+    the learning rates of the new length so far, bit for bit, no other run has been through its
+    states, and its name says so from now on."""
     then, config, step = start.resumed["config"], start.config, start.resumed["step"]
     planned, now = count_steps(SimpleNamespace(**then)), count_steps(config)
     is_same = same_schedule_so_far(then, vars(config), step)

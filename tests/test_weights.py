@@ -259,8 +259,7 @@ def test_nanogpt(tmp_path, changes):
     theirs = make_nanogpt(tmp_path, **changes)
     checkpoint = read_any(tmp_path)
     assert_same_logits(load_model(checkpoint), theirs)
-    assert (checkpoint["step"], checkpoint["tokens"]) == (7, 7 * 5 * 2 * 24)
-    assert checkpoint["tokenizer"] == "unknown"
+    assert (checkpoint["step"], checkpoint["tokenizer"]) == (7, "unknown")
     assert checkpoint["config"]["tie_weights"] is not changes.get("untied", False)
 
 
