@@ -57,7 +57,9 @@ def export(checkpoint, model, folder):
         weights = {f"gpt.{name}": tensor for name, tensor in weights.items()}
         hf_config, code = own_config(config), {"modeling_nanolab.py": own_code().encode()}
         card += CODE_NOTE
-    ids = end_of_text_ids(tokenizer)
+    # a text begins and ends with the token that stands between documents, if it is known
+    token = get_tokenizer(tokenizer).eot_token if tokenizer in ("gpt2", "bytes") else None
+    ids = {"bos_token_id": token, "eos_token_id": token}
     hf_config |= {"tie_word_embeddings": config.tie_weights, **ids, "dtype": "float32",
                   "nanolab_tokenizer": tokenizer}
     files = {"config.json": as_json(hf_config), "generation_config.json": as_json(ids), **code,
@@ -135,12 +137,6 @@ def own_code():
 
 
 # --- the tokenizer
-
-def end_of_text_ids(tokenizer):
-    """A text begins and ends with the token that stands between documents, if it is known."""
-    token = get_tokenizer(tokenizer).eot_token if tokenizer in ("gpt2", "bytes") else None
-    return {"bos_token_id": token, "eos_token_id": token}
-
 
 def tokenizer_files(tokenizer, block_size):
     """-> {name: bytes} for AutoTokenizer; none for a tokenizer other than GPT-2's and bytes."""

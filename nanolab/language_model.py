@@ -43,12 +43,13 @@ class LanguageModel:
         return text + "".join(self.stream(text, max_new_tokens, temperature, top_k, top_p, seed))
 
     def stream(self, text, max_new_tokens, temperature, top_k, top_p, seed):
-        """As generate. -> an iterator over what the model adds, which has it as it is made"""
+        """What generate adds to the text, in pieces, as it is made. -> an iterator over str"""
         prompt = self.batch(self.encode(text or END_OF_TEXT))
         generator = torch.Generator(self.device).manual_seed(seed)
         top_k = top_k and min(top_k, self.model.config.vocab_size)
         tokens = self.model.stream(prompt, max_new_tokens, temperature, top_k, top_p, generator)
-        return characters(text_of(map(int, tokens), self.tokenizer))
+        # a character that has several tokens comes with the last one
+        return codecs.iterdecode(text_of(map(int, tokens), self.tokenizer), "utf-8", "replace")
 
     @torch.no_grad()
     def loss(self, text):
@@ -104,14 +105,6 @@ class LanguageModel:
             raise UserError(f"the text has {len(tokens):,} tokens; the model reads from 1 to "
                             f"{self.model.config.block_size:,} at a time")
         return torch.tensor([tokens], device=self.device)
-
-
-def characters(parts):
-    """Yields UTF-8 bytes as text. A character that comes in several parts is in the last one."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for part in parts:
-        yield decoder.decode(part)
-    yield decoder.decode(b"", final=True)
 
 
 class RecordAttention(TorchFunctionMode):

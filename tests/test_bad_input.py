@@ -195,7 +195,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({BEST: change_checkpoint(tokenizer="unknown")}, SAMPLE, "with --tokenizer=bytes or gpt2"),
     ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "unknown tokenizer 'klingon'"),
     ({}, [*SAMPLE, "--num_samples=0"], "--num_samples must be from 1 to"),
-    ({}, [*SAMPLE, "--temperature=-1"], "--temperature must be"),
+    ({}, [*SAMPLE, "--temperature=1e-40"], "--temperature must be"),
     ({}, [*SAMPLE, "--top_p=nan"], "--top_p must be"),
     # weights in Hugging Face's layout, in and out
     ({"hf/config.json": write("{")}, SAMPLE_HF, "hf/config.json is damaged"),
