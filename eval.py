@@ -21,7 +21,7 @@ from nanolab.common import UserError, argument_parser, run_script, write_atomica
 from nanolab.data import read_meta
 from nanolab.distributed import end_distributed, init_distributed
 from nanolab.evaluation import (amp_name, load_results, loss_of, measure_loss, paired_difference,
-                                save_results, test_set_error)
+                                save_results, weighted_error)
 from nanolab.huggingface import read_any
 
 
@@ -63,7 +63,7 @@ def evaluate(path, args, world):
     saved = world.from_rank_0(lambda: load_results(path, args.split))
     for result in saved["results"]:
         if is_current(result, args, world):
-            return {"split": "test", **result, "path": path}  # older ones do not say it
+            return {**result, "path": path}
     checkpoint = read_any(path)
     config = checkpoint["config"]
     dataset = args.dataset or config["dataset"] or "fineweb"  # None: of Hugging Face's weights
@@ -78,15 +78,14 @@ def evaluate(path, args, world):
 
 
 def is_current(result, args, world):
-    """Whether a saved result is what would be measured now, and has every option of its run."""
+    """Whether a saved result is what would be measured now."""
     config = result["config"]
-    if "batch_size" not in config:  # older results have only some options
-        return False
     meta = read_meta(args.data_dir or config["data_dir"], args.dataset or config["dataset"],
                      config["vocab_size"])
     sha256 = meta["splits"].get(args.split, {}).get("sha256")
-    return (result[f"{args.split}_sha256"], result["amp"], result.get("block_size")) == (
-        sha256, amp_name(world), args.block_size or config["block_size"])
+    return (result.get("split"), result[f"{args.split}_sha256"], result["amp"],
+            result.get("block_size")) == (
+                args.split, sha256, amp_name(world), args.block_size or config["block_size"])
 
 
 def log_to_wandb(path, config, loss):
@@ -117,7 +116,8 @@ def format_difference(first, other):
 
 
 def format_result(result):
-    n, error, bits = result["averaged_steps"], test_set_error(result), result["bits_per_byte"]
+    n, bits = result["averaged_steps"], result["bits_per_byte"]
+    error = weighted_error(result["group_losses"], result["group_windows"])
     average = f"average of the last {n:,} steps' weights, " if n else ""
     of_text = "a single document" if error is None else f"{error:.4f} nats, by the documents"
     bits = f"{bits:.6f}" if bits else "not known: the data set does not say its bytes"

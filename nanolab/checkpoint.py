@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from tqdm import tqdm
@@ -44,32 +45,26 @@ def read_checkpoint(path, mmap=False):
 
 def checked(checkpoint, path):
     """What a file held, if it is a checkpoint, with all options. Raises UserError."""
-    if not isinstance(checkpoint, dict) or not {"format", "model", "config"} <= checkpoint.keys():
-        raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} has format {checkpoint['format']}; this nanolab reads format "
-                        f"{CHECKPOINT_FORMAT}")
-    config = stored_options(checkpoint, path)
+    if not (isinstance(checkpoint, dict) and checkpoint.get("format") == CHECKPOINT_FORMAT
+            and {"model", "config", "tokenizer", "step", "tokens", "seconds"} <= checkpoint.keys()
+            and isinstance(checkpoint["config"], dict) and are_weights(checkpoint["model"])):
+        raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT that this nanolab reads")
+    config = {**vars(Config()), **checked_options(checkpoint["config"], path)}
     for key in {"model", "training_model"} & checkpoint.keys():
         checkpoint[key] = {with_new_name(name): p for name, p in checkpoint[key].items()}
     return {**checkpoint, "path": str(path), "config": config}
 
 
-def stored_options(checkpoint, source):
-    """The config of a checkpoint, whose values are those that Config allows; options that it lacks
-    have their defaults. Raises UserError."""
-    is_intact = (isinstance(checkpoint["config"], dict) and checkpoint["config"].get("vocab_size")
-                 and isinstance(checkpoint["model"], dict)
-                 and all(isinstance(p, torch.Tensor) for p in checkpoint["model"].values())
-                 and {"tokenizer", "step", "tokens", "seconds"} <= checkpoint.keys())
-    if not is_intact:
-        raise UserError(f"{source} is no checkpoint of nanolab")
-    if unknown := sorted(map(str, checkpoint["config"].keys() - OPTIONS.keys())):
+def are_weights(value):
+    return isinstance(value, dict) and all(isinstance(p, torch.Tensor) for p in value.values())
+
+
+def checked_options(options, source):
+    """Options that a file holds, {name: value}, if Config allows their values. Raises UserError."""
+    if unknown := sorted(map(str, options.keys() - OPTIONS.keys())):
         raise UserError(f"{source} has the option {unknown[0]}, which this nanolab does not have; "
                         "use the nanolab that made it")
-    stored = {key: check(OPTIONS[key], value, source)
-              for key, value in checkpoint["config"].items()}
-    return {**vars(Config()), **stored}
+    return {key: check(OPTIONS[key], value, source) for key, value in options.items()}
 
 
 def with_new_name(name):
@@ -78,10 +73,8 @@ def with_new_name(name):
 
 
 def load_model(checkpoint):
-    """The GPT of a checkpoint, in eval mode, on the CPU. Raises UserError.
-
-    checkpoint: a path, or what read_checkpoint or huggingface.read_any returned.
-    """
+    """The GPT of a checkpoint, a path or what read_checkpoint or huggingface.read_any returned. It
+    is in eval mode, on the CPU. Raises UserError."""
     if not isinstance(checkpoint, dict):
         checkpoint = read_checkpoint(checkpoint)
     model = GPT(GPTConfig.from_options(checkpoint["config"]))
@@ -93,10 +86,10 @@ def load_weights(model, checkpoint):
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
+        reason = shorten(str(error).partition("\n")[2], 300, placeholder=" ...")
         raise UserError(f"{checkpoint['path']} does not fit its own config ({reason})") from None
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
+    for name, weight in checkpoint["model"].items():
+        if not (weight.is_floating_point() and weight.isfinite().all()):
             raise UserError(f"{checkpoint['path']} has weights that are not finite ({name})")
 
 
@@ -148,10 +141,9 @@ def pack(config, meta, state, model, average, optimizer, scaler):
 
 
 class CheckpointSaver:
-    """Saves last.pt and best.pt in the background: a thread writes one file after the other.
+    """Saves last.pt and best.pt in the background: a thread writes one file after the other. Only
+    rank 0 has one that is enabled. As a context manager it waits for the last file and command.
 
-    Only rank 0 has one that is enabled. As a context manager it waits for the last file, and for
-    the last command.
     pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt;
     on_save: a shell command to run after each file; '': none.
     """
@@ -161,7 +153,7 @@ class CheckpointSaver:
         self.best_val_loss = best_val_loss  # only a best.pt on disk counts
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.pending_save = self.writer.submit(bool)  # a finished Future: nothing is pending
-        self.buffers, self.snapshot = {}, None
+        self.buffers, self.snapshot = {}, {}
         self.on_save, self.runner = on_save, ThreadPoolExecutor(max_workers=1)
         self.last_command = self.runner.submit(bool)
 
@@ -190,17 +182,13 @@ class CheckpointSaver:
         if wait:
             self.wait()
         else:
-            checkpoint = self.take_snapshot(checkpoint)
+            if self.snapshot.get("step") != checkpoint["step"]:  # one copy serves both files
+                self.wait()  # the writer may still read the buffers
+                self.snapshot = snapshot_to_cpu(checkpoint, self.buffers)
+            checkpoint = self.snapshot
         self.pending_save = self.writer.submit(self.write, name, checkpoint)
         if wait and not self.pending_save.result() and name == "last.pt":
             raise UserError(f"the last steps are lost: {self.out_dir / name} could not be saved")
-
-    def take_snapshot(self, checkpoint):
-        """This step's checkpoint, copied once for both files."""
-        if not self.snapshot or self.snapshot["step"] != checkpoint["step"]:
-            self.wait()  # the writer may still read the buffers
-            self.snapshot = snapshot_to_cpu(checkpoint, self.buffers)
-        return self.snapshot
 
     def write(self, name, checkpoint):
         """Writes a file, in the writer's thread. -> whether it could."""
@@ -235,26 +223,20 @@ def save_checkpoint(path, checkpoint):
 
 def run_on_save(command):
     """Runs a shell command to its end. If it fails, one line says so and the run goes on."""
-    try:
-        # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
-        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
-                              start_new_session=True)
+    # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+                          start_new_session=True)
+    if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        problem = said[0] if done.returncode else None
-    except OSError as error:  # no memory for a process
-        problem = describe(error)
-    if problem:
-        tqdm.write(f"--on_save failed ({problem[:500]}): {command}", file=sys.stderr)
+        tqdm.write(f"--on_save failed ({said[0][:500]}): {command}", file=sys.stderr)
 
 
 def snapshot_to_cpu(checkpoint, buffers):
-    """Copies a checkpoint, so that it can be written while training changes the tensors it was made
-    of.
+    """Copies a checkpoint, so that it can be written while training changes its tensors.
 
-    buffers: {(address, shape) of a tensor: its copy on the CPU}. The first call fills it and the
-    next ones reuse it: fresh memory costs the system more than the copy. Tied weights share
-    storage, so they are saved once.
+    buffers: {(address, shape) of a tensor: its copy on the CPU}, which the first call fills: fresh
+    memory costs the system more than the copy. Tied weights share storage, so they are saved once.
     """
     if isinstance(checkpoint, dict):
         return {key: snapshot_to_cpu(value, buffers) for key, value in checkpoint.items()}

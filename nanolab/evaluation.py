@@ -97,14 +97,9 @@ def loss_of(result):
     return result[f"{result['split']}_loss"]
 
 
-def test_set_error(result):
-    """The standard error of a test loss from the choice of the test documents: that of a weighted
-    mean of groups of them. None for a single group."""
-    return weighted_error(result["group_losses"], result["group_windows"])
-
-
 def weighted_error(values, weights):
-    """The standard error of a weighted mean; None of a single value."""
+    """The standard error of a weighted mean, such as that of a test loss from the choice of the
+    documents; None of a single value."""
     values, weights = (torch.tensor(each, dtype=torch.float64) for each in (values, weights))
     if len(values) < 2:
         return None
@@ -135,7 +130,7 @@ def load_results(path, split):
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         saved = parse_json(result_path(path, split).read_text())
-        if saved["checkpoint_sha256"] == sha256 and all("config" in r for r in saved["results"]):
+        if saved["checkpoint_sha256"] == sha256:
             return saved
     except (OSError, ValueError, KeyError, TypeError):
         pass  # missing or damaged: measure again

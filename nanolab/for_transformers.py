@@ -97,12 +97,9 @@ def left_padding(attention_mask, B, n_tokens):
     """How many tokens of padding each of B sequences begins with."""
     if attention_mask is None:
         return [0] * B
-    if attention_mask.shape != (B, n_tokens):
-        raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}; this model "
-                         f"reads ({B}, {n_tokens}), with the tokens in the cache")
     mask = attention_mask.bool()
-    padding = (mask.cumsum(dim=1) == 0).sum(dim=1)
-    n_beginnings = (mask[:, 1:] & ~mask[:, :-1]).sum(dim=1) + mask[:, 0]
-    if (n_beginnings > 1).any():
-        raise ValueError("padding inside a sequence; this model reads padding on the left")
-    return padding.clamp(max=n_tokens - 1).tolist()
+    n_beginnings = (mask[..., 1:] & ~mask[..., :-1]).sum(dim=-1) + mask[..., 0]
+    if mask.shape != (B, n_tokens) or (n_beginnings > 1).any():
+        raise ValueError("this model reads an attention_mask of the shape (sequences, tokens, with "
+                         "those in the cache), in which the padding is on one side")
+    return (mask.cumsum(dim=1) == 0).sum(dim=1).clamp(max=n_tokens - 1).tolist()

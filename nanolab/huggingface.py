@@ -4,26 +4,22 @@ ckpt.pt. And the command that writes ours in Hugging Face's layout:
     python -m nanolab.huggingface export out/best.pt FOLDER
 """
 
-import math
 import os
 import re
-import sys
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from config import OPTIONS, GPTConfig
-from nanolab.checkpoint import CHECKPOINT_FORMAT, checked, checkpoint_file, load_model
-from nanolab.common import (UserError, argument_parser, load_tensors, parse_json, reachable,
-                            run_script)
+from config import GPTConfig
+from nanolab.checkpoint import (CHECKPOINT_FORMAT, are_weights, checked, checked_options,
+                                checkpoint_file, load_model)
+from nanolab.common import (UserError, argument_parser, describe, load_tensors, parse_json,
+                            reachable, run_script)
 from nanolab.data import read_meta
-from nanolab.distributed import print0
-from nanolab.export import BYTE_TOKENIZER, export
-from nanolab.gpt2 import from_gpt2, gpt2_options, gpt2_shapes, tie
-from nanolab.options import check
+from nanolab.export import (GPT2_ACTIVATIONS, GPT2_FIXED, GPT2_NAMES, GPT2_SHAPE, TRANSPOSED,
+                            export)
 from nanolab.tokenizer import (GPT2_VOCABULARY_SHA256, UNKNOWN, guess_tokenizer, vocabulary_sha256)
 
 # OpenAI's weights are openai-community/NAME on the hub. Each revision has model.safetensors.
@@ -36,7 +32,6 @@ OPENAI_REVISIONS = {"gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                 "pytorch_model.bin.index.json")
 
-NANOGPT_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
 PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
 
 
@@ -49,8 +44,6 @@ def read_any(source):
         path = path / "ckpt.pt"
     if path.is_dir():
         return read_hugging_face(path, source)
-    if path.suffix in (".safetensors", ".bin"):
-        raise UserError(f"{path} is one file of a model: give the folder that it is in")
     if path.is_file():
         tensors = load_tensors(path)
         if isinstance(tensors, dict) and {"model", "model_args"} <= tensors.keys():
@@ -58,193 +51,167 @@ def read_any(source):
         return checked(tensors, path)
     if str(source) in OPENAI_REVISIONS:
         return read_hugging_face(download_openai(str(source)), source)
-    names = ", ".join(OPENAI_REVISIONS)
-    hint = f"; OpenAI's weights are {names}" if str(source).startswith("gpt") else ""
-    raise UserError(f"there is no checkpoint {source}{hint}")
+    raise UserError(f"there is no checkpoint {source}; OpenAI's weights are "
+                    f"{', '.join(OPENAI_REVISIONS)}")
 
 
 def download_openai(name):
-    """Downloads OpenAI's weights into the hub's cache, unless they are there. -> the folder.
-
-    Raises UserError, within 2 seconds if there is no network.
-    """
+    """Downloads OpenAI's weights into the hub's cache, unless they are there. -> the folder"""
     import huggingface_hub  # here, because most runs do not need it
-    repository, revision = f"openai-community/{name}", OPENAI_REVISIONS[name]
-    for file in ("config.json", "model.safetensors"):
-        cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
-        needs_hub = not isinstance(cached, str) and not os.environ.get("HF_ENDPOINT")
-        if needs_hub and not reachable("huggingface.co"):
-            raise UserError(
-                f"{name} is not on this machine and huggingface.co does not answer: connect once, "
-                f"or give a folder with {repository}'s config.json and model.safetensors")
-        try:
-            path = huggingface_hub.hf_hub_download(repository, file, revision=revision)
-        except Exception as error:  # network errors have many classes
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            raise UserError(f"cannot download {file} of {repository} ({reason})") from None
+    repository = f"openai-community/{name}"
+    # without a network the hub's library would try for 24 seconds
+    is_offline = not (os.environ.get("HF_ENDPOINT") or reachable("huggingface.co"))
+    try:
+        for file in ("config.json", "model.safetensors"):
+            path = huggingface_hub.hf_hub_download(
+                repository, file, revision=OPENAI_REVISIONS[name], local_files_only=is_offline)
+    except Exception as error:  # network errors have many classes
+        raise UserError(
+            f"{name} is not on this machine and cannot be downloaded from huggingface.co "
+            f"({type(error).__name__}): connect once, or give a folder with {repository}'s "
+            "config.json and model.safetensors") from None
     return Path(path).parent
 
 
-def as_checkpoint(source, options, weights, tokenizer, step=0, tokens=0):
-    """Foreign weights as a checkpoint. Of their training little is known: the data set is None."""
+def as_checkpoint(source, path, options, weights, tokenizer, step=0):
+    """Foreign weights as a checkpoint. Of their training little is known: the data set is None.
+
+    source: the name that the user gave; path: of the file that has the options.
+    """
+    options = checked_options(options, path)
+    options["tie_weights"] = tie(weights, options["tie_weights"])
     run = {"name": Path(source).resolve().name, "dataset": None, "data_dir": "data", "seed": None}
     return {"path": str(source), "format": CHECKPOINT_FORMAT, "model": weights,
-            "config": {**run, **options}, "tokenizer": tokenizer, "step": step, "tokens": tokens,
+            "config": {**run, **options}, "tokenizer": tokenizer, "step": step, "tokens": 0,
             "seconds": 0.0}
+
+
+def tie(weights, asked):
+    """Ties the head to wte.weight as transformers does: if config.json asks for it, and the file
+    has one of the two, or both equal. -> whether it is tied"""
+    present = [weights[name] for name in ("wte.weight", "head.weight") if name in weights]
+    if not asked or not present or not torch.equal(present[0].float(), present[-1].float()):
+        return False
+    weights["wte.weight"] = weights["head.weight"] = present[0]
+    return True
 
 
 # --- Hugging Face's layout
 
 def read_hugging_face(folder, source):
-    """Reads config.json and the weights, as transformers would. Runs no code of the folder.
-
-    folder: a Path; source: the name that the user gave, for messages and tables. Raises UserError,
-    which names what our GPT does not compute.
-    """
-    hf_config = read_hf_config(folder)
-    is_ours = hf_config["model_type"] == "nanolab"
-    options = own_options(hf_config, folder) if is_ours else gpt2_options(hf_config, folder)
-    given = read_weights(folder, hf_config.get("transformers_weights"))
-    if is_ours:  # load_model checks names and shapes
-        weights = {name.removeprefix("gpt."): tensor for name, tensor in given.items()}
-        options["tie_weights"] = tie(weights, "head.weight", options["tie_weights"])
-    else:
-        weights = from_gpt2(given, options, folder, transposed=True)
-    return as_checkpoint(source, options, weights, find_tokenizer(folder, hf_config))
-
-
-def read_hf_config(folder):
-    try:
-        hf_config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-        if hf_config.get("model_type") is not None:
-            return hf_config
-    except FileNotFoundError:
-        pass
-    except (ValueError, AttributeError):
-        raise UserError(f"{folder}/config.json is damaged") from None
-    raise UserError(f"{folder} is a folder, neither a run with best.pt or last.pt nor a model in "
-                    "Hugging Face's layout, whose config.json has a model_type")
-
-
-def own_options(hf_config, folder):
-    """The options of a model that our export wrote with its code."""
-    path, names = folder / "config.json", hf_config.get("nanolab_options")
-    if not isinstance(names, list) or not {*map(str, names)} <= hf_config.keys():
-        raise UserError(f"{path} is damaged")
-    if unknown := sorted({*map(str, names)} - {f.name for f in fields(GPTConfig)}):
-        raise UserError(f"{path} has the option {unknown[0]}, which this nanolab does not have; "
-                        "use the nanolab that made it")
-    return {name: check(OPTIONS[name], hf_config[name], path) for name in names}
-
-
-def read_weights(folder, explicit=None):
-    """-> {name: tensor}, of the files that transformers would read.
-
-    explicit: the file that config.json names, if it names one.
-    """
-    for name in ("adapter_config.json", "shard-*-model-*-of-*.safetensors"):
-        if found := sorted(folder.glob(name)):
-            raise UserError(f"{found[0]} changes the weights, and nanolab does not read it")
-    names = [explicit] if explicit else WEIGHT_FILES
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
-    if path is None:
-        raise UserError(f"{folder} has none of {', '.join(names)}")
-    paths = [path]
-    if path.suffix == ".json":
+    """Reads config.json and the weights, as transformers would. Runs no code of the folder (a
+    Path). Raises UserError, which names what our GPT does not compute."""
+    path, hf_config = folder / "config.json", {}
+    if path.is_file():
         try:
-            shards = set(parse_json(path.read_text(encoding="utf-8"))["weight_map"].values())
-            paths = [folder / name for name in sorted(shards)]
-        except (ValueError, KeyError, AttributeError, TypeError):
+            hf_config = dict(parse_json(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
             raise UserError(f"{path} is damaged") from None
+    if "model_type" not in hf_config:
+        raise UserError(f"{folder} is a folder, neither a run with best.pt or last.pt nor a model "
+                        "in Hugging Face's layout, whose config.json has a model_type")
+    if hf_config["model_type"] == "nanolab":  # which our export wrote
+        options = {name: hf_config.get(name) for name in hf_config["nanolab_options"]}
+        weights = {name.removeprefix("gpt."): p for name, p in read_weights(folder).items()}
+    else:
+        options = gpt2_options(hf_config, path)
+        weights = from_gpt2(read_weights(folder), transposed=True)
+    return as_checkpoint(source, path, options, weights, find_tokenizer(folder, hf_config))
+
+
+def gpt2_options(hf_config, path):
+    """-> the options of our GPT, by name. Raises UserError if the model computes something else."""
+    options = {ours: hf_config.get(theirs, getattr(GPTConfig, ours))
+               for theirs, ours in GPT2_SHAPE.items()}
+    allowed = {**{key: [value] for key, value in GPT2_FIXED.items()},
+               "activation_function": list(GPT2_ACTIVATIONS),
+               "n_inner": [4 * options["n_embd"], None],
+               "quantization_config": [None], "auto_map": [None]}  # auto_map: code of its own
+    for key, values in allowed.items():
+        if hf_config.get(key, values[0]) not in values:
+            raise UserError(f"{path} has {key}={hf_config[key]!r}; "
+                            f"nanolab's model has {values[0]!r}")
+    return options | {
+        "qkv_bias": True, "tie_weights": hf_config.get("tie_word_embeddings", True),
+        "activation": GPT2_ACTIVATIONS[hf_config.get("activation_function", "gelu_new")]}
+
+
+def from_gpt2(given, transposed):
+    """A GPT-2's weights by our names, matrices as (out, in). transposed: they are (in, out)."""
     weights = {}
-    for path in paths:
-        weights |= load_weight_file(path)
+    for name, tensor in given.items():
+        name = name.removeprefix("transformer.")
+        for ours, theirs in GPT2_NAMES.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks
+            is_transposed = transposed and name.endswith(TRANSPOSED)
+            weights[name] = tensor.T if is_transposed else tensor
     return weights
 
 
-def load_weight_file(path):
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    with open(path, "rb") as file:
-        if file.read(20) == b"version https://git-":
-            raise UserError(f"{path} is only a pointer to the file: run `git lfs pull` beside it")
+def read_weights(folder):
+    """-> {name: tensor}, of the files that transformers would read. Raises UserError."""
+    path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder} has none of {', '.join(WEIGHT_FILES)}")
+    paths, weights = [path], {}
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error})") from None
-    if not (isinstance(weights, dict)
-            and all(isinstance(tensor, torch.Tensor) for tensor in weights.values())):
+        if path.suffix == ".json":  # says which file has which tensor
+            shards = parse_json(path.read_text(encoding="utf-8"))["weight_map"].values()
+            paths = [folder / name for name in sorted(set(shards))]
+        for path in paths:
+            weights |= load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({describe(error)}); in a clone, `git lfs pull` gets "
+                        "the files") from None
+    if not are_weights(weights):
         raise UserError(f"{path} does not contain weights")
     return weights
 
 
 def find_tokenizer(folder, hf_config):
-    """'gpt2' or 'bytes' if the folder's vocabulary is that, UNKNOWN if it is another.
-
-    Without a vocabulary: what our export wrote to config.json, else a guess from vocab_size.
-    """
-    vocabularies = []
+    """What our export noted; else 'gpt2' if the folder's vocabulary is GPT-2's, or if there is none
+    but its size is; else UNKNOWN."""
+    if "nanolab_tokenizer" in hf_config:
+        return str(hf_config["nanolab_tokenizer"])
+    paths = [folder / name for name in ("tokenizer.json", "vocab.json")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        return guess_tokenizer(hf_config.get("vocab_size"))
     try:
-        for name in ("vocab.json", "tokenizer.json"):
-            if (folder / name).exists():
-                content = parse_json((folder / name).read_text(encoding="utf-8"))
-                vocabularies.append(content if name == "vocab.json" else content["model"]["vocab"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"the tokenizer in {folder} is damaged") from None
-    if vocabularies:
-        names = {vocabulary_name(vocabulary) for vocabulary in vocabularies}
-        return names.pop() if len(names) == 1 else UNKNOWN
-    if any(next(folder.glob(name), None) for name in ("*.model", "vocab.txt")):
+        vocabulary = parse_json(path.read_text(encoding="utf-8"))
+        if path.name == "tokenizer.json":
+            vocabulary = vocabulary["model"]["vocab"]
+        return "gpt2" if vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256 else UNKNOWN
+    except (ValueError, KeyError, AttributeError, TypeError):  # another kind of tokenizer
         return UNKNOWN
-    noted = hf_config.get("nanolab_tokenizer")
-    return str(noted or guess_tokenizer(hf_config.get("vocab_size")))
-
-
-def vocabulary_name(vocabulary):
-    """vocabulary: {token: id}; other kinds of tokenizers have lists."""
-    if vocabulary == BYTE_TOKENIZER["model"]["vocab"]:
-        return "bytes"
-    is_gpt2 = isinstance(vocabulary, dict) and all(
-        isinstance(i, int) for i in vocabulary.values()) and (
-        vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256)
-    return "gpt2" if is_gpt2 else UNKNOWN
 
 
 # --- nanoGPT
 
 def read_nanogpt(checkpoint, path):
-    """What nanoGPT's train.py saved: ckpt.pt. Missing biases are zeros. Raises UserError.
-
-    Its MLP has the exact GELU, as nanoGPT's since May 2023 (commit 594068e).
-    """
+    """What nanoGPT's train.py saved: ckpt.pt. Its MLP has the exact GELU, as nanoGPT's since May
+    2023 (commit 594068e). Missing biases are zeros, which computes the same. Raises UserError."""
     args, given = checkpoint["model_args"], checkpoint["model"]
     config = checkpoint.get("config", {})  # the first versions saved none
-    if not (isinstance(args, dict) and set(NANOGPT_ARGS[:5]) <= args.keys()
-            and isinstance(given, dict)
-            and all(isinstance(tensor, torch.Tensor) for tensor in given.values())):
+    if not (isinstance(args, dict) and are_weights(given)
+            and {*GPT2_SHAPE.values()} <= args.keys()):
         raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT")
-    if unknown := sorted(map(str, args.keys() - set(NANOGPT_ARGS))):
+    if unknown := sorted(args.keys() - {*GPT2_SHAPE.values(), "dropout", "bias"}):
         raise UserError(f"{path} has {unknown[0]}={args[unknown[0]]!r}, which is not in nanoGPT's "
                         "model, nor in nanolab's")
-    given = {PREFIXES.sub("", name): tensor for name, tensor in given.items()}
-    has_bias = args.get("bias", "transformer.h.0.attn.c_attn.bias" in given)
+    weights = from_gpt2({PREFIXES.sub("", name): tensor for name, tensor in given.items()},
+                        transposed=False)
+    has_bias = "ln_f.bias" in weights
+    if not has_bias:
+        weights |= {name.replace(".weight", ".bias"): torch.zeros(len(tensor))
+                    for name, tensor in weights.items()
+                    if name.startswith(("blocks.", "ln_f.")) and ".qkv." not in name}
     options = {"dropout": 0.0, **args, "qkv_bias": has_bias, "tie_weights": True,
                "activation": "gelu_erf"}
-    options = {key: check(OPTIONS[key], value, path) for key, value in options.items()
-               if key != "bias"}
-    if not has_bias:
-        zeros = {f"transformer.{name}": torch.zeros(shape) for name, shape
-                 in gpt2_shapes(options, False).items() if name.endswith(".bias")}
-        given = zeros | given
-    weights = from_gpt2(given, options, path, transposed=False)
-    if not has_bias:
-        print0(f"note: {path} has no biases; here they are zeros, which computes the same",
-               file=sys.stderr)
-    step = checkpoint.get("iter_num", 0)
-    tokens = step * math.prod(config.get(key, 0) for key in (
-        "gradient_accumulation_steps", "batch_size", "block_size"))
+    options.pop("bias", None)
     tokenizer = nanogpt_tokenizer(config.get("dataset"), options["vocab_size"])
-    return as_checkpoint(path, options, weights, tokenizer, step, tokens)
+    return as_checkpoint(path, path, options, weights, tokenizer, checkpoint.get("iter_num", 0))
 
 
 def nanogpt_tokenizer(dataset, vocab_size):

@@ -1,5 +1,6 @@
 """A trained model that reads and writes text, and shows what it computes: see nanolab.load."""
 
+import codecs
 import math
 from typing import NamedTuple
 
@@ -26,10 +27,12 @@ class LanguageModel:
     tokens, at most model.config.block_size where a method does not say otherwise.
     """
 
-    def __init__(self, source, device="auto"):
+    def __init__(self, source, device="auto", tokenizer=None):
         checkpoint = read_any(source)
-        self.tokenizer = get_tokenizer(checkpoint["tokenizer"])
-        self.model = load_model(checkpoint).to(pick_device(device))
+        self.options = checkpoint["config"]  # of its run
+        self.tokenizer = get_tokenizer(tokenizer or checkpoint["tokenizer"])
+        self.device = pick_device(device)
+        self.model = load_model(checkpoint).to(self.device)
 
     def generate(self, text="", max_new_tokens=200, temperature=1.0, top_k=None, top_p=None,
                  seed=42):
@@ -37,11 +40,16 @@ class LanguageModel:
 
         temperature, top_k, top_p: as for GPT.stream.
         """
-        device = self.model.head.weight.device
-        prompt = torch.tensor([self.encode(text or END_OF_TEXT)], device=device)
-        generator = torch.Generator(device).manual_seed(seed)
+        return text + "".join(self.stream(text, max_new_tokens, temperature, top_k, top_p, seed))
+
+    def stream(self, text, max_new_tokens, temperature, top_k, top_p, seed):
+        """What generate adds to the text, in pieces, as it is made. -> an iterator over str"""
+        prompt = self.batch(self.encode(text or END_OF_TEXT))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        top_k = top_k and min(top_k, self.model.config.vocab_size)
         tokens = self.model.stream(prompt, max_new_tokens, temperature, top_k, top_p, generator)
-        return text + b"".join(text_of(map(int, tokens), self.tokenizer)).decode(errors="replace")
+        # a character that has several tokens comes with the last one
+        return codecs.iterdecode(text_of(map(int, tokens), self.tokenizer), "utf-8", "replace")
 
     @torch.no_grad()
     def loss(self, text):
@@ -96,7 +104,7 @@ class LanguageModel:
         if check and not 1 <= len(tokens) <= self.model.config.block_size:
             raise UserError(f"the text has {len(tokens):,} tokens; the model reads from 1 to "
                             f"{self.model.config.block_size:,} at a time")
-        return torch.tensor([tokens], device=self.model.head.weight.device)
+        return torch.tensor([tokens], device=self.device)
 
 
 class RecordAttention(TorchFunctionMode):

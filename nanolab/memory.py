@@ -1,5 +1,6 @@
 """What fits in memory, by trying real steps: batch_size='auto', and a dry run."""
 
+import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -20,7 +21,6 @@ def peak_memory(device):
     """The most bytes this process has held so far: of the GPU's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -29,9 +29,6 @@ def largest_batch_size(model, optimizer, dataset, global_batch_size, world):
     """The largest micro-batch that fits on every GPU, a divisor of a process's part of the global
     batch. Tries real steps, from the largest down. On a CPU, whose system promises more memory
     than it has: the largest of at most CPU_TOKENS. Raises UserError."""
-    if global_batch_size % world.size:
-        raise UserError(f"global_batch_size={global_batch_size} is not divisible by {world.size} "
-                        "processes", exit_code=2)
     sizes = divisors(global_batch_size // world.size)[::-1]
     if world.device.type == "cpu":
         return next(size for size in sizes if size == 1 or size * dataset.block_size <= CPU_TOKENS)
@@ -83,8 +80,8 @@ def step_fits(model, dataset, size, world):
         for _ in range(3):
             forward_and_backward(model, dataset, size, world)
         return True
-    except (RuntimeError, MemoryError) as error:  # of torch, numpy
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except RuntimeError as error:
+        if "memory" not in str(error):
             raise
         return False
     finally:
@@ -121,13 +118,9 @@ def dry_run(config, n_steps, model, optimizer, dataset, batch_size, grad_accum_s
     rate = config.global_batch_size * config.block_size / seconds
     cost = seconds * n_steps / 3600 * config.dollars_per_hour
     print0(f"memory: {peak_memory(world.device) / 2**20:,.0f} MB at the peak of a step\n"
-           f"time:   {short(seconds)} s a step ({grad_accum_steps} micro-steps of "
-           f"{short(micro_step)} s, {short(update)} s for the update), {rate:,.0f} tokens/s; "
+           f"time:   {seconds:,.4f} s a step ({grad_accum_steps} micro-steps of "
+           f"{micro_step:,.4f} s, {update:,.4f} s for the update), {rate:,.0f} tokens/s; "
            f"{n_steps:,} steps take about "
            f"{format_duration(seconds * n_steps)}, validations and saves not counted"
            f"{f', and cost {cost:,.2f} dollars' if cost else ''}\n"
            f"dry run: nothing was written to {config.out_dir}")
-
-
-def short(seconds):
-    return f"{seconds:.3g}" if seconds < 100 else f"{seconds:,.0f}"

@@ -24,7 +24,6 @@ class Start:
     config: Config
     resumed: dict | None = None
     weights: dict | None = None
-    name_suffix: str = ""
     best_val_loss: float = math.inf  # that of best.pt
 
     def restore(self, model, average, optimizer, scaler, world):
@@ -47,7 +46,6 @@ class Start:
                 raise UserError(f"{resumed['path']} does not fit this run, so it cannot be "
                                 "resumed; start with --init_from instead") from None
             state = RunState(**{key: resumed[key] for key in vars(state) if key in resumed})
-            state.name_suffix = self.name_suffix
             state.averaged_steps *= goes_on
             self.best_val_loss = resumed["best_val_loss"]
             print0(f"resume: {resumed['path']}, at step {state.step:,}")
@@ -104,21 +102,16 @@ def checkpoint_to_resume(config, meta):
 
 
 def read_run_checkpoint(path, mmap=False):
-    """read_checkpoint; if last.pt is damaged and best.pt is not, the error says so."""
+    """read_checkpoint; if it cannot, the error says how to go on."""
     try:
         return read_checkpoint(path, mmap)
     except UserError as error:
-        best = path.with_name("best.pt")
-        if path == best or not best.exists():
-            raise
-        step = read_checkpoint(best)["step"]
-        raise UserError(f"{error}; {best} is intact: copy it over {path.name} to resume from step "
-                        f"{step:,}") from None
+        raise UserError(f"{error}; without it, --resume goes on from the other of last.pt and "
+                        "best.pt") from None
 
 
 def with_architecture(config, checkpoint, meta):
-    """The config with what init_from left open: the architecture, from a checkpoint, and with it
-    the budget."""
+    """The config with what init_from left open: architecture, from a checkpoint, and budget."""
     source = GPTConfig.from_options(checkpoint["config"])
     return with_budget(replace(config, **{key: getattr(source, key) for key in ARCHITECTURE_OPTIONS
                                           if getattr(config, key) is None}), meta)
@@ -151,11 +144,8 @@ def check_init_from(weights, config, tokenizer):
 
 
 def config_diff(then, now, step, budget_may_change):
-    """The changed options that would make it another run after `step` steps, as text.
-
-    Compiled code draws other dropout masks. A longer run passes through the same states as long as
-    its learning rates are the same.
-    """
+    """The changed options that would make it another run after `step` steps, as text."""
+    # compiled code draws other dropout masks
     may_change = RESUME_MAY_CHANGE | ({"compile"} if not now["dropout"] else set())
     if budget_may_change or same_schedule_so_far(then, now, step):
         may_change |= BUDGETS
@@ -173,23 +163,20 @@ def same_schedule_so_far(then, now, step):
 
 
 def follow_schedule(start):
-    """Says what it means that a resumed run gets another number of steps than was planned.
-
-    From here on it has the learning rates of a run of the new length. Unless it also had them so
-    far, bit for bit, no other run has been through its states, and its name says so from now on.
-    """
+    """Says it if a resumed run gets another number of steps than was planned. Unless it also had
+    the learning rates of the new length so far, bit for bit, no other run has been through its
+    states, and its name says so from now on."""
     then, config, step = start.resumed["config"], start.config, start.resumed["step"]
     planned, now = count_steps(SimpleNamespace(**then)), count_steps(config)
     is_same = same_schedule_so_far(then, vars(config), step)
     suffix = start.resumed.get("name_suffix", "")
-    start.name_suffix = suffix if is_same else f"{suffix} (extended at step {step})"
-    start.config = replace(config, name=config.name.removesuffix(suffix) + start.name_suffix)
+    new_suffix = suffix if is_same else f"{suffix} (extended at step {step})"
+    start.resumed["name_suffix"] = new_suffix
+    start.config = replace(config, name=config.name.removesuffix(suffix) + new_suffix)
     if now != planned and step < now:
-        rate = learning_rate_at(step, now, config)
-        print0(f"resume: {now:,} steps instead of {planned:,}; from here on the learning rate is "
-               f"that of a run of {now:,} steps, now {rate:.4g}. " + (
-                   "The steps done are those of that run too" if is_same else "The steps done are "
-                   f"not those of that run: this one is now {start.config.name}"))
+        print0(f"resume: {now:,} steps instead of {planned:,}, from here on at the learning rates "
+               f"of a run of {now:,} steps" + ("" if is_same else
+               f"; the steps done had others, so this one is now {start.config.name}"))
 
 
 def options_of_run(files, given):

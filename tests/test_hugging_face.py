@@ -23,15 +23,14 @@ from test_weights import MODEL, make_hf_model, shard
 
 def test_weights_of_openai_through_the_cache(tmp_path, monkeypatch):
     """`gpt2` is read from the hub's cache at the pinned revision, without network. If it is not
-    there, or the download fails, the error is one line."""
+    there, the error is one line."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delenv("HF_ENDPOINT", raising=False)
     monkeypatch.chdir(tmp_path)
-    for answers, message in ((True, "cannot download config.json of openai-community/gpt2 .*$"),
-                             (False, "gpt2 is not on this machine and huggingface.co does not")):
+    for answers in (True, False):
         monkeypatch.setattr(huggingface, "reachable", lambda host: answers)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match="gpt2 is not on this machine and cannot be downloaded"):
             read_any("gpt2")
     snapshots = tmp_path / "models--openai-community--gpt2" / "snapshots"
     hf_model = make_hf_model(snapshots / huggingface.OPENAI_REVISIONS["gpt2"], vocab_size=50257,

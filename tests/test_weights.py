@@ -14,7 +14,6 @@ from torch import nn
 from conftest import assert_same_logits, run_main, run_quickly, stop_at
 from nanolab.checkpoint import load_model
 from nanolab.common import UserError
-from nanolab.export import tokenizer_files
 from nanolab.huggingface import read_any
 from nanolab.tokenizer import gpt2_vocabulary_files
 
@@ -125,77 +124,57 @@ READ = {
     "safetensors before a pickle": write(PICKLE, "no weights"),
     "one file before shards": both(shard(MODEL, keep=True), write(f"{MODEL}.index.json", "{")),
     "index before a pickle": both(write(PICKLE, "no weights"), shard(MODEL)),
-    "file named in config.json": both(rename("w.safetensors"),
-                                      config(transformers_weights="w.safetensors")),
     "no prefix": prefixed("", "transformer."),
-    "prefix twice": prefixed("transformer."),
     "old: masks and few keys": both(
         prefixed("", "transformer."), plus(h__1__attn__bias=torch.ones(48)),
         write("config.json", json.dumps({
             "model_type": "gpt2", "vocab_size": 300, "n_positions": 48, "n_ctx": 48, "n_embd": 32,
             "n_layer": 2, "n_head": 4}))),
-    "other names of the shape": both(
-        write("config.json", json.dumps({
-            "model_type": "gpt2", "vocab_size": 300, "max_position_embeddings": 48, "n_embd": 9,
-            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}))),
     "head alone": weights(lambda w: {name.replace("transformer.wte", "lm_head"): t
                                      for name, t in w.items()}),
     "equal head": weights(scaled("lm_head.weight", 1)),
     "other head than the config says": weights(scaled("lm_head.weight", 0.5)),
     "untied": both(weights(scaled("lm_head.weight", -1)), config(tie_word_embeddings=False)),
     "masks": plus(**MASKS),
-    "tables": plus(transformer__position_ids=torch.arange(48), h__0__attn__inv_freq=torch.ones(4)),
-    "another head": plus(score__weight=torch.ones(2, 32), v_head__summary__weight=torch.ones(9)),
     "float16": cast(torch.float16),
     "bfloat16": cast(torch.bfloat16),
     "float16 embeddings only": cast(torch.float16, "wte"),
     "n_inner said": config(n_inner=128),
     "upcast attention": config(reorder_and_upcast_attn=True),
-    "same tensor twice": weights(lambda w: w | {"ln_f.bias": w["transformer.ln_f.bias"]}),
     **{name: config(activation_function=name) for name in (
         "gelu", "gelu_python", "gelu_fast", "gelu_pytorch_tanh")}}
 
-LAYER = {"transformer.h.0.attn.c_attn.lora_A.weight": torch.ones(4, 32)}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n"
 
 REFUSED = {
     "shards without index": (both(shard(MODEL), remove(f"{MODEL}.index.json")),
                              f"has none of {MODEL}, {MODEL}.index.json, {PICKLE}, "),
     "a variant": (rename("model.fp16.safetensors"), f"has none of {MODEL}, "),
-    "a missing shard": (both(shard(PICKLE), remove("pytorch_model-00002-of-00002.bin")),
-                        "pytorch_model-00002-of-00002.bin is missing"),
+    "a missing shard": (both(shard(MODEL), remove("model-00002-of-00002.safetensors")),
+                        "model-00002-of-00002.safetensors is damaged (No such file"),
     "a damaged index": (both(shard(MODEL), write(f"{MODEL}.index.json", "[1]")),
                         f"{MODEL}.index.json is damaged"),
-    "a pointer": (write(MODEL, POINTER), f"{MODEL} is only a pointer to the file: run `git lfs"),
-    "a damaged file": (write(MODEL, "x" * 99), f"{MODEL} is damaged"),
+    "a pointer": (write(MODEL, POINTER), "in a clone, `git lfs pull` gets the files"),
     "code in a pickle": (pickle(lambda w: w | {"args": argparse.Namespace()}),
                          f"{PICKLE} holds a argparse.Namespace; nanolab loads only"),
     "nested": (pickle(lambda w: {"state_dict": w}), f"{PICKLE} does not contain weights"),
-    "an adapter": (write("adapter_config.json", "{}"), "adapter_config.json changes the weights"),
-    "compiled": (prefixed("_orig_mod."), r"has _orig_mod.\S+, which GPT-2 does not have \(and 27"),
-    "DDP": (prefixed("module."), "has module.transformer.h.0.attn.c_attn.bias, which GPT-2"),
-    "another model's prefix": (prefixed("model.", "transformer."), "has model.h.0.attn.c_attn.b"),
-    "LoRA": (weights(lambda w: w | LAYER), r"has h.0.attn.c_attn.lora_A.weight, which GPT-2"),
-    "a head's bias": (plus(lm_head__bias=torch.ones(300)), "has lm_head.bias, which GPT-2 does"),
-    "two values": (weights(lambda w: w | {"ln_f.bias": torch.ones(32)}), "has ln_f.bias twice"),
-    "no head": (config(tie_word_embeddings=False), "lacks lm_head.weight"),
-    "neither matrix": (weights(lambda w: {n: t for n, t in w.items() if "wte" not in n}),
-                       "lacks lm_head.weight (and 1 more)"),
+    "compiled": (prefixed("_orig_mod."), "does not fit its own config (Missing key(s) in state_"),
+    "a head's bias": (plus(lm_head__bias=torch.ones(300)), 'Unexpected key(s) in state_dict: "h'),
+    "no head": (config(tie_word_embeddings=False), 'Missing key(s) in state_dict: "head.weight"'),
     "a missing tensor": (weights(lambda w: {n: t for n, t in w.items() if "1.ln_2.bias" not in n}),
-                         "lacks h.1.ln_2.bias"),
-    "a missing layer": (config(n_layer=3), "lacks h.2.attn.c_attn.bias (and 11 more)"),
-    "one layer more": (config(n_layer=1), "has h.1.attn.c_attn.bias, which GPT-2"),
-    "padded vocabulary": (config(vocab_size=304), "wte.weight has the shape (300, 32)"),
-    "fewer positions": (config(n_positions=40), "wpe.weight has the shape (48, 32)"),
+                         'Missing key(s) in state_dict: "blocks.1.ln_2.bias"'),
+    "a missing layer": (config(n_layer=3), 'in state_dict: "blocks.2.'),
+    "one layer more": (config(n_layer=1), 'Unexpected key(s) in state_dict: "blocks.1.'),
+    "padded vocabulary": (config(vocab_size=304), "size mismatch for wte.weight"),
     "matrices as (out, in)": (weights(lambda w: {n: t.T if "c_fc.w" in n else t
                                                  for n, t in w.items()}),
-                              "h.0.mlp.c_fc.weight has the shape (128, 32)"),
-    "integers": (cast(torch.int8, "ln_f"), "and the type torch.int8; its config asks for (32,)"),
+                              "size mismatch for blocks.0.mlp.fc.weight"),
+    "integers": (cast(torch.int8, "ln_f"), "has weights that are not finite (ln_f."),
     "not finite": (weights(lambda w: w | {"transformer.ln_f.bias": torch.full((32,), torch.nan)}),
                    "has weights that are not finite (ln_f.bias)"),
     "quantised": (config(quantization_config={"bits": 8}), "has quantization_config={'bits': 8}"),
     "code of its own": (config(auto_map={"AutoModelForCausalLM": "a.B"}), "has auto_map="),
-    "no type": (config(model_type=None), "neither a run with best.pt or last.pt nor a model"),
+    "no type": (write("config.json", "{}"), "neither a run with best.pt or last.pt nor a model"),
     "own options": (config(model_type="nanolab", nanolab_options=["mine"], mine=1),
                     "has the option mine, which this nanolab does not have"),
     **{f"{key}={value}": (config(**{key: value}), f"has {key}={value!r}; nanolab's model has")
@@ -225,7 +204,7 @@ def test_what_is_refused(tmp_path, kind):
     change, line = REFUSED[kind]
     make_hf_model(tmp_path)
     change(tmp_path)
-    with pytest.raises(UserError, match=line if "\\" in line else re.escape(line)) as error:
+    with pytest.raises(UserError, match=re.escape(line)) as error:
         load_model(read_any(tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
@@ -233,13 +212,10 @@ def test_what_is_refused(tmp_path, kind):
 @pytest.mark.parametrize("files, vocab_size, expected", [
     ({}, 300, "unknown"),
     ({}, 50257, "gpt2"),  # a guess
-    ({"vocab.txt": ""}, 50257, "unknown"),
-    ({"tokenizer.model": ""}, 50304, "unknown"),
     ({"vocab.json": None}, 50260, "gpt2"),  # added tokens
     ({"vocab.json": '{"a": 0}'}, 50257, "unknown"),
-    ({"tokenizer.json": '{"model": {"vocab": {"a": 0}}}', "vocab.json": None}, 50257, "unknown"),
-    ({"tokenizer.json": '{"model": {"vocab": [["a", -1.5]]}}'}, 50257, "unknown"),
-    ({"tokenizer.json": tokenizer_files("bytes", 8)["tokenizer.json"].decode()}, 257, "bytes")])
+    ({"tokenizer.json": '{"model": {"vocab": {"a": 0}}}'}, 50257, "unknown"),
+    ({"tokenizer.json": '{"model": {"vocab": [["a", -1.5]]}}'}, 50257, "unknown")])
 def test_vocabulary(tmp_path, files, vocab_size, expected):
     """Only GPT-2's own is taken for GPT-2's, so no other model's tokens are shown as its words."""
     make_hf_model(tmp_path, vocab_size=vocab_size, n_embd=8, n_layer=1)
@@ -279,13 +255,11 @@ def make_nanogpt(folder, has_bias=False, prefix="", extra=(), untied=False, voca
     {"has_bias": True, "prefix": "module._orig_mod.",
      "extra": {"module._orig_mod.transformer.h.0.attn.bias": torch.ones(1, 1, 24, 24)}},
     {"untied": True, "dropout": 0.2}])
-def test_nanogpt(tmp_path, capsys, changes):
+def test_nanogpt(tmp_path, changes):
     theirs = make_nanogpt(tmp_path, **changes)
     checkpoint = read_any(tmp_path)
     assert_same_logits(load_model(checkpoint), theirs)
-    assert ("ckpt.pt has no biases" in capsys.readouterr().err) is not changes.get("has_bias")
-    assert (checkpoint["step"], checkpoint["tokens"]) == (7, 7 * 5 * 2 * 24)
-    assert checkpoint["tokenizer"] == "unknown"
+    assert (checkpoint["step"], checkpoint["tokenizer"]) == (7, "unknown")
     assert checkpoint["config"]["tie_weights"] is not changes.get("untied", False)
 
 
@@ -302,7 +276,6 @@ def test_nanogpt_of_gpt2_tokens(tmp_path, gpt2_data, monkeypatch, capsys):
     run_main(monkeypatch, "nanolab.huggingface", "export", source, tmp_path / "hf")
     assert_same_logits(load_model(read_any(source)),
                        AutoModelForCausalLM.from_pretrained(tmp_path / "hf"))
-    assert "imported by nanolab from `ckpt.pt`" in (tmp_path / "hf" / "README.md").read_text()
     run_quickly([f"--init_from={source}", *data, "--max_steps=1", "--batch_size=1",
                  "--global_batch_size=1", "--learning_rate=1e-30", "--eval_tokens=24",
                  f"--out_dir={tmp_path / 'run'}", "--dropout=0"])
@@ -311,22 +284,20 @@ def test_nanogpt_of_gpt2_tokens(tmp_path, gpt2_data, monkeypatch, capsys):
 
 @pytest.mark.parametrize("changes, line", [
     ({"use_rmsnorm": True}, "has use_rmsnorm=True, which is not in nanoGPT's model"),
-    ({"bias": True}, "lacks h.0.attn.c_attn.bias (and 12 more)"),
-    ({"extra": {"transformer.h.0.q_norm.weight": torch.ones(8)}}, "has h.0.q_norm.weight, which"),
-    ({"block_size": 25}, "wpe.weight has the shape (24, 32)"),
+    ({"extra": {"transformer.h.0.q_norm.weight": torch.ones(8)}},
+     'Unexpected key(s) in state_dict: "blocks.0.q_norm.weight"'),
     ({"n_embd": "32"}, "n_embd='32' (from "),
     ({"extra": {"transformer.ln_f.weight": 1}}, "is no checkpoint of nanolab or nanoGPT")])
 def test_nanogpt_refused(tmp_path, changes, line):
     make_nanogpt(tmp_path, **changes)
     with pytest.raises(UserError, match=re.escape(line)):
-        read_any(tmp_path / "ckpt.pt")
+        load_model(read_any(tmp_path / "ckpt.pt"))
 
 
 @pytest.mark.parametrize("name, content, line", [
     ("a.pt", {"trf_blocks.0.att.W_query.weight": torch.ones(2)},
      "a.pt is no checkpoint of nanolab or nanoGPT"),
-    ("b.pt", {"model": {}, "best": argparse.Namespace()}, "b.pt holds a argparse.Namespace"),
-    (MODEL, {}, f"{MODEL} is one file of a model: give the folder that it is in")])
+    ("b.pt", {"model": {}, "best": argparse.Namespace()}, "b.pt holds a argparse.Namespace")])
 def test_other_files(tmp_path, name, content, line):
     torch.save(content, tmp_path / name)
     with pytest.raises(UserError, match=line):
