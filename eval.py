@@ -13,7 +13,6 @@ NAME.test.json, and not measured again until the checkpoint or the data change.
 
 import glob
 import json
-import sys
 from pathlib import Path
 
 from nanolab.checkpoint import checkpoint_file
@@ -72,8 +71,6 @@ def evaluate(path, args, world):
                           block_size, args.batch_size, world)
     if world.rank == 0 and config["dataset"] and block_size == config["block_size"]:
         save_results(path, args.split, {**saved, "results": [*saved["results"], result]})
-        if config["wandb"] and dataset == config["dataset"] and args.split == "test":
-            log_to_wandb(path, config, result["test_loss"])
     return result
 
 
@@ -86,19 +83,6 @@ def is_current(result, args, world):
     return (result.get("split"), result[f"{args.split}_sha256"], result["amp"],
             result.get("block_size")) == (
                 args.split, sha256, amp_name(world), args.block_size or config["block_size"])
-
-
-def log_to_wandb(path, config, loss):
-    """Adds the test loss to the Weights & Biases run that train.py logged to, if possible."""
-    try:
-        from wandb import init
-        run_id = Path(path).with_name("wandb_id").read_text()
-        tracker = init(project=config["wandb"], id=run_id, resume="allow")
-        tracker.summary.update({f"{Path(path).stem}_test_loss": loss})
-        tracker.finish()
-    except Exception as error:  # not installed, another machine, network, account
-        print(f"{path}: the test loss could not be added to Weights & Biases "
-              f"({type(error).__name__})", file=sys.stderr)
 
 
 def format_difference(first, other):

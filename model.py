@@ -239,7 +239,7 @@ class GPT(nn.Module):
         temperature: 0 takes the most likely token; top_k: sample from the k most likely only;
         top_p: from the most likely that together have this probability (Holtzman et al., "The
         curious case of neural text degeneration", 2020).
-        generator: a torch.Generator on the model's device, or a list of one for each sequence.
+        generator: a torch.Generator on the model's device.
         Raises FloatingPointError if the logits are not finite.
         """
         context = tokens[:, -self.config.block_size:]
@@ -332,7 +332,4 @@ def sample_token(logits, top_k, top_p, generator):
         probs = ordered.softmax(dim=-1)
         more_likely = probs.cumsum(dim=-1) - probs  # the probability of all more likely tokens
         logits = ordered.masked_fill(more_likely >= top_p, -math.inf).gather(-1, ids.argsort())
-    generators = generator if isinstance(generator, list) else [generator]
-    probs = logits.softmax(dim=-1).chunk(len(generators))
-    tokens = [torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)]
-    return torch.cat(tokens).squeeze(1)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)

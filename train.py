@@ -33,7 +33,6 @@ from nanolab.dataset_writer import prepare_stdlib
 from nanolab.distributed import (DEFAULT_THREADS, SharedModel, end_distributed, init_distributed,
                                  n_threads, print0, use_threads)
 from nanolab.evaluation import mean_loss
-from nanolab.foreign_names import FOREIGN_NAMES
 from nanolab.memory import dry_run, largest_batch_size
 from nanolab.optim import (average_weights, count_steps, is_averaged, learning_rate_at,
                            make_optimizer, set_learning_rate)
@@ -280,7 +279,7 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
 
 def main():
     sys.stdout, sys.stderr = OutputThatMayFail(sys.stdout), OutputThatMayFail(sys.stderr)
-    train(load(Config, sys.argv[1:], options_of_run, FOREIGN_NAMES))
+    train(load(Config, sys.argv[1:], options_of_run))
     end_distributed()
 
 

@@ -176,12 +176,14 @@ class TokenDataset:
 def window_ids(order, data_seed, n_windows, first, count):
     """The windows at places first ... first + count - 1 of an endless run through a split. -> [int]
 
-    'sequential': in the order of the file. Else in a permutation by (data_seed, epoch): a pure
-    function, so there is no state to save. After llm-baselines' data/utils.py.
+    'sequential': in the order of the file; 'shuffled': in a permutation by (data_seed, epoch), a
+    pure function, so there is no state to save. After llm-baselines' data/utils.py.
     """
     places = range(first, first + count)
     if order == "sequential":
         return [place % n_windows for place in places]
+    if order != "shuffled":
+        raise ValueError(f"window_ids has no rule for order={order!r}")
     return [int(permutation(n_windows, data_seed, place // n_windows)[place % n_windows])
             for place in places]
 

@@ -154,6 +154,8 @@ def read_weights(folder):
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise UserError(f"{folder} has none of {', '.join(WEIGHT_FILES)}")
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder} has an adapter, which nanolab does not read: merge it first")
     paths, weights = [path], {}
     try:
         if path.suffix == ".json":  # says which file has which tensor

@@ -15,24 +15,23 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
-from nanolab.common import UserError
+from nanolab.common import ROOT, UserError
 
 
-def load(config_class, argv, stored=None, foreign_names={}):
+def load(config_class, argv, stored=None):
     """The config that a command line asks for: [FILE.py ...] [--key=value ...].
 
     Files apply in order, later ones win; flags win over files. `--key value` and, for a switch,
     `--key` are accepted too. `--help` prints every option and exits.
     stored: a function of (files, {option: value}) that gives a path and the options of an earlier
     run, which files and flags override; or None, {}.
-    foreign_names: {an option, "option=value" or file of another trainer: what it is here}.
     Raises UserError with exit code 2.
     """
     options = {f.name: f for f in fields(config_class)}
     files, flags = split_command_line(argv, options)
     settings = [(key, value, file) for file in files for key, value in read_config_file(file)]
     settings += [(key, text, f"--{key}") for key, text in flags]
-    refuse_unknown(files, settings, options, foreign_names)
+    refuse_unknown(files, settings, options)
     given, origin = {}, {}
     for key, value, source in settings:
         if source == f"--{key}" and options[key].type is not str:
@@ -40,7 +39,7 @@ def load(config_class, argv, stored=None, foreign_names={}):
         given[key], origin[key] = check(options[key], value, source), source
     if stored:
         path, earlier = stored(files, given)
-        refuse_unknown([], [(key, value, path) for key, value in earlier.items()], options, {})
+        refuse_unknown([], [(key, value, path) for key, value in earlier.items()], options)
         for key in earlier.keys() - given.keys():
             given[key], origin[key] = check(options[key], earlier[key], path), path
     config = config_class.from_given(given)
@@ -153,22 +152,35 @@ def lies_within(value, interval):
     return above and below and abs(value) < (2**63 if isinstance(value, int) else math.inf)
 
 
-def refuse_unknown(files, settings, options, foreign_names):
+def foreign_names():
+    """The last table of docs/from_nanogpt.md: {an option, "option=value" or file of another
+    trainer: what it is here}."""
+    names, page = {}, ROOT / "docs/from_nanogpt.md"
+    for line in page.read_text().rpartition("\n## ")[2].splitlines() if page.exists() else ():
+        if line.startswith("| `"):
+            theirs, ours, meaning = (cell.strip(" `") for cell in line.strip("|").split("|"))
+            answer = f"here {ours} ({meaning})" if ours else meaning
+            names |= dict.fromkeys(theirs.split("`, `"), answer)
+    return names
+
+
+def refuse_unknown(files, settings, options):
     """Raises UserError for all unknown files and options in [(key, value, source)] at once. Another
     trainer's are answered with what they are here."""
+    foreign = foreign_names()
     names = {file: (f"there is no config file {file}", map(str, Path("config").rglob("*.py")))
              for file in files if not Path(file).is_file()}
     for key, value, source in settings:
         if key not in options:
             names[key] = f"unknown option '{key}' (from {source})", options
-        elif f"{key}={value}" in foreign_names:
+        elif f"{key}={value}" in foreign:
             names[f"{key}={value}"] = f"{key}={value} (from {source}) is no value of ours", ()
     lines, advice = [], "--help lists all options"
     for name, (problem, known) in names.items():
         word = name.replace("-", "_")
-        if word in foreign_names:
+        if word in foreign:
             advice = "docs/from_nanogpt.md has other trainers' names, --help all of nanolab's"
-            lines.append(f"{problem}; {foreign_names[word]}")
+            lines.append(f"{problem}; {foreign[word]}")
         else:
             lines.append(f"{problem}{nearest(word, known)}")
     if len(lines) == 1:

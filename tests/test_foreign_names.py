@@ -8,9 +8,8 @@ import pytest
 from config import OPTIONS, Config
 from conftest import HERE, call
 from nanolab.common import UserError
-from nanolab.foreign_names import FOREIGN_NAMES, ROWS
 from nanolab.optim import count_steps, learning_rate_at
-from nanolab.options import load
+from nanolab.options import foreign_names, load
 
 DOC = (HERE / "docs/from_nanogpt.md").read_text()
 
@@ -36,16 +35,20 @@ RECIPES = {  # config/train_*.py there, and for _cpu the command line of its REA
         max_iters=600_000, lr_decay_iters=600_000, min_lr=6e-5, beta2=0.95, warmup_iters=2000)}
 
 
-@pytest.mark.parametrize("names, example, meaning", ROWS, ids=lambda cell: cell.split(",")[0])
+ROWS = [[cell.strip(" `") for cell in row.strip("|").split("|")]
+        for row in DOC.rpartition("## ")[2].splitlines() if row.startswith("| `")]
+
+
+@pytest.mark.parametrize("names, example, meaning", ROWS, ids=lambda cell: cell.split("`")[0])
 def test_each_name_is_answered(monkeypatch, names, example, meaning):
     """It is no option of ours, for then nobody would see the answer, and the example is one."""
     monkeypatch.chdir(HERE)
     load(Config, example.split())
-    for name in names.split(", "):
+    for name in names.split("`, `"):
         assert name not in OPTIONS
         word = name if name.endswith(".py") else f"--{name}" if "=" in name else f"--{name}=1"
         with pytest.raises(UserError) as error:
-            load(Config, [word], foreign_names=FOREIGN_NAMES)
+            load(Config, [word])
         assert example in str(error.value) and meaning in str(error.value)
         assert "docs/from_nanogpt.md" in str(error.value) and error.value.exit_code == 2
 
@@ -70,23 +73,14 @@ def test_all_unknown_names_at_once():
 
 
 def test_the_docs_say_the_same():
-    """The list of names is the table's; the rows of nanoGPT's options are all of them, with the
-    option that the table names."""
-    def code(names):
-        names = [name.removeprefix("config/").removesuffix(".py") for name in names.split(", ")]
-        return ", ".join(f"`{name}`" for name in names)
-    rows = DOC.partition("## Names of other trainers")[2].splitlines()
-    assert [row for row in rows if row.startswith("|")][2:] == [
-        f"| {code(names)} | {f'`{example}`' if example else ''} | {meaning} |"
-        for names, example, meaning in ROWS]
-
+    """The rows of nanoGPT's options are all of them, with the option that the list of names has."""
     seen = set()
     for row in DOC.partition("## train.py")[2].partition("\n## ")[0].splitlines():
         if row.startswith("| `"):
             theirs, _, ours = (re.findall(r"`(\w+)`", cell) for cell in row.split("|")[1:4])
             seen.update(theirs)
             for name in theirs:
-                answer = FOREIGN_NAMES.get(name, f"--{name}=")
+                answer = foreign_names().get(name, f"--{name}=")
                 assert set(re.findall(r"--(\w+)[ =]", answer.partition("(")[0])) <= set(ours), name
                 assert bool(ours) == ("--" in answer.partition("(")[0]), name
     assert seen == NANOGPT
