@@ -38,7 +38,7 @@ from nanolab.optim import (average_weights, count_steps, is_averaged, learning_r
                            make_optimizer, set_learning_rate)
 from nanolab.options import format_config, load
 from nanolab.runlog import RunLog, TrainingClock
-from nanolab.start import find_start, options_of_run
+from nanolab.start import find_start
 
 MAX_SKIPPED = 20  # updates in a row that may be skipped
 
@@ -279,7 +279,7 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
 
 def main():
     sys.stdout, sys.stderr = OutputThatMayFail(sys.stdout), OutputThatMayFail(sys.stderr)
-    train(load(Config, sys.argv[1:], options_of_run))
+    train(load(Config, sys.argv[1:]))
     end_distributed()
 
 

@@ -109,8 +109,7 @@ class Config(GPTConfig):
         "out", "folder the run writes to: config.json, log.jsonl, last.pt, best.pt, loss.png, "
         "report.html, summary.json")
     resume: bool = option(
-        False, "continue from the last checkpoint in out_dir; start if there is none. Without a "
-        "config file or a flag that makes another run, the options are those of config.json there")
+        False, "continue from the last checkpoint in out_dir; start if there is none")
     extend: bool = option(
         False, "with --resume: go on to another budget, at the learning rates of a run planned "
         "that long. If the steps done had other rates, `name` says that it was extended")

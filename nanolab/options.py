@@ -18,13 +18,11 @@ from pathlib import Path
 from nanolab.common import ROOT, UserError
 
 
-def load(config_class, argv, stored=None):
+def load(config_class, argv):
     """The config that a command line asks for: [FILE.py ...] [--key=value ...].
 
     Files apply in order, later ones win; flags win over files. `--key value` and, for a switch,
     `--key` are accepted too. `--help` prints every option and exits.
-    stored: a function of (files, {option: value}) that gives a path and the options of an earlier
-    run, which files and flags override; or None, {}.
     Raises UserError with exit code 2.
     """
     options = {f.name: f for f in fields(config_class)}
@@ -37,11 +35,6 @@ def load(config_class, argv, stored=None):
         if source == f"--{key}" and options[key].type is not str:
             value = parse_literal(value)
         given[key], origin[key] = check(options[key], value, source), source
-    if stored:
-        path, earlier = stored(files, given)
-        refuse_unknown([], [(key, value, path) for key, value in earlier.items()], options)
-        for key in earlier.keys() - given.keys():
-            given[key], origin[key] = check(options[key], earlier[key], path), path
     config = config_class.from_given(given)
 
     def shown(key):

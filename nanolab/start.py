@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from config import (ARCHITECTURE_OPTIONS, BUDGETS, INIT_OPTIONS, OPTIONS, RESUME_MAY_CHANGE, SEEDS,
-                    Config, GPTConfig)
+from config import ARCHITECTURE_OPTIONS, BUDGETS, RESUME_MAY_CHANGE, Config, GPTConfig
 from nanolab.checkpoint import RunState, load_weights, read_checkpoint
-from nanolab.common import UserError, code_state, parse_json, utc_now
+from nanolab.common import UserError, code_state, utc_now
 from nanolab.distributed import print0
 from nanolab.huggingface import read_any
 from nanolab.optim import count_steps, is_averaged, learning_rate_at
@@ -177,24 +176,3 @@ def follow_schedule(start):
         print0(f"resume: {now:,} steps instead of {planned:,}, from here on at the learning rates "
                f"of a run of {now:,} steps" + ("" if is_same else
                f"; the steps done had others, so this one is now {start.config.name}"))
-
-
-def options_of_run(files, given):
-    """For options.load: where --resume stands without a config file or a flag that makes another
-    run, the options in out_dir/config.json. -> (path, {option: value}). Raises UserError."""
-    path = Path(given.get("out_dir", OPTIONS["out_dir"].default), "config.json")
-    alone = not files and given.keys() <= RESUME_MAY_CHANGE | BUDGETS
-    if not (given.get("resume") and alone and path.exists()):
-        return None, {}
-    try:
-        options = dict(parse_json(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        raise config_error(f"{path} is damaged; resume with the config files and flags that the "
-                           "run was started with") from None
-    if options.get("on_save") and "on_save" not in given:
-        print0(f"note:   {path} has an on_save; a folder runs no commands, so give it again")
-    replaced = {"resume", "extend", "out_dir", "code", "on_save"}
-    replaced |= set(SEEDS) if "seed" in given else set()
-    replaced |= {"max_steps"} if given.keys() & {"max_tokens", "epochs"} else set()
-    replaced |= set(INIT_OPTIONS) if options.get("init_from") else set()
-    return path, {key: options[key] for key in options.keys() - replaced}

@@ -38,7 +38,6 @@ from nanolab.dataset_writer import prepare_stdlib, prepare_text
 from nanolab.distributed import end_distributed
 from nanolab.options import load
 from nanolab.plots import read_entries, read_log
-from nanolab.start import options_of_run
 from nanolab.tokenizer import GPT2_VOCABULARY, get_tokenizer
 
 SPLITS = ("train", "val", "test")
@@ -115,7 +114,7 @@ def run_quickly(argv, on_step=no_watch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nanolab.runlog, "save_picture", lambda chart, path: path.touch())
         patch.setattr(nanolab.runlog, "matmul_peak", lambda *args: 1e12)
-        train.train(load(Config, argv, options_of_run), on_step)
+        train.train(load(Config, argv), on_step)
 
 
 @pytest.fixture

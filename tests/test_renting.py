@@ -14,11 +14,8 @@ import time
 
 import pytest
 
-from config import Config
 from conftest import HERE, SMALL, losses, run_quickly
 from nanolab.checkpoint import read_checkpoint
-from nanolab.options import load
-from nanolab.start import options_of_run
 
 ENV = {**os.environ, "VIRTUAL_ENV": sys.prefix,
        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -61,19 +58,6 @@ def test_on_save_that_fails(small_run, capsys):
     small_run("run", "--on_save=echo first >&2; echo no route >&2; exit 3")
     printed = capsys.readouterr().err
     assert "--on_save failed (no route): echo first" in printed and "\nfirst" not in printed
-
-
-def test_on_save_of_a_folder_is_not_run(small_run, tmp_path, capsys):
-    """A run's folder may be somebody else's: a bare --resume takes no command from it."""
-    run = small_run("run", f"--on_save=touch {tmp_path}/ran")
-    (tmp_path / "ran").unlink()
-    argv = ["--resume", f"--out_dir={run}", "--extend", "--max_steps=12"]
-    assert not load(Config, argv, options_of_run).on_save
-    assert "has an on_save" in capsys.readouterr().out
-    run_quickly(argv)
-    assert not (tmp_path / "ran").exists()
-    run_quickly([*argv[:-1], "--max_steps=14", f"--on_save=touch {tmp_path}/ran"])
-    assert (tmp_path / "ran").exists()
 
 
 def ranks_of(out):

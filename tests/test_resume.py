@@ -21,10 +21,6 @@ def step_of(path):
     return read_checkpoint(path)["step"]
 
 
-def resume(folder, *flags, on_step=no_watch):
-    run_quickly(["--resume", f"--out_dir={folder}", *flags], on_step)
-
-
 @pytest.mark.parametrize("options", [
     ["--schedule=cosine"], ["--schedule=cosine", "--amp=float16"],
     ["--schedule=wsd", "--amp=float16", "--optimizer=normuon", "--cautious_decay",
@@ -270,9 +266,9 @@ def test_an_extended_run_is_the_longer_run(small_run, tiny_data, schedule, steps
     whole = small_run("whole", *flags, "--max_steps=24")
     parts = small_run("parts", *flags, f"--max_steps={steps}", on_step=stop_at(stop))
     assert (parts / "summary.json").exists() == (schedule == "constant")
-    resume(parts, *extend, "--max_steps=24", on_step=stop_at(15))
+    small_run("parts", *flags, "--resume", *extend, "--max_steps=24", on_step=stop_at(15))
     assert not (parts / "summary.json").exists(), "it has not ended"
-    resume(parts)
+    small_run("parts", *flags, "--resume", "--max_steps=24")
     assert_same_run(whole, parts)
     assert read_checkpoint(parts / "last.pt")["config"]["name"] == "baseline"
 
@@ -282,9 +278,9 @@ def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
     flags = [*tiny_data, "--schedule=cosine", "--warmup_fraction=0.25", "--name=short"]
     whole = small_run("whole", *flags, "--max_steps=12")
     parts = small_run("parts", *flags, "--max_steps=8")
-    resume(parts, "--extend", "--max_steps=10")
+    small_run("parts", *flags, "--resume", "--extend", "--max_steps=10")
     assert "this one is now short (extended at step 8)" in capsys.readouterr().out
-    resume(parts, "--extend", "--max_steps=12")
+    small_run("parts", *flags, "--resume", "--extend", "--max_steps=12")
     small_run("parts", *flags, "--max_steps=12", "--resume")
     assert f"{parts} is finished: 12 steps" in capsys.readouterr().out
     rates, longer = ([entry["lr"] for entry in read_log(folder / "log.jsonl")[0]]
@@ -292,19 +288,6 @@ def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
     assert rates[10:] == longer[10:] and rates[2:8] != longer[2:8]
     name = read_checkpoint(parts / "last.pt")["config"]["name"]
     assert name == "short (extended at step 8) (extended at step 10)"
-
-
-def test_resume_by_the_folder_alone(small_run, tiny_data, tmp_path):
-    """--resume --out_dir=X takes the options from X/config.json, but flags win."""
-    flags = [*tiny_data, "--n_layer=1", "--seed=7", "--max_tokens=1920", "--max_steps=0"]
-    small_run("run", *flags).rename(tmp_path / "moved")
-    resume(tmp_path / "moved", "--max_tokens=2560")
-    assert len(losses(tmp_path / "moved")) == 20
-    with pytest.raises(UserError, match="init_seed was 7, is 8"):
-        resume(tmp_path / "moved", "--seed=8")
-    (tmp_path / "moved" / "config.json").write_text("[")
-    with pytest.raises(UserError, match="config.json is damaged"):
-        resume(tmp_path / "moved")
 
 
 def test_a_finished_run_has_its_summary(small_run, tmp_path, monkeypatch):

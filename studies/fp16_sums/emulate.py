@@ -28,7 +28,6 @@ from config import Config
 from model import GPT, GPTConfig
 from nanolab.common import run_script
 from nanolab.options import load
-from nanolab.start import options_of_run
 from nanolab.study.tables import format_table
 
 PRECISIONS = ("bfloat16", "float16", "fp16_sums")
@@ -195,7 +194,7 @@ def main():
         print(show(*words))
     else:
         emulate(what)
-        train.train(load(Config, words, options_of_run))
+        train.train(load(Config, words))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Three recipes at five sizes, 20 tokens a parameter (studies/ladder/ladder.py says what they are).
-# Needs `python prepare.py pypi`, once. Writes out/ladder/, out/ladder_*.json and out/ladder.png.
+# Needs `python prepare.py pypi`, once. Writes out/ladder/, and out/ladder_*.json.
 # Run it again after an interruption: finished runs are not repeated.
 #
 #     bash studies/ladder/run.sh           the runs, with the values that the trials found: those
@@ -44,6 +44,6 @@ measure ladder_prediction out/ladder/runs/{2x*,3x80}/{published,modern}_1_1/*/be
 python -m studies.ladder.scaling out/ladder_prediction.json --target 527072
 train largest
 measure ladder out/ladder/runs/*/*/*/best.pt
-python -m studies.ladder.scaling out/ladder.json --plot out/ladder.png
+python -m studies.ladder.scaling out/ladder.json
 # the recipes at one size
 python study.py 'out/ladder/runs/2x64/*_1_1/*' --baseline rope_qk_norm --json out/ladder_2x64.json

@@ -1,7 +1,7 @@
 """How fast the loss falls with a model's size, what that predicts of a larger one, and with which
 fraction of another recipe's tokens a recipe reaches its loss.
 
-    python -m studies.ladder.scaling RESULTS.json [--target N] [--plot FILE.png]
+    python -m studies.ladder.scaling RESULTS.json [--target N]
 
 A ladder is recipes (runs of one name) at several sizes, where tokens grow with parameters. A size
 is a shape, n_layer x n_embd. It counts as many parameters as the largest model of that shape has:
@@ -15,7 +15,6 @@ import numpy as np
 from scipy.optimize import minimize_scalar, nnls
 from scipy.special import fdtrc
 
-from nanolab import charts
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.study import stats
 from nanolab.study.runs import losses_by_seed, read_file, relevant_options
@@ -237,53 +236,13 @@ def format_analysis(result):
         "the test documents.", fractions]))
 
 
-def ladder_chart(result):
-    """The losses over parameters with the laws and what they predict; and the fractions."""
-    target, laws = result["target"], result["laws"]
-    sizes = [*result["fitted"], target]
-    losses = [(name, size, each.mean()) for (name, size, _), each in result["losses"].items()]
-    curves = [(law["name"], size, loss_at(law["law"], size)) for law in laws
-              for size in np.geomspace(sizes[0], target, 100)]
-    predicted = [(law["name"], target * 1.03 ** i, law["predicted"], *law["interval"])
-                 for i, law in enumerate(laws, 1)]
-    fractions = [(f"{ours[0]} of {theirs[0]}'s", ours[1], fraction, *limits)
-                 for (ours, theirs), (fraction, limits) in result["fractions"].items()]
-
-    def layer(mark, points, **more):
-        rows = [dict(zip(("name", "size", "y", "low", "high"), point)) for point in points
-                if np.isfinite(point[1:]).all()]
-        return {"mark": mark, "data": {"values": rows}, **more}
-
-    def panel(title, y_axis, *layers):
-        return {"title": title, "width": 330, "height": 300, "layer": layers, "encoding": {
-            "x": {"field": "size", "type": "quantitative", "title": "parameters",
-                  "scale": {"type": "log", "nice": False, "padding": 10},
-                  "axis": {"values": sizes, "format": ".2s"}},
-            "y": {"field": "y", "type": "quantitative", "title": None, **y_axis},
-            "color": {"field": "name", "type": "nominal", "scale": {"range": charts.COLORS},
-                      "legend": {"title": None, "orient": "top", "labelLimit": 0}}}}
-
-    ends = {"encoding": {"y": {"field": "low"}, "y2": {"field": "high"}}}
-    return {**charts.CHART, "resolve": {"scale": {"color": "independent"}}, "hconcat": [
-        panel("test loss; bars: what the laws predict", {"scale": {"zero": False}},
-              layer("line", curves), layer("point", losses),
-              layer({"type": "rule", "size": 3}, predicted, **ends)),
-        panel("fraction of the tokens for the same loss",
-              {"scale": {"type": "log"}, "axis": {"values": [0.2, 0.5, 1, 2, 5]}},
-              layer({"type": "line", "point": True}, fractions), layer("rule", fractions, **ends))]}
-
-
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS.json")
     parser.add_argument("--target", type=int, metavar="N",
                         help="parameters of the model to predict (default: the largest measured)")
-    parser.add_argument("--plot", metavar="FILE.png")
     args = parser.parse_args()
-    result = analyse(read_file(args.results), args.target)
-    print(format_analysis(result))
-    if args.plot:
-        charts.save_picture(ladder_chart(result), args.plot)
+    print(format_analysis(analyse(read_file(args.results), args.target)))
 
 
 if __name__ == "__main__":
