@@ -144,12 +144,6 @@ def test_pages_have_the_tables_of_their_data(page):
         assert "| -0." not in typed and "paired, 5" not in typed
 
 
-def test_the_stack_is_what_helped():
-    """By the rule, from the validation losses of then."""
-    helped = [name for name in flags.FLAGS if flags.compare(name, flags.SEEDS_OF_CHOICE)[-1]]
-    assert sorted(helped) == sorted(flags.STACK)
-
-
 SIZES = {16: 40_000, 24: 90_000, 32: 200_000, 48: 400_000, 64: 800_000}  # width: parameters
 FRACTION = 0.3  # of the other's tokens with which `better` has its loss
 

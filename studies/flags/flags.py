@@ -1,16 +1,16 @@
 """Each newer flag alone on the ladder's modern recipe, and then together what helped.
 
-    python -m studies.flags.flags baseline|alone|choose|agreement
-    python -m studies.flags.flags rates|stack|tuning|refine|best
+    python -m studies.flags.flags baseline|alone|choose|agreement|stack
 
-`choose` and `agreement` print what is found in out/flags_*.json, or else in our results. All others
+`choose` and `agreement` print what is found in out/flags_*.json, or else in our results. The others
 print arguments for train.py, a line a run: the ladder's own runs, to compare with; every flag alone
-at two sizes; and STACK at the third, first with the ladder's values for the modern recipe, then,
-from `tuning` on, with values of its own, drawn as the ladder's.
+at two sizes; and what helped, together, at the third, as on record: with the ladder's values for
+the modern recipe, and with 24 random trials of values of its own, drawn as the ladder's.
 
 The rule, written down before the runs at 2x48 were made: a flag is chosen if its mean validation
 loss is lower than the baseline's at both sizes, and the mean of its differences, seed by seed at
-both sizes, is more than two standard errors below 0. STACK was chosen when 2x48 had three seeds.
+both sizes, is more than two standard errors below 0. What is stacked was chosen when 2x48 had
+three seeds.
 """
 
 from pathlib import Path
@@ -18,16 +18,15 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binomtest
 
+from config import Config
 from nanolab.common import run_script
 from nanolab.study.runs import read_file
 from nanolab.study.stats import standard_error
 from nanolab.study.tables import format_table
-from studies.ladder.ladder import (DRAWN, N_TRIALS, RECIPES, arguments, random_values, run_command,
-                                   run_of, tuned)
+from studies.ladder.ladder import RECIPES, arguments, run_command, run_of, tuned
 
 SIZES, THIRD_SIZE = ("2x32", "2x48"), "2x64"
 SEEDS = (1, 2, 3, 4, 5)
-SEEDS_OF_CHOICE = {"2x32": SEEDS, "2x48": SEEDS[:3]}
 
 # The files in config/interventions/ have the values of models of another size. A rate that is a
 # multiple of the matrices' is tried at a third and at three times.
@@ -45,8 +44,7 @@ FLAGS = {
         "zero_init")},
     "gpt2_init": "--init=gpt2",
 }
-STACK = ("decay_to_zero", "embedding_lr_3", "one_head", "swiglu", "tail_average",
-         "value_embeddings", "value_residual")  # by SEEDS_OF_CHOICE
+DEFAULTS = Config()
 
 
 def baseline():
@@ -73,13 +71,13 @@ def choose():
     yield format_table(rows, markdown=True)
 
 
-def compare(name, seeds=dict.fromkeys(SIZES, SEEDS)):
+def compare(name):
     """-> the mean difference in validation loss to the baseline, seed by seed, at each size; the
     mean of all of them; its standard error; whether the flag is chosen."""
     differences = []
     for size in SIZES:
         losses = {(run["name"], run["config"]["seed"]): run["val_loss"] for run in read_runs(size)}
-        differences.append([losses[name, seed] - losses["modern", seed] for seed in seeds[size]])
+        differences.append([losses[name, seed] - losses["modern", seed] for seed in SEEDS])
     means, both = [np.mean(each) for each in differences], sum(differences, [])
     mean, error = np.mean(both), standard_error(both)
     return means, mean, error, max(means) < 0 and mean < -2 * error
@@ -101,43 +99,15 @@ def read_runs(results):
     return read_file(own if own.exists() else f"studies/flags/{results}.json")
 
 
-def rates():
-    for multiple in (0.5, 1, 2):
-        yield stack_run(f"stack_rate_{multiple}", tuned("modern", THIRD_SIZE), multiple=multiple)
-
-
 def stack():
-    for seed in SEEDS:
-        yield stack_run("stack", tuned("modern", THIRD_SIZE), seed)
-
-
-def tuning():
-    for i in range(N_TRIALS):
-        yield stack_run(f"stack_trial_{i}", random_values([i, len(RECIPES)], "modern"))
-
-
-def refine():
-    """The best trial, with half and twice its rate."""
-    for multiple in (0.5, 2):
-        yield stack_run(f"stack_refined_{multiple}", best_values("stack_trial"), multiple=multiple)
-
-
-def best():
-    for seed in SEEDS:
-        yield stack_run("stack_tuned", best_values("stack"), seed)
-
-
-def best_values(prefix):
-    """Those of the stack's trial with the lowest validation loss: {option: value}."""
-    trials = [run for run in read_runs("stack_tuning") if run["name"].startswith(prefix)]
-    config = min(trials, key=lambda run: run["val_loss"])["config"]
-    return {key: config[key] for key in DRAWN}
-
-
-def stack_run(name, values, seed=100, multiple=1):
-    """multiple: of the learning rate in values"""
-    values = {**values, "learning_rate": multiple * values["learning_rate"]}
-    return run(name, " ".join(FLAGS[flag] for flag in STACK), THIRD_SIZE, seed, values)
+    """The runs of the stack on record, with the options that they had."""
+    for results in ("stack_rates", "stack_tuning", "stack"):
+        for each in read_file(f"studies/flags/{results}.json"):
+            if each["name"].startswith("stack"):
+                options = [f"--{key}={value}" for key, value in each["config"].items()
+                           if value != getattr(DEFAULTS, key)]
+                yield " ".join([*options, f"--name={each['name']}",
+                                f"--out_dir={Path(each['path']).parent}"])
 
 
 def run(name, flags, size, seed, values):
@@ -146,7 +116,7 @@ def run(name, flags, size, seed, values):
 
 
 def main():
-    run_command(baseline, alone, choose, agreement, rates, stack, tuning, refine, best)
+    run_command(baseline, alone, choose, agreement, stack)
 
 
 if __name__ == "__main__":

@@ -20,15 +20,10 @@ for size in 2x32 2x48; do
   choose $size modern "out/flags/$size" "out/ladder/runs/$size/modern_1_1/*"
 done
 python -m studies.flags.flags choose
-train rates
+train stack
 choose stack_rates stack_rate_1 'out/flags/2x64/stack_rate_*/*'
-train tuning
-choose stack_tuning stack_trial_0 'out/flags/2x64/stack_trial_*/*'
-train refine
 choose stack_tuning stack_trial_0 'out/flags/2x64/stack_trial_*/*' \
   'out/flags/2x64/stack_refined_*/*'
-train stack
-train best
 stack="out/flags/2x64/stack/*/best.pt out/flags/2x64/stack_tuned/*/best.pt"
 ladder="out/ladder/runs/2x64/*_1_1/*/best.pt"
 python eval.py --ckpt $stack $ladder

@@ -1,12 +1,12 @@
 """The ladder: three recipes at five sizes, each trained on 20 tokens a parameter.
 
-    python -m studies.ladder.ladder tuning|beta2|rates|check|runs|largest|values
+    python -m studies.ladder.ladder tuning|rates|runs|largest|values
 
 All but `values`, which is the README's table, print arguments for train.py, a line a run; run.sh
 runs them. A trial has seed 100, which no tested run has, and counts by validation loss. `tuning`
 draws learning rate, weight decay, beta2 and warm-up at random. All else reads the trials: those in
-out/ladder/tuning.json, or else ours. `beta2` and `rates` print what these still lack, in the end
-nothing. `rates` keeps the best trial's other values, and halves or doubles its rate until the best
+out/ladder/tuning.json, or else ours. `rates` prints what these still lack, in the end nothing. It
+keeps the best trial's other values, and halves or doubles its rate until the best
 lies between two others. A parabola through these three gives a size's optimum, and a power law of
 the number of parameters through the four smaller sizes' optima gives the rate of every size.
 """
@@ -71,42 +71,18 @@ def tuning():
                             f"out/ladder/tuning/{recipe}/{TUNED}/{i}")
 
 
-def beta2():
-    """Half or twice 1 - beta2, wherever the best trial has the largest or smallest tried."""
-    for recipe in RECIPES:
-        best = best_trial(recipe)
-        tried = [each["beta2"] for each in read_trials("tuning", recipe, TUNED)]
-        for edge, factor in ((max(tried), 0.5), (min(tried), 2)):
-            if best["beta2"] == edge:
-                beyond = float(f"{1 - factor * (1 - edge):.4g}")
-                yield arguments(recipe, TUNED, {**best, "beta2": beyond},
-                                f"out/ladder/tuning/{recipe}/{TUNED}/beta2_{beyond}")
-
-
 def rates():
     """The best trial's learning rate, its half and its double; then, at each size, the next one
     beyond the best until the best is no longer at an edge."""
     for recipe in RECIPES:
         for size in LADDER:
             losses, neighbours = losses_by_step(recipe, size)
+            best = best_trial(recipe)
             for step in neighbours:
                 if step not in losses:
-                    yield trial(recipe, size, 2.0 ** step * best_trial(recipe)["learning_rate"])
-
-
-def trial(recipe, size, rate, fraction=1):
-    best = best_trial(recipe)
-    return arguments(recipe, size, {**best, "learning_rate": rate},
-                     f"out/ladder/rates/{recipe}/{size}/{best['beta2']}_{rate:.4g}"
-                     f"{'_short' * (fraction < 1)}", fraction=fraction)
-
-
-def check():
-    """Multiples of the law's rate at the largest size, with a quarter of its tokens; for the modern
-    recipe with all, too."""
-    for recipe, fraction in (("published", 0.25), ("modern", 0.25), ("modern", 1)):
-        for multiple in (0.25, 0.5, 1, 2):
-            yield trial(recipe, LARGEST, multiple * rate_law(recipe, LARGEST), fraction)
+                    rate = 2.0 ** step * best["learning_rate"]
+                    yield arguments(recipe, size, {**best, "learning_rate": rate},
+                                    f"out/ladder/rates/{recipe}/{size}/{best['beta2']}_{rate:.4g}")
 
 
 def runs(sizes=LADDER):
@@ -200,7 +176,7 @@ def run_command(*functions):
 
 
 def main():
-    run_command(tuning, beta2, rates, check, runs, largest, values)
+    run_command(tuning, rates, runs, largest, values)
 
 
 if __name__ == "__main__":

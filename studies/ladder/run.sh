@@ -18,13 +18,6 @@ collect() {
     --json out/ladder/tuning.json > /dev/null
 }
 
-tune() {  # until the trials lack nothing
-  while [ -n "$(python -m studies.ladder.ladder "$1")" ]; do
-    train "$1"
-    collect
-  done
-}
-
 measure() {  # NAME CHECKPOINTS...
   python eval.py --ckpt ${*:2}
   python study.py ${*:2} --json "out/$1.json"
@@ -33,10 +26,10 @@ measure() {  # NAME CHECKPOINTS...
 if [ "${1:-}" = --tune ]; then
   train tuning
   collect
-  tune beta2
-  tune rates
-  train check
-  collect
+  while [ -n "$(python -m studies.ladder.ladder rates)" ]; do  # until they lack nothing
+    train rates
+    collect
+  done
 fi
 train runs
 # the prediction for the largest size, 527,072 parameters, before any of its runs
