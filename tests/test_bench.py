@@ -81,7 +81,7 @@ def fake_gpu(monkeypatch, tmp_path):
         config = load(Config, command[command.index("config/bench.py"):])
         if config.fp16_sums:
             raise UserError("out of memory")
-        log = [{"step": step, "loss": 3.0, "tokens_per_second": 1000.0}
+        log = [{"step": step, "tokens": 0, "loss": 3.0, "tokens_per_second": 1000.0}
                for step in range(config.max_steps)]
         Path(config.out_dir, "log.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in log))
         Path(config.out_dir, "summary.json").write_text(

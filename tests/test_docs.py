@@ -25,7 +25,7 @@ def doc(request):
 
 def test_files_exist(doc):
     """Paths, links and their headings, script names; `NAME` and `PATH` stand for any name."""
-    text = doc.read_text()
+    text = re.sub(r"(?m)^\| `config/\S+` \|", "", doc.read_text())  # files of nanoGPT
     for path in re.findall(r"(?<![\w/.-])(?:config|docs|bench|tests|nanolab|studies)/[\w/.-]*\w",
                            text):
         assert "NAME" in path or (HERE / path).exists(), path

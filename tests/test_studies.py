@@ -40,7 +40,8 @@ RECORDED = {
                                                      "stack_tuning")},
     **{f"modern_{name}": f"modern/{name}" for name in (
         "alone", "core", "small_1x", "small_2x", "wide_half", "wide_1x", "wide_tuned",
-        "wide_trials")}}
+        "wide_trials")},
+    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in ("rates_32", "runs_32")}}
 
 # Instead of Python and torchrun: writes the command line down. What prints command lines is run.
 FAKE = f"""#!/bin/sh

@@ -317,7 +317,7 @@ def test_bad_rows(tmp_path, monkeypatch, capsys, row_group_size):
     ('["text"]', "line 3 is no JSON object"), ("[]", "line 3 is no JSON object"),
     ('"text"', "line 3 is no JSON object"), ("null", "line 3 is no JSON object"),
     (b'{"text": "\xe9"}', "mine.jsonl is not UTF-8 text (byte 33)"),
-    (b'{"text": "a\0b"}', "line 3 is no JSON object"),
+    (b'{"text": "a\0b"}', "mine.jsonl is not UTF-8 text (byte 34)"),
     ("x".join(["[" * 100_000, "]" * 100_000]), "line 3 is no JSON object")])
 def test_bad_lines(tmp_path, monkeypatch, line, message):
     line = line if isinstance(line, bytes) else line.encode()

@@ -199,7 +199,7 @@ def as_json(runs, **more):
     """The text of a results file. Options that all runs share stand once; each run is a line."""
     configs = [{key: value for key, value in run["config"].items() if key not in NOT_RECORDED}
                for run in runs]
-    shared = {key: value for key, value in configs[0].items()
+    shared = {key: value for key, value in (configs or [{}])[0].items()
               if all(key in each and each[key] == value for each in configs)}
     lines = [json.dumps({**run, "config": {key: value for key, value in config.items()
                                            if key not in shared}})

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The ladder's recipes with heads of 32 and attention logits up to 12, each step of the stack alone:
+# two blocks, 20 tokens a parameter. First half, once, twice ... the ladder's best rate, one seed
+# each, by validation loss; then five seeds a recipe at the best of these rates. Other values are
+# those of the ladder's trials; `rope`, which it has not, is tried with those of both neighbours.
+# Needs `python prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
+set -euo pipefail
+
+first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's
+second="--weight_decay=0.127 --beta2=0.95 --warmup_fraction=0"  # rope_qk_norm's
+modern="config/modern.py --batch_size=16 --weight_decay=0.0921 --beta2=0.99 --warmup_fraction=0"
+rope=config/interventions/rope.py
+rope_qk_norm="$rope config/interventions/qk_norm.py"
+
+study() {  # NAME WIDTH TOKENS FLAGS...
+  python study.py config/cloud.py config/ladder.py $first --n_layer=2 --n_embd=$2 \
+    --n_head=$(($2 / 32)) --max_tokens=$3 --jobs="${JOBS:-2}" --out=out/heads_of_32/$1_$2 \
+    --json=out/heads_of_32_$1_$2.json "${@:4}"
+}
+
+rates() {  # WIDTH TOKENS, and the rates of published, of the two with rope, of modern
+  arms=()
+  for rate in $3; do arms+=("published_$rate=--learning_rate=$rate"); done
+  for rate in $4; do
+    arms+=("rope_first_$rate=$rope $first --learning_rate=$rate"
+      "rope_$rate=$rope $second --learning_rate=$rate"
+      "rope_qk_norm_$rate=$rope_qk_norm $second --learning_rate=$rate")
+  done
+  for rate in $5; do arms+=("modern_$rate=$modern --learning_rate=$rate"); done
+  study rates $1 $2 --learning_rate=${3%% *} --validation --seeds=1 \
+    --baseline="${arms[0]%%=*}" --arms "${arms[@]:1}"
+}
+
+rates 32 916_480 "0.0123 0.0246 0.0492" "0.0153 0.0306 0.0612" "0.02085 0.0417 0.0834 0.1668"
+study runs 32 916_480 --learning_rate=0.0246 --baseline=published --arms \
+  rope="$rope $second --learning_rate=0.0306" \
+  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0306" modern="$modern --learning_rate=0.0834"
