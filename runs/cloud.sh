@@ -20,10 +20,10 @@
 #     environment                    3      0.60    6   torch and CUDA
 #     dry run                        2      0.40
 #     data, copied                   1      0.20    7   3.3e9 tokens x 2 bytes; 1 Gbit/s
-#     or prepared here               5      1.00   10   to download, a third of sample-10BT
+#     or prepared here               5      1.00   24   10 to download, and twice the copy's 7
 #     training                      46      9.20    4   43 (config/cloud_hour.py); compiling, saves
 #     test, sample, export           3      0.60    1
-#     in all                  55 to 59  11 to 12   25
+#     in all                  55 to 59  11 to 12   35
 #
 # What is copied: `python prepare.py fineweb` on a cheaper machine; then here
 #     DATA_FROM=me@HOST:nanolab/data/fineweb
@@ -124,6 +124,7 @@ all_of_it() {
     trap 'echo $? >"$OUT_DIR/cloud.status"' EXIT
     get_data
     train 10
+    [ -f "$OUT_DIR/summary.json" ] || { echo "cloud.sh: the training was stopped"; exit 1; }
     torchrun --standalone --nproc_per_node="$PROCESSES" eval.py --ckpt "$OUT_DIR/best.pt" \
         --data_dir="$DATA_DIR"
     python sample.py --ckpt "$OUT_DIR/best.pt"
