@@ -32,8 +32,8 @@ import torch
 
 from nanolab.common import UserError, argument_parser, git, run_script
 from nanolab.distributed import World, machine
+from nanolab.log import read_log
 from nanolab.memory import peak_memory
-from nanolab.plots import read_log
 
 DATA_DIR = ROOT / "data"  # of the data set stdlib, which the first run makes
 STEPS_NOT_TIMED = 3  # they allocate and compile

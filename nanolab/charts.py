@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nanolab.common import write_atomically
-from nanolab.plots import curve
+from nanolab.log import curve
 
 VIEWS = {"loss": "loss in nats per token: lines training, circles validation", "difference": "",
          "learning_rate": "learning rate", "gradient_norm": "gradient norm"}
@@ -86,7 +86,7 @@ def curve_data(curves):
     """The data of a chart: a line of CSV for each point, with a value for each of VIEWS.
 
     curves: [(index of the experiment, name of the run, columns of the training, of the
-    validations)], columns as plots.curve returns them.
+    validations)], columns as log.curve returns them.
     """
     n_points = max(50, min(250 if len(curves) > 1 else 1000, N_POINTS // max(len(curves), 1)))
     numbers = ["e", "r", "t", *VIEWS]

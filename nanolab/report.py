@@ -8,7 +8,7 @@ import re
 
 from nanolab.charts import COLORS, GREY, curves_chart, vega
 from nanolab.common import code_name
-from nanolab.plots import curve, having
+from nanolab.log import curve, having
 
 STYLE = f"""
 :root {{ color-scheme: light dark }}

@@ -22,8 +22,8 @@ from nanolab.checkpoint import checkpoint_file
 from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, utc_now, versions,
                             write_atomically)
 from nanolab.distributed import machine, n_threads
+from nanolab.log import read_entries
 from nanolab.memory import peak_memory
-from nanolab.plots import read_entries
 from nanolab.report import run_page
 from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 

@@ -37,7 +37,7 @@ from nanolab.data import read_meta
 from nanolab.dataset_writer import prepare_stdlib, prepare_text
 from nanolab.distributed import end_distributed
 from nanolab.options import load
-from nanolab.plots import read_entries, read_log
+from nanolab.log import read_entries, read_log
 from nanolab.tokenizer import GPT2_VOCABULARY, get_tokenizer
 
 SPLITS = ("train", "val", "test")

@@ -20,7 +20,7 @@ from conftest import (HERE, SMALL, assert_same_run, equal_weights, losses, no_fi
 from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.common import UserError
 from nanolab.data import TokenDataset
-from nanolab.plots import read_log
+from nanolab.log import read_log
 
 
 def run_with_a_bad_rank(argv):

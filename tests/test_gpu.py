@@ -15,7 +15,7 @@ import nanolab.memory
 from conftest import assert_same_run, call, losses, small_model_batch, stop_at
 from nanolab.distributed import World
 from nanolab.head import HeadLoss
-from nanolab.plots import read_log
+from nanolab.log import read_log
 from probes import flag_sets
 
 if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ MODERN = ["--position=rope", "--qk_norm", "--qk_bound=3", "--value_embeddings", 
           "--embed_norm", "--logit_softcap=15", "--activation=relu2"]
 TEXT = "def f(x):\n    return x  # é\n"
 OF_TRAINING = {"train", "datasets", "wandb", *(f"nanolab.{name}" for name in (
-    "optim", "start", "runlog", "memory", "evaluation", "dataset_writer", "plots"))}
+    "optim", "start", "runlog", "memory", "evaluation", "dataset_writer", "log"))}
 
 
 @pytest.fixture(params=[[], MODERN], ids=["gpt2", "modern"])

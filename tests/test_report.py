@@ -15,7 +15,7 @@ import nanolab.start
 from conftest import run_main, stop_at
 from nanolab import charts
 from nanolab.checkpoint import read_checkpoint
-from nanolab.plots import having, read_entries
+from nanolab.log import having, read_entries
 
 
 def test_loss_png(tmp_path):

@@ -14,7 +14,7 @@ from conftest import (HERE, assert_same_run, equal_weights, losses, no_watch, ru
                       run_ranks, start, stop_at)
 from nanolab.checkpoint import CheckpointSaver, read_checkpoint
 from nanolab.common import UserError
-from nanolab.plots import read_log
+from nanolab.log import read_log
 
 
 def step_of(path):

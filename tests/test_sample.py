@@ -13,7 +13,7 @@ from conftest import (assert_same_run, call, equal_weights, losses, run_main, ru
 from nanolab import tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
-from nanolab.plots import having, read_entries
+from nanolab.log import having, read_entries
 from nanolab.tokenizer import get_tokenizer, gpt2_vocabulary_files
 
 

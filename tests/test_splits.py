@@ -16,7 +16,7 @@ import train
 from config import Config
 from conftest import assert_same_run, losses, run_quickly, run_ranks, start
 from nanolab import distributed
-from nanolab.plots import read_log
+from nanolab.log import read_log
 
 NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambdas",
        "--value_embeddings", "--embed_norm", "--embedding_lr=9", "--head_lr=2", "--scalar_lr=3"]

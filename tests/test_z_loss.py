@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from config import ARCHITECTURE_OPTIONS
 from nanolab.head import HeadLoss, head_loss, softcap
-from nanolab.plots import having, read_entries
+from nanolab.log import having, read_entries
 
 
 def plain(hidden, weight, targets, cap, z_loss):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanolab.charts import curves_chart, differences_chart
 from nanolab.common import code_name
-from nanolab.plots import curve, having, read_entries
+from nanolab.log import curve, having, read_entries
 from nanolab.report import ZOOMING, chart, format_page, format_samples, html_table
 from nanolab.study import tables
 from nanolab.study.runs import (changed_objective, group_by_experiment, relevant_options, seeds_of,
