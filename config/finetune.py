@@ -12,9 +12,8 @@
 # - warm-up: AdamW's first updates rest on few gradients, and good weights have more to lose.
 # - dropout 0.1, as GPT-2 was trained with: the text is small and is read several times. The weight
 #   decay is small, for it pulls towards 0 and not towards the weights that were given.
-# - max_steps: 32 sequences a step; of 1,024 tokens, 200 steps are 6.5 million tokens. The line
-#   `data:` of the run says how many epochs that is. If the validation loss rises again, best.pt is
-#   from where it was lowest, so more steps cost time alone.
+# - max_steps: 6.5 million tokens; the run says how many epochs that is. best.pt is from where the
+#   validation loss was lowest, so more steps cost time alone.
 
 name = "finetune"
 out_dir = "out/finetune"

@@ -36,7 +36,8 @@ def test_it_changes_the_training_loss_alone(small_run):
     weights is the same."""
     logs = [read_entries(small_run(name, "--max_steps=2", "--eval_every=1", *flags) / "log.jsonl")
             for name, flags in (("without", []), ("with", ["--z_loss=0.1"]))]
-    losses, val_losses = ([having(key, log)[0][key] for log in logs] for key in ("loss", "val_loss"))
+    losses, val_losses = ([having(key, log)[0][key] for log in logs]
+                          for key in ("loss", "val_loss"))
     assert val_losses[0] == val_losses[1]
     assert 2 < losses[1] - losses[0] < 5  # 0.1 log(Z)^2, and Z is about 257
     assert "z_loss" not in ARCHITECTURE_OPTIONS  # so no export knows it

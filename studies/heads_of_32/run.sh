@@ -2,12 +2,13 @@
 # The ladder's recipes with heads of 32 and attention logits up to 12, each step of the stack alone:
 # two blocks, 20 tokens a parameter. First half, once, twice ... the ladder's best rate, one seed
 # each, by validation loss; then five seeds a recipe at the best of these rates. Other values are
-# those of the ladder's trials; `rope`, which it has not, is tried with those of both neighbours.
-# Needs `python prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
+# those of the ladder's trials; `rope`, which it has not, is tried with those of both neighbours. At
+# width 64, where the ladder has heads of 32 too, the rates are the ladder's. Needs `python
+# prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
 set -euo pipefail
 
 first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's
-second="--weight_decay=0.127 --beta2=0.95 --warmup_fraction=0"  # rope_qk_norm's
+second="--weight_decay=0.127 --beta2=0.95 --warmup_fraction=0"  # rope_qk_norm's, and rope's
 modern="config/modern.py --batch_size=16 --weight_decay=0.0921 --beta2=0.99 --warmup_fraction=0"
 rope=config/interventions/rope.py
 rope_qk_norm="$rope config/interventions/qk_norm.py"
@@ -33,5 +34,8 @@ rates() {  # WIDTH TOKENS, and the rates of published, of the two with rope, of 
 
 rates 32 916_480 "0.0123 0.0246 0.0492" "0.0153 0.0306 0.0612" "0.02085 0.0417 0.0834 0.1668"
 study runs 32 916_480 --learning_rate=0.0246 --baseline=published --arms \
-  rope="$rope $second --learning_rate=0.0306" \
-  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0306" modern="$modern --learning_rate=0.0834"
+  rope="$rope $second --learning_rate=0.0306" modern="$modern --learning_rate=0.0834" \
+  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0306"
+study runs 64 2_816_000 --learning_rate=0.0120 --baseline=published --validation --arms \
+  rope="$rope $second --learning_rate=0.0158" modern="$modern --learning_rate=0.0284" \
+  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0158"
