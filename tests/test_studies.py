@@ -41,7 +41,7 @@ RECORDED = {
     **{f"modern_{name}": f"modern/{name}" for name in (
         "alone", "core", "small_1x", "small_2x", "wide_half", "wide_1x", "wide_tuned",
         "wide_trials")},
-    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in ("rates_32", "runs_32")}}
+    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in ("rates_32", "runs_32", "runs_64")}}
 
 # Instead of Python and torchrun: writes the command line down. What prints command lines is run.
 FAKE = f"""#!/bin/sh
