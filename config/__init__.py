@@ -1,7 +1,5 @@
 """Every option of nanolab, in one place: its name, its default, its meaning.
 
-    python train.py [FILE.py ...] [--key=value ...]
-
 A config file is Python that assigns values. Files apply in order, and flags win over files, so an
 experiment is a stack:
 

@@ -19,14 +19,12 @@
 # Newton-Schulz steps for twelve, rope over the whole head from base 10,000 for half the head from
 # 1,024, no bias in the head, which starts at random for zero.
 #
-# Time, a prediction. 51,000 tokens/s, 0.75 of the card's limit (docs/gpu.md), make 9.3 hours; 26
-# validations of 1.97 million tokens, forward only, 0.1 hours. 12 hours need 40,000 tokens/s. The
-# published run on this card had 22,421, at which this one takes 21 hours. Where a night is too
-# short, give fewer steps: T3's README has 0.0091 for 200 steps fewer, so --max_steps=2450, 12 hours
-# at 30,000 tokens/s, would cost 0.04 or somewhat more.
+# Time, a prediction. 51,000 tokens/s, 0.75 of the card's limit (docs/gpu.md), make 9.3 hours, and
+# validations 0.1. At the 22,421 of the published run on this card, it takes 21 hours. Where a night
+# is too short, give fewer steps: T3's README has 0.0091 for 200 steps fewer, so --max_steps=2450,
+# 12 hours at 30,000 tokens/s, would cost 0.04 or somewhat more.
 #
-# Memory, a prediction: 18 of 24 GB (docs/gpu.md has the arithmetic). --batch_size=16, which takes
-# 10 GB, is the same run up to rounding.
+# Memory, a prediction (docs/gpu.md): 18 of 24 GB, and 10 with --batch_size=16.
 
 name = "overnight_3090"
 out_dir = "out/overnight_3090"

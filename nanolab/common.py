@@ -23,6 +23,7 @@ from pathlib import Path
 if sys.platform == "win32":  # has no SIGHUP
     sys.exit("nanolab runs on Linux and macOS; on Windows, use it inside WSL")
 
+ROOT = Path(__file__).parent.parent
 OUT_OF_MEMORY = "out of memory: a smaller batch, number of samples or model needs less"
 
 
@@ -163,9 +164,6 @@ def describe(error):
 
 def utc_now():
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-ROOT = Path(__file__).parent.parent
 
 
 def git(*words):

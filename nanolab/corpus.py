@@ -52,9 +52,11 @@ def own_files(source, left_out=None):
     A file with several names counts once. left_out: a Counter that gets the others, by reason.
     """
     path, left_out = Path(source), Counter() if left_out is None else left_out
-    named = [path] if path.exists() else [*map(Path, glob.glob(str(source), recursive=True))]
+    start, _, end = str(source).partition("**")  # glob.glob would run into loops of links
+    named = [path] if path.exists() else [*map(Path, glob.glob(start or "."))]
     found = {file for match in named
-             for file in (files_below(match, set()) if match.is_dir() else [match])}
+             for file in (files_below(match, set()) if match.is_dir() else [match])
+             if path.exists() or file.match(end.strip("/") or "*")}
     suffixes = set(READABLE)
     if path.is_file() or path.suffix and not path.is_dir():
         suffixes.add(path.suffix.lower())
@@ -129,9 +131,14 @@ def pypi_wheels(requirements, folder):
 
 
 def wheel_documents(path):
-    """The Python files of a wheel, by name: those that are UTF-8 and not empty."""
-    with zipfile.ZipFile(path) as wheel:
-        files = [wheel.read(name) for name in sorted(wheel.namelist()) if name.endswith(".py")]
+    """The Python files of a wheel, by name: those that are UTF-8 and not empty. Raises
+    UserError."""
+    try:
+        with zipfile.ZipFile(path) as wheel:
+            files = [wheel.read(name) for name in sorted(wheel.namelist()) if name.endswith(".py")]
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is damaged; delete its folder, and run the same command again"
+                        ) from None
     for data in files:
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode()

@@ -58,6 +58,7 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
         (folder / path).write_bytes(content if isinstance(content, bytes) else content.encode())
     (folder / "linked").symlink_to(elsewhere)
     (folder / "deep" / "loop").symlink_to(folder)
+    (folder / "deep" / "loop2").symlink_to(folder / "deep")
     (folder / "z.txt").symlink_to(folder / "a.txt")
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")
     documents = sum(make(monkeypatch, tmp_path, folder).values(), [])

@@ -44,7 +44,6 @@ FLAGS = {
         "zero_init")},
     "gpt2_init": "--init=gpt2",
 }
-DEFAULTS = Config()
 
 
 def baseline():
@@ -105,7 +104,7 @@ def stack():
         for each in read_file(f"studies/flags/{results}.json"):
             if each["name"].startswith("stack"):
                 options = [f"--{key}={value}" for key, value in each["config"].items()
-                           if value != getattr(DEFAULTS, key)]
+                           if value != getattr(Config(), key)]
                 yield " ".join([*options, f"--name={each['name']}",
                                 f"--out_dir={Path(each['path']).parent}"])
 
