@@ -3,8 +3,7 @@
 # other text (docs/gpu.md): what follows is other people's result and arithmetic.
 #
 #     python prepare.py fineweb
-#     python train.py config/overnight_3090.py --dry_run       # memory and hours on your card
-#     python train.py config/overnight_3090.py                 # --resume goes on
+#     python train.py config/overnight_3090.py      # --dry_run: memory and hours; --resume goes on
 #     python eval.py --ckpt out/overnight_3090/best.pt --json result.json      # to report, with
 #                                                     out/overnight_3090/summary.json and the card
 #

@@ -79,6 +79,8 @@ def as_checkpoint(source, path, options, weights, tokenizer, step=0):
     source: the name that the user gave; path: of the file that has the options.
     """
     options = checked_options(options, path)
+    if options["n_embd"] % options["n_head"]:
+        raise UserError(f"{path} has n_embd={options['n_embd']}, n_head={options['n_head']}")
     options["tie_weights"] = tie(weights, options["tie_weights"])
     run = {"name": Path(source).resolve().name, "dataset": None, "data_dir": "data", "seed": None}
     return {"path": str(source), "format": CHECKPOINT_FORMAT, "model": weights,
@@ -125,8 +127,9 @@ def gpt2_options(hf_config, path):
                for theirs, ours in GPT2_SHAPE.items()}
     allowed = {**{key: [value] for key, value in GPT2_FIXED.items()},
                "activation_function": list(GPT2_ACTIVATIONS),
-               "n_inner": [4 * options["n_embd"], None],
-               "quantization_config": [None], "auto_map": [None]}  # auto_map: code of its own
+               "n_inner": [4 * options["n_embd"], None], "num_attention_heads": [options["n_head"]],
+               "quantization_config": [None], "transformers_weights": [None],
+               "auto_map": [None]}  # code of its own
     for key, values in allowed.items():
         if hf_config.get(key, values[0]) not in values:
             raise UserError(f"{path} has {key}={hf_config[key]!r}; "
