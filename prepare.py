@@ -29,9 +29,6 @@ from nanolab.tokenizer import encode, get_tokenizer, token_dtype
 
 PYPI = Path(__file__).parent / "studies" / "ladder" / "pypi.txt"
 FINEWEB_HELDOUT = 0.01
-# The options that only some sources take.
-FINEWEB_OPTIONS = ("from_folder", "train_tokens", "test_offset", "test_tokens")
-OWN_OPTIONS = ("text_column", "val", "test")
 
 
 def main():
@@ -94,8 +91,9 @@ def parse_arguments():
     args.is_published = (args.source == "fineweb" and args.from_folder
                          and Path(args.from_folder, "train.safetensors").exists())
     has_own_name = args.source in ("info", "stdlib", "pypi", *FINEWEBS)
-    without_effect = [*OWN_OPTIONS * has_own_name,
-                      *FINEWEB_OPTIONS * (args.source not in FINEWEBS)]
+    without_effect = ["text_column", "val", "test"] * has_own_name
+    if args.source not in FINEWEBS:
+        without_effect += ["from_folder", "train_tokens", "test_offset", "test_tokens"]
     if args.source in ("stdlib", "pypi") or args.val and args.test:
         without_effect.append("heldout")
     if args.is_published:

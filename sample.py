@@ -73,8 +73,11 @@ def continue_prompts(stream):
 
 
 def utf8_text(file):
-    """The text of a file, or of standard input for "-"."""
-    return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+    """The text of a file, or of standard input for "-". Raises UserError."""
+    try:
+        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start:,})") from None
 
 
 def start_text(start):

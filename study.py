@@ -15,8 +15,7 @@ that stops when it likes its verdict is wrong more often than 5 times in 100.
 
 Else RUNS are run folders, folders of runs, checkpoints, globs in quotes, and results files: what
 --json writes, or by hand [{"name": "baseline", "test_loss": 3.69, "seed": 42}, ...] with any
-options. Runs of one name that differ only in their seeds are one experiment. Without --baseline,
-the experiments are compared with the one named baseline.
+options. Runs of one name that differ only in their seeds are one experiment.
 """
 
 import csv

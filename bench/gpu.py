@@ -77,11 +77,11 @@ def main():
                   f"{tokens_per_second(shape, rates[name]):,.0f}", "", "")
     if args.cards:
         return
-    runs = {"nanolab": lambda: run_nanolab([*flags_of(shape), "--device=cuda"])}
+    limit = tokens_per_second(shape, rates["the limit"])
+    print_row("nanolab", *[""] * 5, *cells(run_nanolab([*flags_of(shape), "--device=cuda"]), limit))
     if args.nanogpt:
-        runs["nanoGPT"] = lambda: run_nanogpt(shape, True, "cuda", args.nanogpt)
-    for name, run in runs.items():
-        print_row(name, *[""] * 5, *cells(run(), tokens_per_second(shape, rates["the limit"])))
+        print_row("nanoGPT", *[""] * 5,
+                  *cells(run_nanogpt(shape, True, "cuda", args.nanogpt), limit))
 
 
 def tokens_per_second(shape, rates):

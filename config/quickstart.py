@@ -1,5 +1,5 @@
 # The newcomer's run: a small byte-level model on Python's own library, made on the spot; no
-# download, no GPU. It takes about two minutes on 2 quiet CPU cores. The values were chosen on
+# download, no GPU. It takes two to seven minutes on 2 quiet CPU cores. The values were chosen on
 # validation losses of single runs (studies/quickstart/README.md).
 #
 #     python train.py config/quickstart.py

@@ -223,13 +223,14 @@ def save_checkpoint(path, checkpoint):
 
 def run_on_save(command):
     """Runs a shell command to its end. If it fails, one line says so and the run goes on."""
-    # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
-    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
-                          start_new_session=True)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        tqdm.write(f"--on_save failed ({said[0][:500]}): {command}", file=sys.stderr)
+    try:
+        # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
+        subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True, check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
+                       start_new_session=True)
+    except (subprocess.CalledProcessError, OSError) as error:  # OSError: no memory for a process
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        tqdm.write(f"--on_save failed ({said[:500]}): {command}", file=sys.stderr)
 
 
 def snapshot_to_cpu(checkpoint, buffers):

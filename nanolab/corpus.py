@@ -72,8 +72,8 @@ def own_files(source, left_out=None):
             files.setdefault(os.path.realpath(file), str(file))
     if not files:
         raise UserError(f"'{source}' does not exist, or has no text to read (left out: "
-                        f"{format_counts(left_out) or 'none'}); give stdlib, pypi, fineweb, fineweb"
-                        f"-edu, or a file, folder or glob of {' '.join(sorted(READABLE))}")
+                        f"{format_counts(left_out) or 'none'}); give a file, folder or glob of "
+                        f"{' '.join(sorted(READABLE))}, or a source that --help lists")
     return list(files.values())
 
 
@@ -116,17 +116,15 @@ def pypi_wheels(requirements, folder):
             name, version = line.split()[0].split("==")
             name = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
             wheels[split].append(Path(folder, name))
-    if folder.exists():
+    if all(path.exists() for paths in wheels.values() for path in paths):
         return wheels
     print(f"downloading the wheels of {requirements} to {folder}")
-    unfinished = f"{folder}.unfinished"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
                "--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none",
-               "--python-version=3.11", f"--dest={unfinished}", f"--requirement={requirements}"]
+               "--python-version=3.11", f"--dest={folder}", f"--requirement={requirements}"]
     if subprocess.run(command).returncode:
         raise UserError("pip could not download the wheels; connect to PyPI, and run the same "
                         "command again")
-    os.replace(unfinished, folder)
     return wheels
 
 
@@ -137,8 +135,7 @@ def wheel_documents(path):
         with zipfile.ZipFile(path) as wheel:
             files = [wheel.read(name) for name in sorted(wheel.namelist()) if name.endswith(".py")]
     except zipfile.BadZipFile:
-        raise UserError(f"{path} is damaged; delete its folder, and run the same command again"
-                        ) from None
+        raise UserError(f"{path} is damaged; delete it, and run the same command again") from None
     for data in files:
         with contextlib.suppress(UnicodeDecodeError):
             text = data.decode()

@@ -32,8 +32,9 @@ def read_meta(data_dir, dataset, vocab_size=0):
     path = folder / "meta.json"
     try:
         meta = parse_json(path.read_text())
+        splits = meta["splits"]
         if not all({"tokens", "sha256", "chunks"} <= facts.keys()
-                   for facts in meta["splits"].values()):
+                   for facts in (splits["train"], *splits.values())):
             raise ValueError
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
         return {key: meta[key] for key in keys}

@@ -29,7 +29,7 @@ def largest_batch_size(model, optimizer, dataset, global_batch_size, world):
     """The largest micro-batch that fits on every GPU, a divisor of a process's part of the global
     batch. Tries real steps, from the largest down. On a CPU, whose system promises more memory
     than it has: the largest of at most CPU_TOKENS. Raises UserError."""
-    sizes = divisors(global_batch_size // world.size)[::-1]
+    sizes = divisors(max(global_batch_size // world.size, 1))[::-1]
     if world.device.type == "cpu":
         return next(size for size in sizes if size == 1 or size * dataset.block_size <= CPU_TOKENS)
     with trial_state(model, optimizer, world):

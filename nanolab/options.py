@@ -149,7 +149,8 @@ def foreign_names():
     """The last table of docs/from_nanogpt.md: {an option, "option=value" or file of another
     trainer: what it is here}."""
     names, page = {}, ROOT / "docs/from_nanogpt.md"
-    for line in page.read_text().rpartition("\n## ")[2].splitlines() if page.exists() else ():
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    for line in text.rpartition("\n## ")[2].splitlines():
         if line.startswith("| `"):
             theirs, ours, meaning = (cell.strip(" `") for cell in line.strip("|").split("|"))
             answer = f"here {ours} ({meaning})" if ours else meaning

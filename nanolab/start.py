@@ -105,8 +105,9 @@ def read_run_checkpoint(path, mmap=False):
     try:
         return read_checkpoint(path, mmap)
     except UserError as error:
-        raise UserError(f"{error}; without it, --resume goes on from the other of last.pt and "
-                        "best.pt") from None
+        other = path.with_name("best.pt" if path.name == "last.pt" else "last.pt")
+        advice = f"; without it, --resume goes on from {other}" if other.exists() else ""
+        raise UserError(f"{error}{advice}") from None
 
 
 def with_architecture(config, checkpoint, meta):

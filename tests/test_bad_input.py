@@ -183,7 +183,8 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, [*EVAL, "--batch_size=0"], "--batch_size must be"),
     # sample
     ({}, [*SAMPLE, "--prompt_file=nowhere"], "nowhere"),
-    ({"p.txt": write(b"a\xff")}, [*SAMPLE, "--prompt_file=p.txt"], "invalid utf8_text value"),
+    ({"p.txt": write(b"a\xff")}, [*SAMPLE, "--prompt_file=p.txt"],
+     "p.txt is not UTF-8 text (byte 1)"),
     ({BEST: change_checkpoint(tokenizer="unknown")}, SAMPLE, "with --tokenizer=bytes or gpt2"),
     ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "is unknown ('klingon')"),
     ({}, [*SAMPLE, "--num_samples=0"], "--num_samples must be from 1 to"),

@@ -102,6 +102,14 @@ def test_auto_on_a_cpu(small_run, capsys):
     assert losses(auto) == pytest.approx(losses(small_run("plain", *flags)), rel=1e-5)
 
 
+def test_auto_of_fewer_sequences_than_processes():
+    """Nothing is tried; split_batch then says which global batches could be."""
+    world = World(torch.device("cpu"), None, 0, 8)
+    with pytest.raises(UserError, match="is not divisible by .*; global_batch_size could be 8"):
+        train.split_batch(Config(batch_size="auto", global_batch_size=4), None, None,
+                          types.SimpleNamespace(block_size=16), world)
+
+
 def test_timed_seconds(small_run, monkeypatch):
     """Tokens per second are those of the steps after the first, without validations and samples:
     here a clock counts 100 s for the first step, 1 s for each later one and 1,000 s for each of the

@@ -108,6 +108,25 @@ def test_cloud(data_dir, tmp_path):
     assert read_checkpoint(tmp_path / "copy.pt")["step"] == n
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="runs/cloud.sh is for Linux")
+def test_cloud_that_is_stopped(data_dir, tmp_path):
+    """A training that was asked to stop is saved, and neither tested nor exported."""
+    out = tmp_path / "out"
+
+    def stop_ranks():
+        wait_for((out / "last.pt").exists)
+        for rank in ranks_of(out):
+            os.kill(rank, signal.SIGTERM)
+    stop = threading.Thread(target=stop_ranks)
+    stop.start()
+    done = bash("cloud.sh", "--yes", *SMALL, "--batch_size=4", "--save_every=10",
+                "--max_steps=100000", PROCESSES="2", DATASET="stdlib", OUT_DIR=str(out),
+                DATA_DIR=str(data_dir))
+    stop.join()
+    assert done.returncode == 1 and "the training was stopped" in done.stdout, done.stdout
+    assert not {"export", "best.test.json"} & {file.name for file in out.iterdir()}
+
+
 def test_cloud_asks_first(data_dir, tmp_path):
     """Without a yes nothing is started. The price needs no data: the default is not here."""
     done = bash("cloud.sh", *SMALL, PROCESSES="1", OUT_DIR=str(tmp_path / "out"),

@@ -111,8 +111,9 @@ def read_file(path):
         runs = [{**run, "config": {**shared, **run.get("config", {
             key: run[key] for key in DEFAULTS if key in run})}} for run in content["runs"]]
         for run in runs:
-            sum(run.get(key) or 0 for key in NUMBERS)  # a TypeError if one is no number
-            hash((run["name"], *run["config"].values()))  # or if a value is a list
+            hash((run["name"], *run["config"].values()))  # a TypeError if one is a list
+            if not all(isinstance(run.get(key) or 0, (int, float)) for key in NUMBERS):
+                raise TypeError
         return runs
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None

@@ -57,7 +57,9 @@ def alone():
     for size in SIZES:
         for seed in SEEDS:
             for name, flags in FLAGS.items():
-                yield run(name, flags, size, seed, tuned("modern", size))
+                folder = f"out/flags/{size}/{name}/{seed}"
+                line = arguments("modern", size, tuned("modern", size), folder, seed)
+                yield f"{line} {flags} --name={name}"
 
 
 def choose():
@@ -107,11 +109,6 @@ def stack():
                            if value != getattr(Config(), key)]
                 yield " ".join([*options, f"--name={each['name']}",
                                 f"--out_dir={Path(each['path']).parent}"])
-
-
-def run(name, flags, size, seed, values):
-    line = arguments("modern", size, values, f"out/flags/{size}/{name}/{seed}", seed)
-    return f"{line} {flags} --name={name}"
 
 
 def main():

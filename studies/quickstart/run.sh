@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart in out/quickstart: two to four minutes on 2 CPU cores.
+# The quickstart in out/quickstart: two to seven minutes on 2 CPU cores.
 set -euo pipefail
 
 python train.py config/quickstart.py --resume --out_dir=out/quickstart
