@@ -3,8 +3,8 @@
 # two blocks, 20 tokens a parameter. First half, once, twice ... the ladder's best rate, one seed
 # each, by validation loss; then five seeds a recipe at the best of these rates. Other values are
 # those of the ladder's trials; `rope`, which it has not, is tried with those of both neighbours. At
-# width 64, where the ladder has heads of 32 too, the rates are the ladder's. Needs `python
-# prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
+# width 64, where the ladder has heads of 32 too, the rates are the ladder's; at 96, those of its law.
+# Needs `python prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
 set -euo pipefail
 
 first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's
@@ -39,3 +39,6 @@ study runs 32 916_480 --learning_rate=0.0246 --baseline=published --arms \
 study runs 64 2_816_000 --learning_rate=0.0120 --baseline=published --validation --arms \
   rope="$rope $second --learning_rate=0.0158" modern="$modern --learning_rate=0.0284" \
   rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0158"
+study runs 96 5_698_560 --learning_rate=0.0082 --baseline=published --validation --seeds=3 --arms \
+  rope="$rope $second --learning_rate=0.0078" modern="$modern --learning_rate=0.0157" \
+  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0078"
