@@ -150,7 +150,8 @@ def parse_arguments():
     add("runs", nargs="+", metavar="FILE.py|RUNS",
         help="config files, to make runs; or folders, checkpoints, globs, results files")
     add("--arms", nargs="+", metavar="ARM", default=[], help="what is compared with the baseline")
-    add("--seeds", type=int, default=5, metavar="N", help="seeds 1 to N (default: %(default)s)")
+    add("--seeds", type=seeds, default="5", metavar="[M-]N",
+        help="seeds M, or 1, to N (default: %(default)s)")
     add("--jobs", type=int, default=1, metavar="N",
         help="runs at a time; each has its own GPU, if there are some (default: %(default)s)")
     add("--threads", type=int, default=1, metavar="N",
@@ -179,12 +180,17 @@ def parse_arguments():
             parser.error(f"{' '.join(flags) or '--arms'} needs a config file, to make runs")
         args.words = []
         return args
-    if min(args.seeds, args.jobs, args.threads) < 1:
-        parser.error("--seeds, --jobs and --threads must be at least 1")
+    if not args.seeds or min(args.jobs, args.threads) < 1:
+        parser.error("--jobs, --threads and the number of --seeds must be at least 1")
     args.words = [*args.runs, *flags]
     args.runs, args.page = [args.out], args.page or f"{args.out}/study.html"
     args.baseline = args.baseline or "baseline"
     return args
+
+
+def seeds(text):
+    first, _, last = text.rpartition("-")
+    return range(int(first or 1), int(last) + 1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,6 @@
 # The base of the ladder: five sizes of one byte-level model, each trained on 20 tokens a parameter.
-# It stacks on a recipe (config/cloud.py or config/modern.py), and studies/ladder/ladder.py
-# prints the commands:
-#
-#     python train.py config/cloud.py config/ladder.py --n_layer=2 --n_head=2 --n_embd=64 ...
-#
-# The data set is made by `python prepare.py pypi`.
+# It stacks on a recipe, config/cloud.py or config/modern.py (studies/ladder/run.sh).
+# `python prepare.py pypi` makes the data set.
 
 out_dir = "out/ladder_trial"
 dataset = "pypi"

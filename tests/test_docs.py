@@ -14,8 +14,7 @@ FOLDERS = [HERE / name for name in ("", "config", "config/interventions", "nanol
 OF_OTHERS = {  # torchrun's, nanoGPT's, lm_eval's; and the one that stands for any
     "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend", "--rdzv_id",
     "--rdzv_endpoint", "--with", "--timeout", "--start", "--dtype", "--model",
-    "--model_args", "--tasks", "--include_path", "--key",
-    "--tune"}  # of studies/ladder
+    "--model_args", "--tasks", "--include_path", "--key"}
 
 
 @pytest.fixture(params=DOCS, ids=lambda doc: doc.name)

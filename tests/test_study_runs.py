@@ -110,7 +110,7 @@ def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
 
 
 def planned(*arms, words=(BASE,), seeds=2, out="nowhere"):
-    return jobs.plan(SimpleNamespace(words=list(words), arms=arms, seeds=seeds, out=out,
+    return jobs.plan(SimpleNamespace(words=list(words), arms=arms, seeds=range(1, seeds + 1), out=out,
                                      baseline="baseline", loss="test_loss"))
 
 
@@ -151,11 +151,20 @@ def test_each_job_has_a_gpu(monkeypatch):
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots] == ["0", "1"]
 
 
+@pytest.mark.parametrize("text, seeds", [("3", [1, 2, 3]), ("9001-9003", [9001, 9002, 9003]),
+                                         ("7-7", [7])])
+def test_seeds(monkeypatch, text, seeds):
+    monkeypatch.setattr(sys, "argv", ["study.py", BASE, f"--seeds={text}", "--out=nowhere"])
+    assert [*jobs.plan(study.parse_arguments())] == [f"nowhere/baseline/{seed}" for seed in seeds]
+
+
 @pytest.mark.parametrize("argv, message", [
     (["out/study", "--arms", "x"], "--arms needs a config file"),
     (["out/study", "--n_layer=2"], "--n_layer=2 needs a config file"),
     (["config/lab.py", "out/study"], "give one of the two"),
-    (["config/lab.py", "--jobs=0"], "must be at least 1")])
+    (["config/lab.py", "--jobs=0"], "must be at least 1"),
+    (["config/lab.py", "--seeds=5-2"], "must be at least 1"),
+    (["config/lab.py", "--seeds=five"], "invalid seeds value: 'five'")])
 def test_commands_that_do_not_fit(monkeypatch, capsys, argv, message):
     monkeypatch.setattr(sys, "argv", ["study.py", *argv])
     with pytest.raises((SystemExit, UserError)) as error:

@@ -32,7 +32,7 @@ def plan(args):
                             "/; --arms NAME='...' gives it one", exit_code=2)
         check_flags(args.words, words)
     jobs = {}
-    for seed in range(1, args.seeds + 1):
+    for seed in args.seeds:
         for name, words in experiments:
             folder = f"{args.out}/{name}/{seed}"
             words = [*args.words, *words, f"--name={name}", f"--seed={seed}", f"--out_dir={folder}"]

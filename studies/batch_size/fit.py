@@ -2,7 +2,7 @@
 
     python -m studies.batch_size.fit studies/published/results.json batch_size
 
-The arguments are a results file and the experiment. The optimum's interval is Fieller's: the sizes
+The arguments are a results file and, if not all of it is meant, the names of runs. The optimum's interval is Fieller's: the sizes
 at which the slope of the curve may be 0.
 """
 
@@ -36,10 +36,10 @@ def fit_batch_size(sizes, losses):
             "optimum_interval": np.exp(ends).tolist() if is_bounded else None}
 
 
-def points(path, name):
-    """-> global batch sizes and losses of the runs of one name"""
+def points(path, *names):
+    """-> global batch sizes and losses of the runs of these names, or of all"""
     found = [(settings(run)["global_batch_size"], run["test_loss"]) for run in read_file(path)
-             if run["name"] == name]
+             if not names or run["name"] in names]
     return np.array(sorted(found), float).reshape(-1, 2).T
 
 
@@ -59,8 +59,8 @@ def format_fit(fit, sizes):
 
 
 def main():
-    if len(sys.argv) != 3:
-        raise UserError("name a results file and an experiment", exit_code=2)
+    if len(sys.argv) < 2:
+        raise UserError("name a results file", exit_code=2)
     sizes, losses = points(*sys.argv[1:])
     print(format_fit(fit_batch_size(sizes, losses), sizes))
 

@@ -1,30 +1,45 @@
 #!/usr/bin/env bash
-# Each newer flag alone on the ladder's modern recipe at its two smallest sizes, chosen by
-# validation loss; then what helped, together, at the third size, with the recipe's values and with
-# its own (studies/flags/flags.py). The baseline is the ladder's own runs, which are made if they
-# are missing. Writes out/ladder/, out/flags/ and out/flags_*.json.
+# Each newer flag alone on the ladder's modern recipe at its two smallest sizes, by validation loss;
+# then what helped, together, at the third size, on the test split: `stack` with the recipe's
+# values, `stack_tuned` with those that the trials on record found (README.md). Needs `python
+# prepare.py pypi`, once. Writes out/flags/ and out/flags_*.json; prints the tables.
 set -euo pipefail
-export OMP_NUM_THREADS=1
 
-train() {
-  python -m studies.flags.flags "$1" | xargs -r -P "${JOBS:-2}" -L 1 python train.py --resume
+# these runs are older than the bound of attention logits (studies/qk_bound)
+modern="--qk_bound=0 --batch_size=16 --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0"
+
+# The files in config/interventions/ have the values of models of another size. A rate that is a
+# multiple of the matrices' is tried at a third and at three times.
+flags=(
+  cosine_to_zero=--min_lr_ratio=0
+  decay_to_zero="--schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0"
+  embedding_lr_0.3=--embedding_lr=0.3 embedding_lr_3=--embedding_lr=3
+  head_lr_0.3=--head_lr=0.3 head_lr_3=--head_lr=3
+  scalar_lr_0.3=--scalar_lr=0.3 scalar_lr_3=--scalar_lr=3
+  beta2_0.95=--beta2=0.95 adamw_weight_decay_0.001=--adamw_weight_decay=0.001
+  one_head=--n_head=1 gpt2_init=--init=gpt2
+  cautious_decay embed_norm logit_softcap normuon qkv_bias relu2 rmsnorm swiglu tail_average
+  value_embeddings value_residual x0_lambdas zero_init)
+
+alone() {  # HEADS WIDTH TOKENS RATE
+  python study.py config/modern.py config/ladder.py $modern --n_layer=2 --n_head=$1 --n_embd=$2 \
+    --max_tokens=$3 --learning_rate=$4 --jobs="${JOBS:-2}" --validation --out="out/flags/2x$2" \
+    --json="out/flags_2x$2.json" --baseline=modern --arms "${flags[@]}"
 }
 
-choose() {  # RESULTS BASELINE RUNS...: by validation loss
-  python study.py "${@:3}" --validation --baseline "$2" --json "out/flags_$1.json"
-}
+alone 2 32 916_480 0.0502
+alone 3 48 1_743_360 0.03338
+python -m studies.flags.flags choose out/flags_2x32.json out/flags_2x48.json
 
-train baseline
-train alone
-for size in 2x32 2x48; do
-  choose $size modern "out/flags/$size" "out/ladder/runs/$size/modern_1_1/*"
-done
-python -m studies.flags.flags choose
-train stack
-choose stack_rates stack_rate_1 'out/flags/2x64/stack_rate_*/*'
-choose stack_tuning stack_trial_0 'out/flags/2x64/stack_trial_*/*' \
-  'out/flags/2x64/stack_refined_*/*'
-stack="out/flags/2x64/stack/*/best.pt out/flags/2x64/stack_tuned/*/best.pt"
-ladder="out/ladder/runs/2x64/*_1_1/*/best.pt"
-python eval.py --ckpt $stack $ladder
-python study.py $stack $ladder --baseline modern --json out/flags_stack.json
+stack="config/modern.py $modern --n_head=1 --embedding_lr=3 --activation=swiglu"
+stack+=" --value_residual --value_embeddings --tail_average=0.05"
+stack+=" --schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0"
+rope_qk_norm="config/interventions/rope.py config/interventions/qk_norm.py --qk_bound=0"
+rope_qk_norm+=" --weight_decay=0.1268 --beta2=0.95 --warmup_fraction=0"
+python study.py config/cloud.py config/ladder.py --weight_decay=0.0196 --beta2=0.9995 \
+  --warmup_fraction=0 --n_layer=2 --n_head=2 --n_embd=64 --max_tokens=2_816_000 \
+  --learning_rate=0.01299 --jobs="${JOBS:-2}" --out=out/flags/2x64 --baseline=published --arms \
+  rope_qk_norm="$rope_qk_norm --learning_rate=0.01378" \
+  modern="config/modern.py $modern --learning_rate=0.02462" stack="$stack --learning_rate=0.02462" \
+  stack_tuned="$stack --learning_rate=0.03994 --weight_decay=0.006047 --beta2=0.95"
+python study.py out/flags/2x64 --baseline=modern --json=out/flags_stack.json

@@ -19,11 +19,6 @@ size() {  # NAME FLAGS...
     --baseline=published_stack --arms modern="$modern --batch_size=8 --learning_rate=8e-3"
 }
 
-trial() {  # NAME RATE FILES...
-  echo config/lab.py config/cloud.py "${@:3}" --name=$1 --batch_size=8 --n_embd=192 \
-    --max_tokens=307_200 --learning_rate=$2 --seed=100 --out_dir=out/lab_wide_trials/$1/$2
-}
-
 study alone lab_modern config/cloud.py --batch_size=8 --max_tokens=307_200 \
   --learning_rate=4e-3 --baseline=tuned_stack --arms rmsnorm rope relu2 swiglu logit_softcap \
   zero_init value_residual gpt2_init qk_norm="$qk_norm" \
@@ -48,12 +43,17 @@ python study.py out/lab_scale/small_2x out/lab_scale/small_1x/modern out/lab/clo
 python study.py out/lab_scale/wide_1x out/lab_scale/wide_half/modern \
   --baseline=published_stack --json=out/modern_wide_1x.json
 
-{
-  for rate in 1e-3 2e-3 4e-3; do trial published $rate; done
-  for rate in 1e-3 2e-3 4e-3 8e-3; do trial rope_qk_norm $rate $rope_qk_norm; done
-  for rate in 4e-3 8e-3 1.6e-2; do trial modern $rate $modern; done
-} | OMP_NUM_THREADS=1 xargs -P "${JOBS:-2}" -L 1 python train.py --resume
-python study.py out/lab_wide_trials --validation --json=out/modern_wide_trials.json
+trials=()
+for rate in 2e-3 4e-3; do trials+=(published_$rate=--learning_rate=$rate); done
+for rate in 1e-3 2e-3 4e-3 8e-3; do
+  trials+=("rope_qk_norm_$rate=$rope_qk_norm --learning_rate=$rate")
+done
+for rate in 4e-3 8e-3 1.6e-2; do
+  trials+=("modern_$rate=$modern --batch_size=8 --learning_rate=$rate")
+done
+study wide_trials lab_wide_trials config/cloud.py --batch_size=8 --n_embd=192 \
+  --max_tokens=307_200 --learning_rate=1e-3 --seeds=100-100 --validation \
+  --baseline=published_1e-3 --arms "${trials[@]}"
 study wide_tuned lab_wide config/cloud.py --batch_size=8 --n_embd=192 --max_tokens=307_200 \
   --learning_rate=2e-3 --baseline=published --arms rope_qk_norm="$rope_qk_norm" \
   modern="$modern --batch_size=8 --learning_rate=8e-3"

@@ -1,6 +1,6 @@
 """Where the noise of a study comes from: the seed of the initial weights, or those of the loop.
 
-    python -m studies.noise.mixed_model RESULTS.json      # its runs called baseline
+    python -m studies.noise.mixed_model RESULTS.json    # its runs of NAMES
 
 Each loss is taken for a mean, plus an effect of the seed of the initial weights, one of the seeds
 of the training loop (data order, dropout), and a rest. REML estimates their three variances from
@@ -21,6 +21,7 @@ from nanolab.study import stats
 from nanolab.study.runs import losses_by_seed, read_file, seeds_of, settings
 from nanolab.study.tables import format_interval, format_table
 
+NAMES = ("baseline", "weights", "loop")  # the last two: the baseline with seeds of these alone
 EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
 
 
@@ -138,7 +139,7 @@ def main():
     parser = argument_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS.json")
     runs = read_file(parser.parse_args().results)
-    print(format_noise([run for run in runs if run["name"] == "baseline"]))
+    print(format_noise([run for run in runs if run["name"] in NAMES]))
 
 
 if __name__ == "__main__":
