@@ -41,7 +41,7 @@ GONE = pathlib.Path.unlink
 def write(content):
     def change(path):
         path.parent.mkdir(exist_ok=True)
-        (path.write_bytes if isinstance(content, bytes) else path.write_text)(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return change
 
 
@@ -57,8 +57,7 @@ def write_tokens(n_validation, dtype=torch.uint16):
     def change(folder):
         folder.mkdir()
         for name, size in ("train", 9), ("validation", n_validation):
-            tokens = torch.ones(size, dtype=dtype)
-            save_file({"tokens": tokens}, folder / f"{name}.safetensors")
+            save_file({"tokens": torch.ones(size, dtype=dtype)}, folder / f"{name}.safetensors")
     return change
 
 
@@ -67,20 +66,18 @@ def change_meta(**changes):
 
 
 def change_checkpoint(**changes):
-    def change(path):
-        checkpoint = torch.load(path, weights_only=True)
-        for key, value in changes.items():
-            checkpoint[key] = value(checkpoint[key]) if callable(value) else value
-        torch.save(checkpoint, path)
-    return change
+    return lambda path: torch.save(torch.load(path, weights_only=True) | changes, path)
 
 
-def change_config(**changes):
-    return change_checkpoint(config=lambda config: {**config, **changes})
+def change_config(path):
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"norm": "batchnorm"}}, path)
 
 
-def scale_weights(factor):
-    return change_checkpoint(model=lambda weights: {key: factor * w for key, w in weights.items()})
+def too_large(path):
+    checkpoint = torch.load(path, weights_only=True)
+    weights = {key: 1e30 * weight for key, weight in checkpoint["model"].items()}
+    torch.save(checkpoint | {"model": weights}, path)
 
 
 OWN_DATA = ["--dataset=tiny", "--data_dir=data"]
@@ -89,7 +86,6 @@ RESUME = ["train", *SMALL, *OWN_DATA, "--out_dir=out", "--resume", "--max_steps=
 TUNE = ["train", "--init_from=out/best.pt", *OWN_DATA, "--out_dir=new"]
 EVAL = ["eval", "--ckpt", "out/best.pt", "--device=cpu", "--data_dir=data"]
 SAMPLE = ["sample", "--ckpt", "out/best.pt", "--device=cpu", "--max_new_tokens=5"]
-SAMPLE_HF = [*SAMPLE, "--ckpt=hf"]
 EXPORT = ["nanolab.huggingface", "export"]
 PREPARE = ["prepare", "mine", "--data_dir=data", "--tokenizer=bytes"]
 FINEWEB = ["prepare", "fineweb", "--data_dir=data"]
@@ -101,14 +97,6 @@ NANOGPTS = {META: GONE, TEST_BIN: GONE}  # train.bin and val.bin only
 LAST, BEST = "out/last.pt", "out/best.pt"
 
 
-def hf_folder(weights=None, file="pytorch_model.bin", **changes):
-    """The files of a model in Hugging Face's layout."""
-    config = {"model_type": "gpt2", "vocab_size": 257, "n_positions": 16, "n_embd": 8,
-              "n_layer": 1, "n_head": 2, "nanolab_tokenizer": "bytes", **changes}
-    files = {"hf/config.json": write(json.dumps(config))}
-    return files | {f"hf/{file}": weights} if weights else files
-
-
 @pytest.mark.parametrize("damage, command, reported", [
     # the command line and config files
     ({}, [*TRAIN, "--dropuot=0"], "(from --dropuot); did you mean 'dropout'"),
@@ -117,7 +105,6 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, [*TRAIN, "--init=gtp2"], "allowed: 'pytorch', 'gpt2'; did you mean 'gpt2'"),
     ({}, [*TRAIN, "--n_layer=0"], "not allowed; allowed: [1, 10000]"),
     ({}, [*TRAIN, "--learning_rate=nan"], "learning_rate='nan'"),
-    ({}, [*TRAIN, "--max_steps=1e30"], "not allowed; allowed: [0, inf)"),
     ({}, [*TRAIN, "--out_dir="], "out_dir='' (from --out_dir): must not be empty"),
     ({}, [*TRAIN, "--learning_rate"], "--learning_rate wants a value"),
     ({}, [*TRAIN, "--name=caf\udce9"], "not UTF-8 text"),
@@ -127,7 +114,6 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({"mine.py": write("x_ = 1\nx_ / 0")}, [*TRAIN, "mine.py"], "mine.py, line 2: ZeroDivision"),
     # options that do not go together
     ({}, [*TRAIN, "--n_head=3"], "n_head=3 (from --n_head); n_head could be 2 or 4"),
-    ({}, [*TRAIN, "--batch_size=3"], "batch_size could be 2 or 4"),
     ({}, [*TRAIN, "--schedule=wsd", "--warmup_fraction=0.9"], "exceed the whole run"),
     ({}, [*TRAIN, "--position=rope", "--n_embd=30"], "give each head 15"),
     ({}, [*TRAIN, "--qk_bound=9"], "no effect without --qk_norm"),
@@ -147,16 +133,11 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({LAST: save({"format": 1, "model": Code(), "config": {}})}, RESUME, "holds a io.open"),
     ({BEST: write(pickle.dumps({"model": Code()}, protocol=4))}, EVAL, "best.pt is damaged"),
     ({LAST: save([1, 2])}, RESUME, "last.pt is no checkpoint of nanolab"),
-    ({BEST: change_checkpoint(model=5)}, SAMPLE, "best.pt is no checkpoint of nanolab"),
     ({LAST: change_checkpoint(format=99)}, RESUME, "last.pt is no checkpoint of nanolab"),
     ({LAST: change_checkpoint(data_sha256="0")}, RESUME, "another data set"),
     ({LAST: change_checkpoint(optimizer=5)}, RESUME, "last.pt does not fit this run"),
-    ({}, [*RESUME, "--n_layer=3"], "n_layer was 2, is 3"),
-    ({BEST: change_config(lookahead=2)}, EVAL, "has the option lookahead, which this nanolab does"),
-    ({BEST: change_config(norm="batchnorm")}, SAMPLE, "norm='batchnorm' (from out/best.pt)"),
-    ({BEST: change_config(n_layer=1)}, EVAL, "best.pt does not fit"),
-    ({BEST: scale_weights(float("nan"))}, EVAL, "weights that are not finite (wte.weight)"),
-    ({BEST: scale_weights(1e30)}, SAMPLE, "its weights are too large"),
+    ({BEST: change_config}, SAMPLE, "norm='batchnorm' (from out/best.pt)"),
+    ({BEST: too_large}, SAMPLE, "its weights are too large"),
     # data sets
     ({}, [*TRAIN, "--dataset=other"], "make it: python prepare.py PATH_OF_YOUR_TEXT --name=other"),
     ({}, ["train", f"{HERE}/config/local_3090.py", "--data_dir=data"], "python prepare.py fineweb"),
@@ -179,7 +160,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, ["eval", "--ckpt", "data"], "data is a folder, neither a run with best.pt or last"),
     ({BEST: change_checkpoint(tokenizer="gpt2")}, EVAL, "was trained on gpt2 tokens"),
     ({TEST_BIN: GONE}, EVAL, "no test split"),
-    ({BEST: scale_weights(1e30)}, EVAL, "the test loss of out/best.pt is not finite"),
+    ({BEST: too_large}, EVAL, "the test loss of out/best.pt is not finite"),
     ({}, [*EVAL, "--batch_size=0"], "--batch_size must be"),
     # sample
     ({}, [*SAMPLE, "--prompt_file=nowhere"], "nowhere"),
@@ -190,18 +171,7 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, [*SAMPLE, "--num_samples=0"], "--num_samples must be from 1 to"),
     ({}, [*SAMPLE, "--temperature=1e-40"], "--temperature must be"),
     ({}, [*SAMPLE, "--top_p=nan"], "--top_p must be"),
-    # weights in Hugging Face's layout, in and out
-    ({"hf/config.json": write("{")}, SAMPLE_HF, "hf/config.json is damaged"),
-    (hf_folder(save({}), n_layer="2"), SAMPLE_HF, "n_layer='2'"),
-    (hf_folder(activation_function="relu"), SAMPLE_HF, "has activation_function='relu'"),
-    (hf_folder(num_attention_heads=4), SAMPLE_HF, "has num_attention_heads=4"),
-    (hf_folder(transformers_weights="a.bin"), SAMPLE_HF, "has transformers_weights='a.bin'"),
-    (hf_folder(save({})) | {"hf/adapter_config.json": write("{}")}, SAMPLE_HF, "has an adapter"),
-    (hf_folder(save({}), n_head=3), SAMPLE_HF, "n_embd=8, n_head=3"),
-    (hf_folder(), SAMPLE_HF, "has none of model.safetensors"),
-    (hf_folder(write("no"), "model.safetensors"), SAMPLE_HF, "hf/model.safetensors is damaged"),
-    (hf_folder(save({"wte.weight": Code()})), SAMPLE_HF, "pytorch_model.bin holds a io.open"),
-    (hf_folder(save({"wte.weight": torch.ones(257, 8)})), SAMPLE_HF, "hf does not fit its own"),
+    # weights out
     ({}, [*EXPORT, "gpt2", "new"], "gpt2 is not on this machine"),
     ({"file": write("")}, [*EXPORT, "out/best.pt", "file/new"], "Not a directory"),
     # text
@@ -209,9 +179,6 @@ def hf_folder(weights=None, file="pytorch_model.bin", **changes):
     ({}, ["prepare", "*.jsonl", "--data_dir=data"], "'*' is no name for a folder"),
     ({"mine/a.rtf": write("text")}, PREPARE, "no text to read (left out: .rtf 1)"),
     ({"mine/a.txt": write("One.")}, PREPARE, "1 different documents are too few"),
-    ({"mine/a.txt": write(bytes(range(256)) * 9)}, PREPARE, "a.txt is not UTF-8 text (byte 128)"),
-    ({"mine/a.jsonl": write('{"text": 1}')}, PREPARE,
-     "line 1 has no text that can be encoded: '1'"),
     ({"mine.parquet": write("no")}, ["prepare", "mine.parquet"], "mine.parquet is damaged"),
     ({}, ["prepare", "texts", *OWN_DATA[1:], "--name=tiny"], "holds another data set"),
     ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "'a/b' is no name for a folder"),
