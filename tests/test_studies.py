@@ -33,7 +33,7 @@ STUDIES = sorted(path.parent.name for path in (HERE / "studies").glob("*/run.sh"
 # The results file on record of each file that a study writes.
 RECORDED = {
     "lab": "lab/results", "noise": "noise/results", "batch_size": "batch_size/results",
-    "ladder": "ladder/results", "ladder_2x64": "ladder/2x64", "quickstart": "quickstart/results",
+    "ladder": "ladder/results", "quickstart": "quickstart/results",
     "ladder_prediction": "ladder/prediction",
     **{f"flags_{name}": f"flags/{name}" for name in ("2x32", "2x48", "stack")},
     **{f"modern_{name}": f"modern/{name}" for name in (

@@ -302,7 +302,7 @@ def test_validation_needs_no_test_result(compare, tmp_path):
 
 def test_tables_fit_100_columns(compare):
     for name in ("published/results", "lab/results", "modern/alone", "modern/small_2x",
-                 "ladder/2x64", "flags/stack", "batch_size/results"):
+                 "heads_of_32/runs_32", "flags/stack", "batch_size/results"):
         printed = compare(HERE / f"studies/{name}.json")
         assert max(map(len, printed.splitlines())) <= 100, name
 
