@@ -39,7 +39,8 @@ RECORDED = {
     **{f"modern_{name}": f"modern/{name}" for name in (
         "alone", "core", "small_1x", "small_2x", "wide_half", "wide_1x", "wide_tuned",
         "wide_trials")},
-    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in ("rates_32", "runs_32", "runs_64")}}
+    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in (
+        "rates_32", "runs_32", "runs_64", "runs_96", "checks_96")}}
 
 # Instead of Python and torchrun: writes the command line down.
 FAKE = """#!/bin/sh
