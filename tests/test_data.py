@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+import threading
 import time
 import types
 import zipfile
@@ -11,12 +12,13 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from pyarrow import table
 from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 import prepare
-from conftest import (SPLITS, call, losses, no_file_larger_than, read_split, run_main, start,
+from conftest import (SPLITS, call, losses, no_file_larger_than, read_split, run_main,
                       write_texts)
 from nanolab import common, corpus, data, dataset_writer, tokenizer
 from nanolab.checkpoint import read_checkpoint
@@ -46,7 +48,7 @@ def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
     """make(folder) makes the same bytes after an interruption at any call of these functions."""
     make(tmp_path / "whole")
     for function in functions:
-        for calls in (0, 1, 4, 12):
+        for calls in (0, 1, 5):
             folder = tmp_path / f"{function}{calls}"
             with monkeypatch.context() as patch:
                 patch.setattr(owner, function, stop_after(getattr(owner, function), calls))
@@ -103,15 +105,20 @@ def test_tokenising_processes_do_not_load_torch():
     assert call("-c", command).stdout == "set()\n"
 
 
-def test_two_at_once_make_one_data_set(tmp_path, texts):
-    """Of two processes that make the same data set, one waits for the other and finds it made."""
-    both = [start(prepare_mine, texts, tmp_path / "made", output=tmp_path / f"output{i}")
-            for i in range(2)]
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
-    outputs = [path.read_text() for path in tmp_path.glob("output*")]
-    assert sum("is there already" in output for output in outputs) == 1
+def test_two_at_once_make_one_data_set(tmp_path, texts, capsys):
+    """The second waits for the first, and finds it made."""
+    first, made = tmp_path / "first", tmp_path / "made"
+    prepare_mine(texts, first)
+    second = threading.Thread(target=prepare_mine, args=(texts, made))
+    with FileLock(f"{made}.lock"):
+        second.start()
+        second.join(0.5)
+        first.rename(made)
+    second.join(60)
+    assert "made is there already" in capsys.readouterr().out
+    (tmp_path / "made.lock").unlink()
+    prepare_mine(texts, made)
+    assert not (tmp_path / "made.lock").exists(), "not needed, as on a disk that is read-only"
 
 
 @pytest.mark.parametrize("owner, functions", [
@@ -270,6 +277,11 @@ def test_info(tmp_path, texts, monkeypatch, capsys):
         assert re.search(rf"{split} .* {facts['tokens']:,} tokens .* {facts['documents']:,} "
                          "documents .*checksum matches", out)
     assert read_split(tmp_path, "mine", "train")[0][:100] in out
+    with pytest.raises(UserError, match="is a path, .*, give --dataset=mine --data_dir=x; .*run "
+                                        "python prepare.py x/mine first"):
+        read_meta(tmp_path, "x/mine")
+    with pytest.raises(UserError, match="is a path"):  # of text
+        read_meta(tmp_path, str(texts / "a.txt"))
     flip(folder / "train.bin", 20)
     with pytest.raises(UserError, match="train.bin is damaged: bytes from 0 on"):
         run_main(monkeypatch, "prepare", *info)
@@ -281,12 +293,11 @@ def test_info(tmp_path, texts, monkeypatch, capsys):
     assert "train begins with the tokens [" in out, "nothing is shown as GPT-2's words"
 
 
-def test_gpt2_tokens_and_batches(tmp_path, texts):
+def test_gpt2_tokens_and_batches(gpt2_data):
     """Window i is tokens i x T ... (i + 1) x T of the file, targets one further."""
     tokens = encode(get_tokenizer("gpt2"), "Every effort moves you")
     assert tokens.tolist() == [6109, 3626, 6100, 345, 50256]
-    prepare_mine(texts, tmp_path / "mine", "gpt2")
-    dataset = TokenDataset(tmp_path, "mine", "train", 16)
+    dataset = TokenDataset(gpt2_data, "words", "train", 16)
     tokens = np.fromfile(dataset.path, "<u2").astype(np.int64)
     inputs, targets = dataset.batch([0, 3, len(dataset) - 1])
     assert inputs[1].tolist() == tokens[48:64].tolist()
@@ -302,6 +313,7 @@ def test_shuffled_order():
     assert epochs[0] != epochs[1] != epochs[2]
     assert window_ids("shuffled", 1, 10, 7, 6) == run[7:13] != window_ids("shuffled", 2, 10, 7, 6)
     assert window_ids("shuffled", 2, 10, 0, 10) not in epochs, "no epoch of seed 1"
+    assert epochs[0] == [8, 4, 7, 0, 1, 2, 5, 9, 6, 3], "as in the runs on record"
     assert window_ids("sequential", 1, 10, 8, 4) == [8, 9, 0, 1]
 
 
@@ -318,30 +330,25 @@ def test_no_vocabulary_no_network(tmp_path, monkeypatch):
         get_tokenizer.__wrapped__("gpt2")
 
 
-def write_wheels(folder, requirements):
-    """Three wheels and their requirements file; `shared` is in all, and latin-1 is no UTF-8."""
-    folder.mkdir(parents=True)
+def test_wheels(tmp_path, monkeypatch):
+    """Whole packages are held out, files in order; one that is there twice counts once, in test."""
+    folder, wheels, requirements = (tmp_path / name for name in ("pypi", "pypi.wheels", "pypi.txt"))
+    wheels.mkdir()
     for split in ("test", "val", "train"):
         files = {"z.py": f"print('{split} z')\n", "a.py": "shared = 'é'\n", "empty.py": "\n",
                  "b.py": f"b = '{split}'\n", "copy_of_b.py": f"b = '{split}'\n",
                  "latin.py": "é".encode("latin-1"), "data.json": "{}"}
-        with zipfile.ZipFile(folder / f"pack_{split}-1.0-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(wheels / f"pack_{split}-1.0-py3-none-any.whl", "w") as wheel:
             for name, content in files.items():
                 wheel.writestr(f"pack/{name}", content)
         with open(requirements, "a") as file:
             file.write(f"# {split}\npack-{split}==1.0 --hash=sha256:{'0' * 64}\n")
-
-
-def test_wheels(tmp_path, monkeypatch):
-    """Whole packages are held out, files in order; one that is there twice counts once, in test."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    folder, wheels = tmp_path / "pypi", tmp_path / "pypi.wheels"
-    write_wheels(wheels, tmp_path / "wheels.txt")
+    monkeypatch.setattr(corpus.subprocess, "run", lambda _: types.SimpleNamespace(returncode=1))
     wheels.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="pip could not download the wheels; connect to PyPI"):
-        prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
+        prepare.prepare_pypi(folder, "bytes", requirements)
     (tmp_path / "elsewhere").rename(wheels)
-    prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
+    prepare.prepare_pypi(folder, "bytes", requirements)
     for split in SPLITS:
         shared = ["shared = 'é'\n"] if split == "test" else []
         assert read_split(tmp_path, "pypi", split) == [*shared, f"b = '{split}'\n",

@@ -72,7 +72,7 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
     followed, each file counts once, a loop of links ends."""
     folder = tmp_path / "texts"
     write(folder, {
-        "a.txt": "Text a.", "B.TEXT": "Text b.", "c.md": "Text c.", "deep/er/d\n🐙.txt": "Text d.",
+        "a.txt": "Text a.", "B.TEXT": "Text b.", "c.md": "Text c.", "deep/er/\n🐙.txt": "Text d.",
         "e.jsonl": '{"text": "Text e."}', "f.ndjson": '{"text": "Text f."}', "empty.txt": "",
         "g.gz": gzip.compress(b"g"), "h.csv": "text\nh", "LICENSE": "k", ".DS_Store": b"\0",
         ".git/x.txt": "x", "__MACOSX/._a.txt": b"\0", "../elsewhere/l.txt": "Text l.",
@@ -110,8 +110,8 @@ def test_names(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     args = parse("~/x", "--val=~/x", "--data_dir=~/x")
     assert {args.source, args.val, args.data_dir} == {str(tmp_path / "x")}
-    write(tmp_path, {"texts-2.0/a.b.txt": "Text.", "loop": tmp_path / "loop"})
-    for path, name in {"texts-2.0": "texts-2.0", "texts-2.0/a.b.txt": "a.b", "loop": "loop"}.items():
+    write(tmp_path, {"one-2.0/a.b.txt": "Text.", "loop": tmp_path / "loop"})
+    for path, name in {"one-2.0": "one-2.0", "one-2.0/a.b.txt": "a.b", "loop": "loop"}.items():
         assert parse(f"~/{path}").name == name
 
 
@@ -262,7 +262,7 @@ def test_records_without_text(tmp_path, monkeypatch, capsys, name, row_group_siz
         make(monkeypatch, tmp_path / "bad", tmp_path / "bad.*")
 
 
-GOOD = parquet({"text": sentences(2000)}, use_dictionary=False))
+GOOD = parquet({"text": sentences(2000)}, use_dictionary=False)
 DAMAGED = GOOD[:2000] + b"x" * 1000 + GOOD[3000:]  # met when rows are decoded: its footer is good
 SPACES = "x" + " " * 1_100_000 + "x"  # too many for tiktoken
 
