@@ -39,14 +39,14 @@ def read_meta(data_dir, dataset, vocab_size=0):
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
         return {key: meta[key] for key in keys}
     except (FileNotFoundError, NotADirectoryError):
+        present = {file.name for file in folder.glob("*")}
+        if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
+            return nanogpt_meta(folder, vocab_size)
         given = Path(dataset)
         if given.parts != (given.name,):
             raise UserError(f"'{dataset}' is a path, not the name of a data set; if one is there, "
                             f"give --dataset={given.name or 'NAME'} --data_dir={given.parent}; if "
                             f"text is there, run python prepare.py {dataset} first") from None
-        present = {file.name for file in folder.glob("*")}
-        if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
-            return nanogpt_meta(folder, vocab_size)
         state = "is unfinished" if folder.is_dir() else "is not there"
         has_own_name = dataset in ("stdlib", "pypi", *FINEWEBS)
         source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={given}"

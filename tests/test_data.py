@@ -8,6 +8,7 @@ import threading
 import time
 import types
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 import prepare
-from conftest import (SPLITS, call, losses, no_file_larger_than, read_split, run_main,
-                      write_texts)
+from conftest import (SMALL, SPLITS, call, losses, no_file_larger_than, read_split, run_main,
+                      run_quickly, write_texts)
 from nanolab import common, corpus, data, dataset_writer, tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -44,10 +45,11 @@ def stop_after(function, calls):
     return stopping
 
 
-def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions):
+def assert_continues_after_a_kill(monkeypatch, tmp_path, make, *functions):
     """make(folder) makes the same bytes after an interruption at any call of these functions."""
     make(tmp_path / "whole")
     for function in functions:
+        owner = DatasetWriter if hasattr(DatasetWriter, function) else dataset_writer
         for calls in (0, 1, 5):
             folder = tmp_path / f"{function}{calls}"
             with monkeypatch.context() as patch:
@@ -65,8 +67,8 @@ def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
         assert calls > 0, "it was killed"
 
 
-def prepare_mine(source, folder, tokenizer="bytes"):
-    prepare_text(own_files(source), folder, tokenizer, "text", 1, "mine")
+def prepare_mine(source, folder, **options):
+    prepare_text(own_files(source), folder, "bytes", "text", 1, "mine", **options)
 
 
 @pytest.fixture
@@ -77,14 +79,12 @@ def texts(tmp_path, monkeypatch):
     return tmp_path / "texts"
 
 
-@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
-def test_own_text_round_trip(tmp_path, monkeypatch, tokenizer):
+def test_own_text_round_trip(tmp_path, monkeypatch):
     """All documents come back, none twice, split by their text and not by the order of files."""
     rows = write_texts(tmp_path / "one", "abcd")
     write_texts(tmp_path / "two", "dcba")
     for name in ("one", "two"):
-        run_main(monkeypatch, "prepare", tmp_path / name, f"--data_dir={tmp_path}/data",
-                 f"--tokenizer={tokenizer}")
+        run_main(monkeypatch, "prepare", tmp_path / name, f"--data_dir={tmp_path}/data")
     one, two = ({split: read_split(tmp_path / "data", name, split) for split in SPLITS}
                 for name in ("one", "two"))
     assert sorted(one["train"] + one["val"] + one["test"]) == sorted(rows)
@@ -121,16 +121,11 @@ def test_two_at_once_make_one_data_set(tmp_path, texts, capsys):
     assert not (tmp_path / "made.lock").exists(), "not needed, as on a disk that is read-only"
 
 
-@pytest.mark.parametrize("owner, functions", [
-    (dataset_writer, ["encode", "choose_hash_limits", "count_tokens"]),
-    (DatasetWriter, ["append", "finish"])])
-def test_own_text_after_a_kill(tmp_path, texts, monkeypatch, owner, functions):
+def test_own_text_after_a_kill(tmp_path, texts, monkeypatch):
     """With a ready-made split, whose texts are left out of train."""
-    def make(folder):
-        prepare_text(own_files(texts), folder, "bytes", "text", 1, "mine",
-                     given={"val": [str(texts / "c.jsonl")]})
-
-    assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
+    make = partial(prepare_mine, texts, given={"val": [str(texts / "c.jsonl")]})
+    assert_continues_after_a_kill(monkeypatch, tmp_path, make, "encode", "choose_hash_limits",
+                                  "count_tokens", "append", "finish")
 
 
 def test_full_disk_in_prepare(tmp_path, texts, monkeypatch):
@@ -193,29 +188,24 @@ def test_fineweb_after_a_kill(tmp_path, fineweb_copy, monkeypatch):
         prepare.prepare_fineweb(files, folder, "bytes", next(workers, 1), "copy", 8000, 0.3, 2500,
                                 1000)
 
-    assert_continues_after_a_kill(monkeypatch, tmp_path, make, DatasetWriter,
-                                  ["append", "finish"])
+    assert_continues_after_a_kill(monkeypatch, tmp_path, make, "append", "finish")
 
 
 def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
     """Footers are read from afar; whole files through the hub's cache, no more than needed."""
-    import huggingface_hub
     (folder, rows), downloaded = fineweb_copy, []
-
-    class Hub:
-        def open(self, path):
-            return open(folder / path.removeprefix("hf://datasets/").replace("@abc", ""), "rb")
-
-        def resolve_path(self, path):
-            return types.SimpleNamespace(repo_id="HuggingFaceFW/fineweb", repo_type="dataset",
-                                         revision="abc", path_in_repo=path.split("@abc/")[1])
 
     def download(repo_id, path_in_repo, repo_type, revision):
         downloaded.append((repo_type, revision, path_in_repo))
         return folder / repo_id / path_in_repo
 
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub = types.SimpleNamespace(
+        open=lambda path: open(folder / path[len("hf://datasets/"):].replace("@abc", ""), "rb"),
+        resolve_path=lambda path: types.SimpleNamespace(
+            repo_id="HuggingFaceFW/fineweb", repo_type="dataset", revision="abc",
+            path_in_repo=path.split("@abc/")[1]))
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(corpus, "SHARD_BYTES", 1000)
     names = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(2)]
     files = [f"hf://datasets/HuggingFaceFW/fineweb@abc/{name}" for name in names]
@@ -235,35 +225,33 @@ def test_published_token_files(tmp_path, monkeypatch):
     assert_continues_after_a_kill(
         monkeypatch, tmp_path,
         lambda folder: prepare.prepare_published_tokens(tmp_path, folder, 2048, 100, 320),
-        DatasetWriter, ["append"])
+        "append")
     assert_splits(tmp_path / "whole", train_tokens, heldout)
     meta = read_meta(tmp_path, "whole")
     assert meta["tokenizer"] == "gpt2"
     assert meta["splits"]["train"]["documents"] == (train_tokens[:2049] == 50256).sum()
 
 
-def test_files_of_nanogpt(tmp_path, small_run, capsys):
+def test_files_of_nanogpt(tmp_path, capsys):
     """train.bin and val.bin without meta.json are read when --vocab_size says what they hold."""
-    folder = tmp_path / "theirs"
-    folder.mkdir()
     tokens = np.random.default_rng(1).integers(65, size=1_200_000).astype("<u2")
     assert tokens.nbytes > 2 * 2**20, "more than what is hashed"
     for split in ("train", "val"):
-        tokens.tofile(folder / f"{split}.bin")
-    flags = ["--dataset=theirs", f"--data_dir={tmp_path}"]
-    run = small_run("run", *flags, "--vocab_size=65", "--max_steps=2")
+        tokens.tofile(tmp_path / f"{split}.bin")
+    flags = [*SMALL, f"--dataset={tmp_path}", f"--out_dir={tmp_path}/run", "--vocab_size=65"]
+    run_quickly([*flags, "--max_steps=2"])
     assert "no meta.json" in capsys.readouterr().out
-    inputs, _ = TokenDataset(tmp_path, "theirs", "train", 32, 65).batch([3])
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(65), abs=0.7)
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["tokenizer"] == "unknown"
+    inputs, _ = TokenDataset("", tmp_path, "train", 32, 65).batch([3])
     assert inputs[0].tolist() == tokens[96:128].tolist()
     with pytest.raises(UserError, match="has the token 64, beyond its vocabulary of 64"):
-        TokenDataset(tmp_path, "theirs", "train", 32, 64).batch(range(50))
-    assert losses(run)[0] == pytest.approx(math.log(65), abs=0.7)
-    assert read_checkpoint(run / "last.pt")["tokenizer"] == "unknown"
-    assert read_meta(tmp_path, "theirs", 50304)["tokenizer"] == "gpt2"
+        TokenDataset("", tmp_path, "train", 32, 64).batch(range(50))
+    assert read_meta("", tmp_path, 50304)["tokenizer"] == "gpt2"
     tokens[-1] = 64 - tokens[-1]
-    tokens.tofile(folder / "train.bin")
+    tokens.tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match="another data set"):
-        small_run("run", *flags, "--vocab_size=65", "--max_steps=3", "--resume")
+        run_quickly([*flags, "--max_steps=3", "--resume"])
 
 
 def test_info(tmp_path, texts, monkeypatch, capsys):
@@ -367,17 +355,13 @@ def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
     """In train when its chunk is read, in val and test at the start; so is a shorter file."""
     for module in (data, dataset_writer):
         monkeypatch.setattr(module, "CHUNK_BYTES", 300)
-    folder = tmp_path / "mine"
+    folder, open_split = tmp_path / "mine", partial(TokenDataset, tmp_path, "mine", block_size=16)
     prepare_mine(texts, folder)
-
-    def open_split(split="train"):
-        return TokenDataset(tmp_path, "mine", split, 16)
-
-    intact = open_split()
+    intact = open_split("train")
     intact.batch(range(len(intact)))
     assert not intact.unchecked
     flip(folder / "train.bin", 1000)  # in the fourth chunk
-    dataset = open_split()
+    dataset = open_split("train")
     dataset.batch(range(900 // 32 - 1))  # windows of 32 bytes and a token
     with pytest.raises(UserError, match="train.bin is damaged: bytes from 900 on .* make it"):
         dataset.batch([900 // 32])  # its last tokens are the chunk's first
