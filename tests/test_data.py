@@ -202,7 +202,7 @@ def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
     hub = types.SimpleNamespace(
         open=lambda path: open(folder / path[len("hf://datasets/"):].replace("@abc", ""), "rb"),
         resolve_path=lambda path: types.SimpleNamespace(
-            repo_id="HuggingFaceFW/fineweb", repo_type="dataset", revision="abc",
+            repo_id=path[len("hf://datasets/"):].split("@")[0], repo_type="dataset", revision="abc",
             path_in_repo=path.split("@abc/")[1]))
     monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: hub)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
