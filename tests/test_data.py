@@ -121,22 +121,17 @@ def test_two_at_once_make_one_data_set(tmp_path, texts, capsys):
     assert not (tmp_path / "made.lock").exists(), "not needed, as on a disk that is read-only"
 
 
-def test_own_text_after_a_kill(tmp_path, texts, monkeypatch):
-    """With a ready-made split, whose texts are left out of train."""
+def test_own_text_after_a_kill_or_on_a_full_disk(tmp_path, texts, monkeypatch):
+    """With a ready-made split, whose texts are left out of train. What is tokenised is kept."""
     make = partial(prepare_mine, texts, given={"val": [str(texts / "c.jsonl")]})
     assert_continues_after_a_kill(monkeypatch, tmp_path, make, "encode", "choose_hash_limits",
                                   "count_tokens", "append", "finish")
-
-
-def test_full_disk_in_prepare(tmp_path, texts, monkeypatch):
-    """It keeps what is done and goes on from there."""
-    prepare_mine(texts, tmp_path / "whole")
     size = (tmp_path / "whole" / "train.bin").stat().st_size
     with no_file_larger_than(size // 2), pytest.raises(OSError):
-        prepare_mine(texts, tmp_path / "full")
+        make(tmp_path / "full")
     assert not (tmp_path / "full" / "meta.json").exists()
     monkeypatch.setattr(dataset_writer, "encode", None)
-    prepare_mine(texts, tmp_path / "full")
+    make(tmp_path / "full")
     assert read_bytes(tmp_path / "full") == read_bytes(tmp_path / "whole")
 
 
@@ -344,11 +339,9 @@ def test_wheels(tmp_path, monkeypatch):
 
 
 def flip(path, position):
-    with open(path, "r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
 
 
 def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
