@@ -127,19 +127,20 @@ def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
     real, saved = nanolab.checkpoint.save_checkpoint, []
 
     def save(path, checkpoint):
-        if path.name == "best.pt" and checkpoint["step"] == 4:
+        if path.name == "best.pt":
             time.sleep(0.3)  # longer than the steps to the next validation
+        if path.name == "best.pt" and checkpoint["step"] == 4:
             return False
         saved.append((path.name, checkpoint["step"], checkpoint["best_val_loss"]))
         return real(path, checkpoint)
 
-    val_losses = iter([5.0, 3.0, 3.5, math.nan])  # the first before step 0
+    val_losses = iter([5.0, 3.0, 3.5, 4.0, math.nan])  # the first before step 0
     monkeypatch.setattr(train, "mean_loss", lambda *args: next(val_losses))
     monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", save)
-    folder = small_run("run", *tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=4")
+    folder = small_run("run", *tiny_data, "--max_steps=16", "--eval_every=4", "--save_every=4")
     assert saved == [("last.pt", 4, math.inf), ("best.pt", 8, 3.5), ("last.pt", 8, 3.5),
-                     ("last.pt", 12, 3.5)]
-    assert read_log(folder / "log.jsonl")[1][3]["val_loss"] is None
+                     ("last.pt", 12, 3.5), ("last.pt", 16, 3.5)]
+    assert read_log(folder / "log.jsonl")[1][4]["val_loss"] is None
 
 
 def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
