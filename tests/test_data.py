@@ -286,6 +286,8 @@ def test_gpt2_tokens_and_batches(gpt2_data):
     assert inputs[1].tolist() == tokens[48:64].tolist()
     assert targets[1].tolist() == tokens[49:65].tolist()
     assert len(dataset) == (len(tokens) - 1) // 16 and targets.shape == (3, 16)
+    with pytest.raises(UserError, match="less than one window"):
+        TokenDataset(gpt2_data, "words", "train", len(tokens))
 
 
 def test_shuffled_order():
@@ -367,3 +369,5 @@ def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
     os.truncate(folder / "train.bin", 1000)
     with pytest.raises(UserError, match="has become shorter"):
         intact.batch([len(intact) - 1])
+    with pytest.raises(UserError, match="train.bin has 1,000 bytes instead of"):
+        open_split("train")
