@@ -99,6 +99,16 @@ def test_own_text_round_trip(tmp_path, monkeypatch):
     assert n_bytes == sum(len(row.encode()) for row in rows)
 
 
+def test_the_bytes_of_stdlib_stay(tmp_path):
+    """Of a long file too, which is cut at line ends."""
+    text = "".join(f"\ufeffLine {i} ends as Windows does.\r\n" for i in range(3000))
+    (tmp_path / "a.py").write_bytes(text.encode())
+    prepare_text([str(tmp_path / "a.py")], tmp_path / "made", "bytes", "text", 1, "", is_own=False)
+    pieces = sum((read_split(tmp_path, "made", split) for split in SPLITS), [])
+    assert len(pieces) > 3 and all(piece in text and piece.endswith("\n") for piece in pieces)
+    assert sum(map(len, pieces)) == len(text)
+
+
 def test_tokenising_processes_do_not_load_torch():
     """They import prepare.py and what it imports: with torch, each would start seconds later."""
     command = "import sys, prepare; print({'torch', 'pyarrow', 'datasets'} & set(sys.modules))"
