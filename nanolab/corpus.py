@@ -273,10 +273,12 @@ def parquet_rows(file_range, text_column):
 
 def cut_at_line_ends(text, max_length):
     """Yields the text cut at a line end past max_length, or at twice that if none is there."""
-    while text:
-        stop = text.find("\n", max_length, 2 * max_length) + 1 or 2 * max_length
-        yield text[:stop]
-        text = text[stop:]
+    start = 0
+    while start < len(text):
+        line_end = text.find("\n", start + max_length, start + 2 * max_length)
+        stop = line_end + 1 or start + 2 * max_length
+        yield text[start:stop]
+        start = stop
 
 
 def own_texts(text, limit, size):

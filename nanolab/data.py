@@ -190,6 +190,8 @@ def window_ids(order, data_seed, n_windows, first, count):
     places = range(first, first + count)
     if order == "sequential":
         return [place % n_windows for place in places]
+    if order != "shuffled":
+        raise ValueError(f"window_ids has no rule for order={order!r}")
     return [int(permutation(n_windows, data_seed, place // n_windows)[place % n_windows])
             for place in places]
 
