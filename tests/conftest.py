@@ -1,6 +1,7 @@
 """What the tests share: data sets, small runs, processes, and ways to damage what runs wrote."""
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -24,6 +25,7 @@ import pytest
 import torch
 from pyarrow import table
 from pyarrow.parquet import write_table
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import nanolab.runlog
@@ -88,13 +90,13 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gpt2_data(tmp_path_factory, vocabulary):
-    """A folder with the data set `words`, of GPT-2's tokens."""
+    """The data set `words`, of GPT-2's tokens. -> the flags that choose it"""
     folder = tmp_path_factory.mktemp("words")
     texts = [f"Document {i} counts: " + " ".join(map(str, range(i, i + 90))) for i in range(100)]
     (folder / "words.jsonl").write_text("".join(
         json.dumps({"text": text}) + "\n" for text in texts))
     prepare_text([str(folder / "words.jsonl")], folder / "words", "gpt2", "text", 1, "words")
-    return folder
+    return ["--dataset=words", f"--data_dir={folder}"]
 
 
 def no_watch(step, model):
@@ -130,6 +132,28 @@ def small_run(small_flags, tmp_path):
     def run(name, *flags, on_step=no_watch):
         run_quickly(small_flags(name, *flags), on_step)
         return tmp_path / name
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared_run(data_dir, tmp_path_factory):
+    """shared_run(*flags): the same, made once for all tests, which leave it as it is."""
+    @functools.cache
+    def run(*flags):
+        folder = tmp_path_factory.mktemp("shared")
+        run_quickly([*SMALL, "--dataset=stdlib", f"--data_dir={data_dir}", f"--out_dir={folder}",
+                     *flags])
+        return folder
+    return run
+
+
+@pytest.fixture
+def output_of(monkeypatch, capsys):
+    """output_of(script, *argv): run_main. -> what it prints"""
+    def run(script, *argv):
+        capsys.readouterr()
+        run_main(monkeypatch, script, *argv)
+        return capsys.readouterr().out
     return run
 
 
@@ -205,17 +229,10 @@ def losses(folder):
 
 def equal_weights(one, other):
     """Whether two checkpoints have the same weights and the same optimizer state, bit for bit."""
-    def tensors(path):
-        checkpoint = read_checkpoint(path)
-        optimizers = checkpoint["optimizer"]
-        states = [state for optimizer in (optimizers if isinstance(optimizers, list)
-                                          else [optimizers])
-                  for state in optimizer["state"].values()]
-        weights = [checkpoint["model"], checkpoint.get("training_model", {})]
-        scaler = {key: torch.tensor(value) for key, value in checkpoint["scaler"].items()}
-        return [tensor for group in [*weights, *states, scaler] for tensor in group.values()]
-    one, other = tensors(one), tensors(other)
-    return len(one) == len(other) and all(map(torch.equal, one, other))
+    one, other = (tree_leaves([read_checkpoint(path).get(key) for key in (
+        "model", "training_model", "optimizer", "scaler")]) for path in (one, other))
+    return len(one) == len(other) and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(one, other))
 
 
 def assert_same_run(whole, parts):

@@ -1,7 +1,6 @@
 """What a user does after a run: the commands that it prints, a data set without a test split, the
-loss before and after fine-tuning, prompts that are typed."""
+loss before and after fine-tuning."""
 
-import builtins
 import json
 import re
 import shlex
@@ -12,27 +11,23 @@ import torch
 from scipy.stats import ttest_rel
 
 import conftest
-import sample
-from conftest import evaluate, run_main
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
 from nanolab.evaluation import paired_difference
 
 
 @pytest.fixture
-def next_commands(small_run, monkeypatch, capsys):
-    """next_commands(name, *flags): makes a run, runs the commands that it prints, each in this
-    process. -> [(command, what it prints)]"""
+def next_commands(small_run, output_of, capsys):
+    """next_commands(name, *flags): makes a run, runs the commands that it prints. -> [(command,
+    what it prints)]"""
     def run(name, *flags):
-        capsys.readouterr()
         small_run(name, *flags)
-        lines = capsys.readouterr().out.partition("\nnext:")[2].splitlines()
         results = []
-        for line in lines:
+        for line in capsys.readouterr().out.partition("\nnext:")[2].splitlines():
             python, script, *words = shlex.split(line)
             assert python == "python"
-            run_main(monkeypatch, script.removesuffix(".py"), *words, "--device=cpu")
-            results.append((line.strip(), capsys.readouterr().out))
+            output = output_of(script.removesuffix(".py"), *words, "--device=cpu")
+            results.append((line.strip(), output))
         return results
     return run
 
@@ -71,34 +66,33 @@ def test_a_run_without_best(tiny_data, small_run, capsys, monkeypatch):
     """No validation was the best: last.pt is what the commands name."""
     monkeypatch.setattr("nanolab.checkpoint.CheckpointSaver.is_best", lambda self, loss: False)
     run = small_run("run", *tiny_data)
-    printed = capsys.readouterr().out
-    assert not (run / "best.pt").exists() and printed.count(str(run / "last.pt")) == 2
+    assert capsys.readouterr().out.count(str(run / "last.pt")) == 2
 
 
-def test_no_split_named_test(small_run, tiny_data, tmp_path, monkeypatch, capsys):
+def test_no_split_named_test(small_run, tiny_data, tmp_path, monkeypatch, output_of):
     """eval.py says what does work; the result of val is saved apart from that of test, and read
     again until the data change."""
     run = small_run("run", *without_test_split(tiny_data, tmp_path))
+    command = ["eval", "--ckpt", run, "--split=val"]
     with pytest.raises(UserError, match="plain has no test split; --split=val measures"):
-        evaluate(monkeypatch, capsys, "--ckpt", run)
-    printed = evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val")
+        output_of(*command[:3])
+    printed = output_of(*command)
     assert "on the val split of plain" in printed and "not known" in printed
     [result] = json.loads((run / "best.val.json").read_text())["results"]
     assert result["val_loss"] == pytest.approx(read_checkpoint(run)["val_loss"], abs=0.2)
     assert not (run / "best.test.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr("eval.measure_loss", None)
-        assert evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val") == printed
-    evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val", "--block_size=8")
+        assert output_of(*command) == printed
+    output_of(*command, "--block_size=8")
     saved = json.loads((run / "best.val.json").read_text())["results"]
     assert len(saved) == 1, "of shorter windows nothing is saved"
     with pytest.raises(UserError, match="reads at most 16 tokens, not 17"):
-        evaluate(monkeypatch, capsys, "--ckpt", run, "--split=val", "--block_size=17")
+        output_of(*command, "--block_size=17")
 
 
 def test_paired_difference():
-    """With groups of equal size it is Student's paired interval (scipy's). Unequal groups weigh by
-    their windows."""
+    """With groups of equal size it is scipy's; unequal groups weigh by their windows."""
     draw = torch.Generator().manual_seed(1)
     one = (3 + torch.rand(9, generator=draw)).tolist()
     other = [loss - 0.1 + 0.02 * torch.rand(1, generator=draw).item() for loss in one]
@@ -111,62 +105,16 @@ def test_paired_difference():
     interval = ttest_rel(other, one).confidence_interval(0.95)
     assert [difference - half_width, difference + half_width] == pytest.approx(list(interval))
     assert half_width < 0.01, "the documents' own spread is not in it"
-    sizes = [1000, 1000, 1, 1, 1, 1, 1, 1, 1]
-    spread = [3.0, 3.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0]
+    sizes, spread = [1000] * 2 + [1] * 7, [3.0] * 2 + [9.0] * 7
     difference, _ = paired_difference(result([3.0] * 9, sizes), result(spread, sizes))
     assert difference == pytest.approx(6 * 7 / 2007)
     assert paired_difference(result([3.0], [5]), result([2.0], [5])) == (-1.0, None)
 
 
-def test_no_difference_of_other_windows(small_run, tiny_data, monkeypatch, capsys):
+def test_no_difference_of_other_windows(small_run, tiny_data, output_of):
     runs = [small_run(f"run{size}", *tiny_data, f"--block_size={size}") for size in (16, 8)]
-    assert "difference: none, the windows are not the same" in evaluate(
-        monkeypatch, capsys, "--ckpt", *runs)
-    assert "difference: " in evaluate(monkeypatch, capsys, "--ckpt", *runs, "--block_size=8")
-
-
-def test_typed_prompts(monkeypatch, capsys):
-    """A text is continued; an empty line goes on with what was printed, also after Ctrl-C; a prompt
-    that the model cannot read is told."""
-    asked = []
-    typed = iter(["", "ab", "", "é", "", "x"])
-
-    def ask(prompt):
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    def stream(text):
-        asked.append(text)
-        if text == "é":
-            raise UserError("no tokens for é")
-        yield from ("-", "1" if text == "ab" else "2")
-        if text != "x":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(builtins, "input", ask)
-    sample.continue_prompts(stream)
-    assert asked == ["ab", "ab-1", "é", "x"]
-    assert "-1\n-2\nno tokens for é\n\n-2\n\n" in capsys.readouterr().out
-
-
-def test_nanogpt_flags_of_sample(small_run, tiny_data, tmp_path, monkeypatch, capsys):
-    """--out_dir, --init_from=resume and --start are --ckpt and --prompt; FILE: reads a file."""
-    run = small_run("run", *tiny_data)
-    (tmp_path / "prompt.txt").write_text("12 t")
-
-    def text(*flags):
-        capsys.readouterr()
-        run_main(monkeypatch, "sample", *flags, "--max_new_tokens=20", "--device=cpu")
-        return capsys.readouterr().out
-
-    expected = text("--ckpt", run, "--prompt=12 t", "--num_samples=2")
-    assert expected.count("12 t") == 2
-    for flags in ([f"--out_dir={run}", "--init_from=resume", "--start=12 t"],
-                  ["--out_dir=elsewhere", f"--init_from={run}",
-                   f"--start=FILE:{tmp_path / 'prompt.txt'}"]):
-        assert text(*flags, "--num_samples=2") == expected
+    assert "difference: none, the windows are not the same" in output_of("eval", "--ckpt", *runs)
+    assert "difference: " in output_of("eval", "--ckpt", *runs, "--block_size=8")
 
 
 def test_no_fraction_above_all(small_run, tiny_data, monkeypatch, capsys):

@@ -21,6 +21,9 @@ ENV = {**os.environ, "VIRTUAL_ENV": sys.prefix,
        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="runs/cloud.sh is for Linux")
+
+
 def bash(script, *flags, **env):
     return subprocess.run(["bash", f"runs/{script}", *flags], cwd=HERE, env={**ENV, **env},
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
@@ -71,7 +74,7 @@ def ranks_of(out):
     return found
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="runs/cloud.sh is for Linux")
+@on_linux
 def test_cloud(data_dir, tmp_path):
     """A terminal that is closed ends nothing; a rank that is killed is started again; the same
     command shows the run to its end, with a test result and an exported model."""
@@ -108,7 +111,7 @@ def test_cloud(data_dir, tmp_path):
     assert read_checkpoint(tmp_path / "copy.pt")["step"] == n
 
 
-@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="runs/cloud.sh is for Linux")
+@on_linux
 def test_cloud_that_is_stopped(data_dir, tmp_path):
     """A training that was asked to stop is saved, and neither tested nor exported."""
     out = tmp_path / "out"
@@ -117,12 +120,9 @@ def test_cloud_that_is_stopped(data_dir, tmp_path):
         wait_for((out / "last.pt").exists)
         for rank in ranks_of(out):
             os.kill(rank, signal.SIGTERM)
-    stop = threading.Thread(target=stop_ranks)
-    stop.start()
-    done = bash("cloud.sh", "--yes", *SMALL, "--batch_size=4", "--save_every=10",
-                "--max_steps=100000", PROCESSES="2", DATASET="stdlib", OUT_DIR=str(out),
-                DATA_DIR=str(data_dir))
-    stop.join()
+    threading.Thread(target=stop_ranks, daemon=True).start()
+    done = bash("cloud.sh", "--yes", *SMALL, "--save_every=10", "--max_steps=100000",
+                PROCESSES="1", DATASET="stdlib", OUT_DIR=str(out), DATA_DIR=str(data_dir))
     assert done.returncode == 1 and "the training was stopped" in done.stdout, done.stdout
     assert not {"export", "best.test.json"} & {file.name for file in out.iterdir()}
 
@@ -138,9 +138,8 @@ def test_cloud_asks_first(data_dir, tmp_path):
 
 def test_slurm(small_flags, small_run, tmp_path):
     """Two nodes of one process each, by stand-ins for SLURM's two commands: the losses of one."""
-    stand_ins = {"scontrol": "echo localhost; echo elsewhere",
-                 "srun": '"$@" & first=$!; "$@" || exit 1; wait $first'}
-    for name, text in stand_ins.items():
+    for name, text in (("scontrol", "echo localhost; echo elsewhere"),
+                       ("srun", '"$@" & first=$!; "$@" || exit 1; wait $first')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
     done = bash("slurm.sh", *small_flags("nodes", "--batch_size=4"), SLURM_JOB_NODELIST="x",

@@ -1,5 +1,6 @@
 """Samples, by sample.py and while training; where prompt, weights and vocabulary come from."""
 
+import builtins
 import json
 import re
 import shutil
@@ -8,8 +9,9 @@ import pytest
 import torch
 
 import model
-from conftest import (assert_same_run, call, equal_weights, losses, run_main, run_quickly,
-                      run_ranks, stop_at)
+import sample
+from conftest import (assert_same_run, call, equal_weights, losses, run_quickly, run_ranks,
+                      stop_at)
 from nanolab import tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -18,69 +20,96 @@ from nanolab.tokenizer import get_tokenizer, gpt2_vocabulary_files
 
 
 @pytest.fixture
-def sample(small_run, monkeypatch, capsys):
-    """sample(*flags): what sample.py prints, from a run that has hardly learned."""
-    run = small_run("run", "--max_steps=1", "--sample_prompt=import o")
-
-    def run_sample(*flags):
-        capsys.readouterr()
-        run_main(monkeypatch, "sample", "--ckpt", run, "--max_new_tokens=60", "--device=cpu",
-                 *flags)
-        return capsys.readouterr().out
-    return run_sample
+def run(shared_run):
+    return shared_run("--max_steps=1", "--sample_prompt=import o")  # it has hardly learned
 
 
-def test_a_sample_depends_on_its_own_seed(sample):
-    side_by_side = re.split(r"^--- sample \d\n", sample("--num_samples=3", "--seed=1"),
+@pytest.fixture
+def text(run, output_of):
+    """text(*flags): what sample.py prints."""
+    return lambda *flags, ckpt=("--ckpt", run): output_of(
+        "sample", *ckpt, "--max_new_tokens=60", "--device=cpu", *flags)
+
+
+def test_a_sample_depends_on_its_own_seed(text):
+    side_by_side = re.split(r"^--- sample \d\n", text("--num_samples=3", "--seed=1"),
                             flags=re.M)[1:]
-    assert side_by_side == [sample(f"--seed={seed}") for seed in (1, 2, 3)]
+    assert side_by_side == [text(f"--seed={seed}") for seed in (1, 2, 3)]
     assert len(set(side_by_side)) == 3
 
 
-def test_prompts(sample, tmp_path):
+def test_prompts(text, run, tmp_path):
     """The run's own is the default; --prompt, a file or standard input give another."""
-    assert sample().startswith("import o")
+    assert text().startswith("import o")
     (tmp_path / "prompt.txt").write_text("def é:\n")
-    text = sample("--prompt_file", tmp_path / "prompt.txt")
-    assert text.startswith("def é:\n") and text == sample("--prompt=def é:\n")
+    expected = text("--prompt_file", tmp_path / "prompt.txt")
+    assert expected.startswith("def é:\n") and expected == text("--prompt=def é:\n")
     with open(tmp_path / "prompt.txt") as file:
-        result = call("sample.py", "--ckpt", tmp_path / "run", "--prompt_file=-", "--device=cpu",
+        result = call("sample.py", "--ckpt", run, "--prompt_file=-", "--device=cpu",
                       "--max_new_tokens=60", stdin=file, PYTHONIOENCODING="ascii")
-    assert result.stdout == text.encode("ascii", "backslashreplace").decode() and not result.stderr
+    expected = expected.encode("ascii", "backslashreplace").decode()
+    assert result.stdout == expected and not result.stderr
+
+
+def test_nanogpt_flags(text, run, tmp_path):
+    """--out_dir, --init_from=resume and --start are --ckpt and --prompt; FILE: reads a file."""
+    (tmp_path / "prompt.txt").write_text("12 t")
+    expected = text("--prompt=12 t", "--num_samples=2")
+    assert expected.count("12 t") == 2
+    for flags in ([f"--out_dir={run}", "--init_from=resume", "--start=12 t"],
+                  ["--out_dir=elsewhere", f"--init_from={run}",
+                   f"--start=FILE:{tmp_path / 'prompt.txt'}"]):
+        assert text(*flags, "--num_samples=2", ckpt=()) == expected
+
+
+def test_typed_prompts(monkeypatch, capsys):
+    """A text is continued; an empty line goes on with what was printed, also after Ctrl-C; a prompt
+    that the model cannot read is told."""
+    asked, typed = [], ["x", "", "é", "", "ab", ""]
+
+    def ask(prompt):
+        if not typed:
+            raise EOFError
+        return typed.pop()
+
+    def stream(text):
+        asked.append(text)
+        if text == "é":
+            raise UserError("no tokens for é")
+        yield from ("-", "1" if text == "ab" else "2")
+        if text != "x":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtins, "input", ask)
+    sample.continue_prompts(stream)
+    assert asked == ["ab", "ab-1", "é", "x"]
+    assert "-1\n-2\nno tokens for é\n\n-2\n\n" in capsys.readouterr().out
 
 
 def test_top_p():
     """The most likely tokens, as many as it takes; all at 1, one near 0, each row for itself."""
-    probs = torch.tensor([[0.1, 0.5, 0.4], [0.8, 0.15, 0.05]])
-
-    def drawn(top_p):
-        draw = torch.Generator().manual_seed(1)
-        rows = [model.sample_token(probs.log(), None, top_p, draw).tolist() for _ in range(200)]
-        return [set(column) for column in zip(*rows)]
-
-    assert drawn(1e-9) == [{1}, {0}]
-    assert drawn(0.51) == [{1, 2}, {0}]
-    assert drawn(0.92) == [{0, 1, 2}, {0, 1}]
-    assert drawn(None) == drawn(1.0) == [{0, 1, 2}] * 2
+    probs = torch.tensor([[0.1, 0.5, 0.4], [0.8, 0.15, 0.05]]).log().repeat(200, 1)
+    for top_p, expected in ((1e-9, [{1}, {0}]), (0.51, [{1, 2}, {0}]), (0.92, [{0, 1, 2}, {0, 1}]),
+                            (1.0, [{0, 1, 2}] * 2), (None, [{0, 1, 2}] * 2)):
+        drawn = model.sample_token(probs, None, top_p, torch.Generator().manual_seed(1)).flatten()
+        assert [set(drawn[row::2].tolist()) for row in (0, 1)] == expected
 
 
-def test_options_of_sample(sample):
-    most_likely = sample("--temperature=0")
-    assert sample("--top_p=1e-6", "--num_samples=2").count(most_likely) == 2
-    assert sample("--top_k=1") == most_likely != sample()
-    assert sample("--top_p=1") == sample("--top_k=999") == sample() != sample("--top_p=0.3")
+def test_options_of_sample(text):
+    most_likely = text("--temperature=0")
+    assert text("--top_p=1e-6", "--num_samples=2").count(most_likely) == 2
+    assert text("--top_k=1") == most_likely != text()
+    assert text("--top_p=1") == text("--top_k=999") == text() != text("--top_p=0.3")
 
 
-def test_tokenizer_of_foreign_weights(sample, tmp_path):
+def test_tokenizer_of_foreign_weights(text, run, tmp_path):
     """Weights that name no tokenizer are read as what --tokenizer says."""
-    expected = sample()
-    path = tmp_path / "run" / "best.pt"
-    torch.save({**read_checkpoint(path), "tokenizer": "unknown"}, path)
-    assert sample("--tokenizer=bytes") == expected
+    torch.save({**read_checkpoint(run), "tokenizer": "unknown"}, tmp_path / "a.pt")
+    assert text("--ckpt", tmp_path / "a.pt", "--tokenizer=bytes") == text()
 
 
 @pytest.mark.parametrize("names", [("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")])
-def test_vocabulary_from_a_folder(tmp_path, monkeypatch, names):
+def test_vocabulary_from_a_folder(tmp_path, monkeypatch, request, names):
     """GPT-2's two files by their own names, which tiktoken would not find."""
     text = "Été 12\n  spaces, 木<|endoftext|>"
     expected = get_tokenizer("gpt2").encode(text, allowed_special="all")
@@ -88,6 +117,7 @@ def test_vocabulary_from_a_folder(tmp_path, monkeypatch, names):
         shutil.copy(source, tmp_path / name)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tokenizer, "reachable", lambda host: False)
+    request.addfinalizer(get_tokenizer.cache_clear)
     get_tokenizer.cache_clear()
     found = get_tokenizer("gpt2")
     assert found.encode(text, allowed_special="all") == expected and found.decode(expected) == text
@@ -100,7 +130,6 @@ def test_vocabulary_from_a_folder(tmp_path, monkeypatch, names):
     get_tokenizer.cache_clear()
     with pytest.raises(UserError, match=f"{names[1]} is damaged, or not GPT-2's vocabulary"):
         get_tokenizer("gpt2")
-    get_tokenizer.cache_clear()
 
 
 def samples(run):
@@ -110,14 +139,14 @@ def samples(run):
 
 def test_samples_leave_no_trace(small_run, small_flags, tiny_data, tmp_path, capsys):
     """In one process or two, with dropout, stopped or not: the bits are those without samples."""
-    flags = [*tiny_data, "--batch_size=4", "--eval_every=4", "--max_steps=12"]
+    flags = [*tiny_data, "--batch_size=4", "--eval_every=4", "--max_steps=8"]
     sampling = [*flags, "--sample_every=3", "--sample_prompt=12 t"]
     without, whole = small_run("without", *flags), small_run("whole", *sampling)
     texts = samples(whole)
-    assert list(texts) == [3, 6, 9, 12] and len(set(texts.values())) > 1
+    assert list(texts) == [3, 6, 8] and len(set(texts.values())) > 1
     assert all(text.startswith("12 t") and len(text) > 9 for text in texts.values())
-    assert "step 9, a sample:\n  | 12 t" in capsys.readouterr().out
-    parts = small_run("parts", *sampling, on_step=stop_at(5))
+    assert "step 6, a sample:\n  | 12 t" in capsys.readouterr().out
+    parts = small_run("parts", *sampling, on_step=stop_at(4))
     small_run("parts", *sampling, "--resume")
     assert_same_run(whole, parts)
     assert samples(parts) == texts
