@@ -96,12 +96,13 @@ def parse_arguments():
         without_effect += ["from_folder", "train_tokens", "test_offset", "test_tokens"]
     if args.source in ("stdlib", "pypi") or args.val and args.test:
         without_effect.append("heldout")
-    if args.is_published:
-        without_effect += ["heldout", "tokenizer"]
+    without_effect += ["heldout", "tokenizer"] * bool(args.is_published)
     for key in without_effect:
         if getattr(args, key) != parser.get_default(key):
             parser.error(f"--{key.removesuffix('_folder')} has no effect on this data set")
-    args.name = args.name or (args.source if has_own_name else Path(args.source).resolve().stem)
+    source = Path(os.path.realpath(args.source))  # which takes a loop of links, too
+    args.name = args.name or (args.source if has_own_name else
+                              source.name if source.is_dir() else source.stem)
     args.tokenizer = args.tokenizer or ("bytes" if args.source in ("stdlib", "pypi") else "gpt2")
     if bool(args.dataset) != (args.source == "info"):
         parser.error("give one source, or info and the NAME of a data set")

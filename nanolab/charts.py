@@ -139,13 +139,15 @@ def curves_chart(labels, curves, baseline=None, n_shown=5):
     zoom = {"name": "zoom", "select": {  # a finger scrolls the page
         "type": "interval", "zoom": "wheel![event.shiftKey]",
         "translate": "[mousedown, window:mouseup] > window:mousemove!"}, "bind": "scales"}
-    # the names, in the order of the curves' ends
+    # the names, right of the curves' ends and in their order
     last = {"joinaggregate": [{"op": "argmax", "field": "t", "as": "last"}], "groupby": ["r"]}
     ends = [IS_TRAINING, last, {"filter": "datum.t == datum.last.t"},
             {"aggregate": [{"op": "mean", "field": "y", "as": "y"}],
-             "groupby": ["e", "experiment"]},
+             "groupby": ["e", "experiment", "end"]},
             {"window": [{"op": "row_number", "as": "rank"}],
-             "sort": [{"field": "y", "order": "descending"}]}]
+             "sort": [{"field": "y", "order": "descending"}]},
+            {"joinaggregate": [{"op": op, "field": "y", "as": op} for op in ("mean", "count")]},
+            {"calculate": "datum.end * (1 + 0.0017 * (100 - start))", "as": "room"}]
     label = {"field": "experiment", "type": "nominal"}
     return {
         **CHART, "height": 380, "title": {"text": {"expr": "titles[view]"}},
@@ -161,9 +163,11 @@ def curves_chart(labels, curves, baseline=None, n_shown=5):
              "mark": {"type": "line", "clip": True, "strokeWidth": 1.3}},
             {"transform": [IS_VALIDATION], "encoding": encoding,
              "mark": {"type": "point", "clip": True, "size": 35}},
-            {"transform": ends, "encoding": {"color": encoding["color"], "text": label},
-             "mark": {"type": "text", "align": "right", "x": {"expr": "width"},
-                      "y": {"expr": "18 * datum.rank - 10"}}}]}
+            {"transform": ends, "encoding": {"color": encoding["color"], "text": label,
+                                             "x": {**TOKENS, "field": "room"}},
+             "mark": {"type": "text", "align": "right", "clip": True,
+                      "y": {"expr": "scale('y', datum.mean)"
+                                    " + 17 * (datum.rank - (datum.count + 1) / 2)"}}}]}
 
 
 def run_chart(name, entries):

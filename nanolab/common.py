@@ -226,8 +226,11 @@ def parse_json(text):
 def write_atomically(path, content):
     """Writes a file of text (in UTF-8) or bytes, completely or not at all."""
     unfinished = Path(f"{path}.unfinished")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(unfinished, path)
+    except OSError as error:  # a full disk does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def load_tensors(path, mmap=False):

@@ -57,9 +57,8 @@ def own_files(source, left_out=None):
     found = {file for match in named
              for file in (files_below(match, set()) if match.is_dir() else [match])
              if path.exists() or file.match(end.strip("/") or "*")}
-    suffixes = set(READABLE)
-    if path.is_file() or path.suffix and not path.is_dir():
-        suffixes.add(path.suffix.lower())
+    names_suffix = path.is_file() or path.suffix and not path.is_dir()
+    suffixes = READABLE | ({path.suffix.lower()} if names_suffix else set())
     files = {}
     for file in sorted(found):
         if file.name.startswith(".") and file not in named:
@@ -219,13 +218,20 @@ def records(file_range, text_column="text", is_own=False):
         bad = error.start
     if bad >= 0:
         raise UserError(f"{path} is not UTF-8 text (byte {start + bad:,}); "
-                        "convert it or leave it out")
+                        "unpack or convert it, or leave it out")
     if is_own:
         text = re.sub("\r\n?", "\n", text.replace("\ufeff", ""))
-    if path.lower().endswith(RECORDS):
-        yield from json_values(text, file_range, text_column)
-    else:
+    if not path.lower().endswith(RECORDS):
         yield None, text
+        return
+    for i, line in enumerate(text.split("\n")):
+        try:
+            if line.strip():
+                yield i, parse_json(line).get(text_column)
+        except (ValueError, AttributeError) as error:
+            start = getattr(error, "colno", 1) - 1  # a comma behind a long object, for example
+            raise UserError(f"{locate(file_range, i)} is no JSON object, as each line must be: see "
+                            f"column {start + 1:,}, {line[start:start + 60]!r}") from None
 
 
 def locate(file_range, place):
@@ -240,17 +246,6 @@ def locate(file_range, place):
     with open(path, "rb") as file:
         before = sum(file.read(min(2**20, start - i)).count(b"\n") for i in range(0, start, 2**20))
     return f"{path}, line {before + place + 1:,}"
-
-
-def json_values(text, file_range, text_column):
-    for i, line in enumerate(text.split("\n")):
-        if not line.strip():
-            continue
-        try:
-            yield i, parse_json(line).get(text_column)
-        except (ValueError, AttributeError):
-            raise UserError(f"{locate(file_range, i)} is no JSON object, as each line must be: "
-                            f"{line[:60]!r}") from None
 
 
 LEFT_OPEN = {}  # the row group that this process read last: the next row, and the rows from there

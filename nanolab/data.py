@@ -38,13 +38,18 @@ def read_meta(data_dir, dataset, vocab_size=0):
             raise ValueError
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
         return {key: meta[key] for key in keys}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         present = {file.name for file in folder.glob("*")}
         if {"train.bin", "val.bin"} <= present and not {"test.bin", UNFINISHED} & present:
             return nanogpt_meta(folder, vocab_size)
+        given = Path(dataset)
+        if given.parts != (given.name,):
+            raise UserError(f"'{dataset}' is a path, not the name of a data set; if one is there, "
+                            f"give --dataset={given.name or 'NAME'} --data_dir={given.parent}; if "
+                            f"text is there, run python prepare.py {dataset} first") from None
         state = "is unfinished" if folder.is_dir() else "is not there"
         has_own_name = dataset in ("stdlib", "pypi", *FINEWEBS)
-        source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={dataset}"
+        source = dataset if has_own_name else f"PATH_OF_YOUR_TEXT --name={given}"
         raise UserError(f"the data set {folder} {state}; make it: python prepare.py {source} "
                         f"--data_dir={data_dir}, or give the folder it is in with --data_dir"
                         ) from None
@@ -65,12 +70,14 @@ def nanogpt_vocabulary(path):
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
-        size, itos = meta["vocab_size"], meta.get("itos", {})
+        size, itos = int(meta["vocab_size"]), meta.get("itos", {})
+        if not 0 < size <= 2**16:
+            raise ValueError
         tokens = [itos[i] for i in range(len(itos))]
-        if len(set(tokens)) == size and all(len(token) == 1 for token in tokens):
+        if len(set(tokens)) == size and all(len(t) == 1 and t.encode() for t in tokens):
             return size, CHARACTERS + json.dumps("".join(tokens), ensure_ascii=False)
-        return int(size), UNKNOWN if tokens else guess_tokenizer(size)
-    except Exception:  # a damaged pickle raises anything
+        return size, UNKNOWN if tokens else guess_tokenizer(size)
+    except Exception:  # a damaged pickle raises anything; odd characters, too
         raise UserError(f"{path} is damaged, or has more than a vocabulary; delete it and give "
                         "--vocab_size") from None
 

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +58,9 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
     do not come from `files`. facts: more for meta.json. is_own: not stdlib, whose bytes stay.
     """
     groups = {"text": files, **given}
-    stats = {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns] for file in files]
-             for group, files in groups.items()}
+    get_stats = lambda: {group: [[file, os.path.getsize(file), os.stat(file).st_mtime_ns]
+                                 for file in files] for group, files in groups.items()}
+    stats = get_stats()
     ranges = {group: [file_range for file in files for file_range in file_ranges(file)]
               for group, files in groups.items()}
     n_bytes = sum(file_range.n_bytes for file_range in ranges["text"])
@@ -82,10 +83,9 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
             return
         documents = {}
         for group in groups:
-            parts = [np.empty(0, DOCUMENT)]
-            for shard in writer.tokenize(group, ranges[group], workers, **options):
-                parts.append(shard["documents"])
-            documents[group] = np.concatenate(parts)
+            shards = writer.tokenize(group, ranges[group], workers, **options)
+            documents[group] = np.concatenate([np.empty(0, DOCUMENT),
+                                               *(shard["documents"] for shard in shards)])
         known = np.array([hash_ for split in given for hash_ in documents[split]["hash"]], "u8")
         writer.facts = {**facts, "documents_left_out": leave_out(documents, known)}
         splits = [split for split in ("test", "val") if split not in given]  # to take from files
@@ -100,6 +100,9 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
             ids = ids.repeat(documents["n_tokens"].astype(int))
             for i, split in enumerate([*splits, "train"]):
                 writer.append(split, tokens[ids == i])
+        if get_stats() != stats:
+            raise UserError(f"files of {source} changed while they were read; run the same command "
+                            "again when they are complete")
 
 
 def leave_out(documents, known):
@@ -153,8 +156,9 @@ def new_dataset(folder, plan, tokenizer, source):
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if (folder / "meta.json").exists():
+    is_made = (folder / "meta.json").exists  # then no lock: the folder may be read-only
+    with contextlib.nullcontext() if is_made() else FileLock(f"{folder}.lock"):
+        if is_made():
             if read_meta(folder.parent, folder.name)["plan"] != plan:
                 raise UserError(f"{folder} holds another data set, or one with other options; "
                                 "delete that folder, or choose another --name")
@@ -238,8 +242,7 @@ def map_in_processes(function, paths, shards, workers):
     if workers <= 1:
         yield from map(function, paths, shards)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=exit_with_parent) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=exit_with_parent) as pool:
         try:
             yield from pool.map(function, paths, shards)
         except BrokenProcessPool:
@@ -252,7 +255,7 @@ def exit_with_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait():
-        multiprocessing.parent_process().join()
+        parent_process().join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -282,8 +285,9 @@ def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, 
                                   int.from_bytes(digest, "big")))
             # a number, half a surrogate pair, or so many spaces that tiktoken's stack overflows
             except (AttributeError, TypeError, ValueError) as error:
+                reason = error if isinstance(value, str) else f"type {type(value).__name__}"
                 raise UserError(f"{locate(file_range, place)} has no text that can be encoded: "
-                                f"{str(value)[:60]!r} ({error})") from None
+                                f"{str(value)[:60]!r} ({reason})") from None
     temporary = path.with_suffix(f".{os.getpid()}")
     with open(temporary, "wb") as file:
         np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),

@@ -29,16 +29,13 @@ GPT2_VOCABULARY_SHA256 = "140f02bb05c0d82c3e45f14050c6be40a9b6fe2773b7dfce0fbb81
 def get_tokenizer(name):
     """'gpt2': 50,257 tokens. 'bytes': the 256 bytes and an end-of-text token. CHARACTERS + '"abc"':
     a is 0, b is 1, c is 2, and what these lack has higher ids. -> tiktoken.Encoding"""
-    if name == "bytes":
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]{1,32}",
-                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-                                 special_tokens={END_OF_TEXT: 256})
-    if name.startswith(CHARACTERS):
-        characters = parse_json(name[len(CHARACTERS):])
+    if name == "bytes" or name.startswith(CHARACTERS):
+        characters = parse_json(name[len(CHARACTERS):]) if name != "bytes" else ""
         ranks = {character.encode(): i for i, character in enumerate(characters)}
         for byte in range(256):
             ranks.setdefault(bytes([byte]), len(ranks))
-        return tiktoken.Encoding("character", pat_str=r"[\s\S]", mergeable_ranks=ranks,
+        pattern = r"[\s\S]" if characters else r"[\s\S]{1,32}"  # of bytes, many at once: faster
+        return tiktoken.Encoding(name.split(":")[0], pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens={END_OF_TEXT: len(ranks)})
     if name != "gpt2":
         raise UserError(f"the tokenizer of these tokens is unknown ('{name}'); name it to "

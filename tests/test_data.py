@@ -4,20 +4,23 @@ import hashlib
 import math
 import os
 import re
+import threading
 import time
 import types
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from pyarrow import table
 from pyarrow.parquet import write_table
 from safetensors.torch import save_file
 
 import prepare
-from conftest import (SPLITS, call, losses, no_file_larger_than, read_split, run_main, start,
-                      write_texts)
+from conftest import (SMALL, SPLITS, call, losses, no_file_larger_than, read_split, run_main,
+                      run_quickly, write_texts)
 from nanolab import common, corpus, data, dataset_writer, tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -42,11 +45,12 @@ def stop_after(function, calls):
     return stopping
 
 
-def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions):
+def assert_continues_after_a_kill(monkeypatch, tmp_path, make, *functions):
     """make(folder) makes the same bytes after an interruption at any call of these functions."""
     make(tmp_path / "whole")
     for function in functions:
-        for calls in (0, 1, 4, 12):
+        owner = DatasetWriter if hasattr(DatasetWriter, function) else dataset_writer
+        for calls in (0, 1, 5):
             folder = tmp_path / f"{function}{calls}"
             with monkeypatch.context() as patch:
                 patch.setattr(owner, function, stop_after(getattr(owner, function), calls))
@@ -63,8 +67,8 @@ def assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
         assert calls > 0, "it was killed"
 
 
-def prepare_mine(source, folder, tokenizer="bytes"):
-    prepare_text(own_files(source), folder, tokenizer, "text", 1, "mine")
+def prepare_mine(source, folder, **options):
+    prepare_text(own_files(source), folder, "bytes", "text", 1, "mine", **options)
 
 
 @pytest.fixture
@@ -75,14 +79,12 @@ def texts(tmp_path, monkeypatch):
     return tmp_path / "texts"
 
 
-@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
-def test_own_text_round_trip(tmp_path, monkeypatch, tokenizer):
+def test_own_text_round_trip(tmp_path, monkeypatch):
     """All documents come back, none twice, split by their text and not by the order of files."""
     rows = write_texts(tmp_path / "one", "abcd")
     write_texts(tmp_path / "two", "dcba")
     for name in ("one", "two"):
-        run_main(monkeypatch, "prepare", tmp_path / name, f"--data_dir={tmp_path}/data",
-                 f"--tokenizer={tokenizer}")
+        run_main(monkeypatch, "prepare", tmp_path / name, f"--data_dir={tmp_path}/data")
     one, two = ({split: read_split(tmp_path / "data", name, split) for split in SPLITS}
                 for name in ("one", "two"))
     assert sorted(one["train"] + one["val"] + one["test"]) == sorted(rows)
@@ -97,44 +99,49 @@ def test_own_text_round_trip(tmp_path, monkeypatch, tokenizer):
     assert n_bytes == sum(len(row.encode()) for row in rows)
 
 
+def test_the_bytes_of_stdlib_stay(tmp_path):
+    """Of a long file too, which is cut at line ends."""
+    text = "".join(f"\ufeffLine {i} ends as Windows does.\r\n" for i in range(3000))
+    (tmp_path / "a.py").write_bytes(text.encode())
+    prepare_text([str(tmp_path / "a.py")], tmp_path / "made", "bytes", "text", 1, "", is_own=False)
+    pieces = sum((read_split(tmp_path, "made", split) for split in SPLITS), [])
+    assert len(pieces) > 3 and all(piece in text and piece.endswith("\n") for piece in pieces)
+    assert sum(map(len, pieces)) == len(text)
+
+
 def test_tokenising_processes_do_not_load_torch():
     """They import prepare.py and what it imports: with torch, each would start seconds later."""
     command = "import sys, prepare; print({'torch', 'pyarrow', 'datasets'} & set(sys.modules))"
     assert call("-c", command).stdout == "set()\n"
 
 
-def test_two_at_once_make_one_data_set(tmp_path, texts):
-    """Of two processes that make the same data set, one waits for the other and finds it made."""
-    both = [start(prepare_mine, texts, tmp_path / "made", output=tmp_path / f"output{i}")
-            for i in range(2)]
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
-    outputs = [path.read_text() for path in tmp_path.glob("output*")]
-    assert sum("is there already" in output for output in outputs) == 1
+def test_two_at_once_make_one_data_set(tmp_path, texts, capsys):
+    """The second waits for the first, and finds it made."""
+    first, made = tmp_path / "first", tmp_path / "made"
+    prepare_mine(texts, first)
+    second = threading.Thread(target=prepare_mine, args=(texts, made))
+    with FileLock(f"{made}.lock"):
+        second.start()
+        second.join(0.5)
+        first.rename(made)
+    second.join(60)
+    assert "made is there already" in capsys.readouterr().out
+    (tmp_path / "made.lock").unlink()
+    prepare_mine(texts, made)
+    assert not (tmp_path / "made.lock").exists(), "not needed, as on a disk that is read-only"
 
 
-@pytest.mark.parametrize("owner, functions", [
-    (dataset_writer, ["encode", "choose_hash_limits", "count_tokens"]),
-    (DatasetWriter, ["append", "finish"])])
-def test_own_text_after_a_kill(tmp_path, texts, monkeypatch, owner, functions):
-    """With a ready-made split, whose texts are left out of train."""
-    def make(folder):
-        prepare_text(own_files(texts), folder, "bytes", "text", 1, "mine",
-                     given={"val": [str(texts / "c.jsonl")]})
-
-    assert_continues_after_a_kill(monkeypatch, tmp_path, make, owner, functions)
-
-
-def test_full_disk_in_prepare(tmp_path, texts, monkeypatch):
-    """It keeps what is done and goes on from there."""
-    prepare_mine(texts, tmp_path / "whole")
+def test_own_text_after_a_kill_or_on_a_full_disk(tmp_path, texts, monkeypatch):
+    """With a ready-made split, whose texts are left out of train. What is tokenised is kept."""
+    make = partial(prepare_mine, texts, given={"val": [str(texts / "c.jsonl")]})
+    assert_continues_after_a_kill(monkeypatch, tmp_path, make, "encode", "choose_hash_limits",
+                                  "count_tokens", "append", "finish")
     size = (tmp_path / "whole" / "train.bin").stat().st_size
     with no_file_larger_than(size // 2), pytest.raises(OSError):
-        prepare_mine(texts, tmp_path / "full")
+        make(tmp_path / "full")
     assert not (tmp_path / "full" / "meta.json").exists()
     monkeypatch.setattr(dataset_writer, "encode", None)
-    prepare_mine(texts, tmp_path / "full")
+    make(tmp_path / "full")
     assert read_bytes(tmp_path / "full") == read_bytes(tmp_path / "whole")
 
 
@@ -186,29 +193,24 @@ def test_fineweb_after_a_kill(tmp_path, fineweb_copy, monkeypatch):
         prepare.prepare_fineweb(files, folder, "bytes", next(workers, 1), "copy", 8000, 0.3, 2500,
                                 1000)
 
-    assert_continues_after_a_kill(monkeypatch, tmp_path, make, DatasetWriter,
-                                  ["append", "finish"])
+    assert_continues_after_a_kill(monkeypatch, tmp_path, make, "append", "finish")
 
 
 def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
     """Footers are read from afar; whole files through the hub's cache, no more than needed."""
-    import huggingface_hub
     (folder, rows), downloaded = fineweb_copy, []
-
-    class Hub:
-        def open(self, path):
-            return open(folder / path.removeprefix("hf://datasets/").replace("@abc", ""), "rb")
-
-        def resolve_path(self, path):
-            return types.SimpleNamespace(repo_id="HuggingFaceFW/fineweb", repo_type="dataset",
-                                         revision="abc", path_in_repo=path.split("@abc/")[1])
 
     def download(repo_id, path_in_repo, repo_type, revision):
         downloaded.append((repo_type, revision, path_in_repo))
         return folder / repo_id / path_in_repo
 
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Hub)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub = types.SimpleNamespace(
+        open=lambda path: open(folder / path[len("hf://datasets/"):].replace("@abc", ""), "rb"),
+        resolve_path=lambda path: types.SimpleNamespace(
+            repo_id=path[len("hf://datasets/"):].split("@")[0], repo_type="dataset", revision="abc",
+            path_in_repo=path.split("@abc/")[1]))
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(corpus, "SHARD_BYTES", 1000)
     names = [f"sample/10BT/{i:03d}_00000.parquet" for i in range(2)]
     files = [f"hf://datasets/HuggingFaceFW/fineweb@abc/{name}" for name in names]
@@ -228,35 +230,33 @@ def test_published_token_files(tmp_path, monkeypatch):
     assert_continues_after_a_kill(
         monkeypatch, tmp_path,
         lambda folder: prepare.prepare_published_tokens(tmp_path, folder, 2048, 100, 320),
-        DatasetWriter, ["append"])
+        "append")
     assert_splits(tmp_path / "whole", train_tokens, heldout)
     meta = read_meta(tmp_path, "whole")
     assert meta["tokenizer"] == "gpt2"
     assert meta["splits"]["train"]["documents"] == (train_tokens[:2049] == 50256).sum()
 
 
-def test_files_of_nanogpt(tmp_path, small_run, capsys):
+def test_files_of_nanogpt(tmp_path, capsys):
     """train.bin and val.bin without meta.json are read when --vocab_size says what they hold."""
-    folder = tmp_path / "theirs"
-    folder.mkdir()
     tokens = np.random.default_rng(1).integers(65, size=1_200_000).astype("<u2")
     assert tokens.nbytes > 2 * 2**20, "more than what is hashed"
     for split in ("train", "val"):
-        tokens.tofile(folder / f"{split}.bin")
-    flags = ["--dataset=theirs", f"--data_dir={tmp_path}"]
-    run = small_run("run", *flags, "--vocab_size=65", "--max_steps=2")
+        tokens.tofile(tmp_path / f"{split}.bin")
+    flags = [*SMALL, f"--dataset={tmp_path}", f"--out_dir={tmp_path}/run", "--vocab_size=65"]
+    run_quickly([*flags, "--max_steps=2"])
     assert "no meta.json" in capsys.readouterr().out
-    inputs, _ = TokenDataset(tmp_path, "theirs", "train", 32, 65).batch([3])
+    assert losses(tmp_path / "run")[0] == pytest.approx(math.log(65), abs=0.7)
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["tokenizer"] == "unknown"
+    inputs, _ = TokenDataset("", tmp_path, "train", 32, 65).batch([3])
     assert inputs[0].tolist() == tokens[96:128].tolist()
     with pytest.raises(UserError, match="has the token 64, beyond its vocabulary of 64"):
-        TokenDataset(tmp_path, "theirs", "train", 32, 64).batch(range(50))
-    assert losses(run)[0] == pytest.approx(math.log(65), abs=0.7)
-    assert read_checkpoint(run / "last.pt")["tokenizer"] == "unknown"
-    assert read_meta(tmp_path, "theirs", 50304)["tokenizer"] == "gpt2"
+        TokenDataset("", tmp_path, "train", 32, 64).batch(range(50))
+    assert read_meta("", tmp_path, 50304)["tokenizer"] == "gpt2"
     tokens[-1] = 64 - tokens[-1]
-    tokens.tofile(folder / "train.bin")
+    tokens.tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match="another data set"):
-        small_run("run", *flags, "--vocab_size=65", "--max_steps=3", "--resume")
+        run_quickly([*flags, "--max_steps=3", "--resume"])
 
 
 def test_info(tmp_path, texts, monkeypatch, capsys):
@@ -270,6 +270,11 @@ def test_info(tmp_path, texts, monkeypatch, capsys):
         assert re.search(rf"{split} .* {facts['tokens']:,} tokens .* {facts['documents']:,} "
                          "documents .*checksum matches", out)
     assert read_split(tmp_path, "mine", "train")[0][:100] in out
+    with pytest.raises(UserError, match="is a path, .*, give --dataset=mine --data_dir=x; .*run "
+                                        "python prepare.py x/mine first"):
+        read_meta(tmp_path, "x/mine")
+    with pytest.raises(UserError, match="is a path"):  # of text
+        read_meta(tmp_path, str(texts / "a.txt"))
     flip(folder / "train.bin", 20)
     with pytest.raises(UserError, match="train.bin is damaged: bytes from 0 on"):
         run_main(monkeypatch, "prepare", *info)
@@ -281,17 +286,18 @@ def test_info(tmp_path, texts, monkeypatch, capsys):
     assert "train begins with the tokens [" in out, "nothing is shown as GPT-2's words"
 
 
-def test_gpt2_tokens_and_batches(tmp_path, texts):
+def test_gpt2_tokens_and_batches(gpt2_data):
     """Window i is tokens i x T ... (i + 1) x T of the file, targets one further."""
     tokens = encode(get_tokenizer("gpt2"), "Every effort moves you")
     assert tokens.tolist() == [6109, 3626, 6100, 345, 50256]
-    prepare_mine(texts, tmp_path / "mine", "gpt2")
-    dataset = TokenDataset(tmp_path, "mine", "train", 16)
+    dataset = TokenDataset(gpt2_data, "words", "train", 16)
     tokens = np.fromfile(dataset.path, "<u2").astype(np.int64)
     inputs, targets = dataset.batch([0, 3, len(dataset) - 1])
     assert inputs[1].tolist() == tokens[48:64].tolist()
     assert targets[1].tolist() == tokens[49:65].tolist()
     assert len(dataset) == (len(tokens) - 1) // 16 and targets.shape == (3, 16)
+    with pytest.raises(UserError, match="less than one window"):
+        TokenDataset(gpt2_data, "words", "train", len(tokens))
 
 
 def test_shuffled_order():
@@ -302,6 +308,7 @@ def test_shuffled_order():
     assert epochs[0] != epochs[1] != epochs[2]
     assert window_ids("shuffled", 1, 10, 7, 6) == run[7:13] != window_ids("shuffled", 2, 10, 7, 6)
     assert window_ids("shuffled", 2, 10, 0, 10) not in epochs, "no epoch of seed 1"
+    assert epochs[0] == [8, 4, 7, 0, 1, 2, 5, 9, 6, 3], "as in the runs on record"
     assert window_ids("sequential", 1, 10, 8, 4) == [8, 9, 0, 1]
 
 
@@ -318,30 +325,25 @@ def test_no_vocabulary_no_network(tmp_path, monkeypatch):
         get_tokenizer.__wrapped__("gpt2")
 
 
-def write_wheels(folder, requirements):
-    """Three wheels and their requirements file; `shared` is in all, and latin-1 is no UTF-8."""
-    folder.mkdir(parents=True)
+def test_wheels(tmp_path, monkeypatch):
+    """Whole packages are held out, files in order; one that is there twice counts once, in test."""
+    folder, wheels, requirements = (tmp_path / name for name in ("pypi", "pypi.wheels", "pypi.txt"))
+    wheels.mkdir()
     for split in ("test", "val", "train"):
         files = {"z.py": f"print('{split} z')\n", "a.py": "shared = 'é'\n", "empty.py": "\n",
                  "b.py": f"b = '{split}'\n", "copy_of_b.py": f"b = '{split}'\n",
                  "latin.py": "é".encode("latin-1"), "data.json": "{}"}
-        with zipfile.ZipFile(folder / f"pack_{split}-1.0-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(wheels / f"pack_{split}-1.0-py3-none-any.whl", "w") as wheel:
             for name, content in files.items():
                 wheel.writestr(f"pack/{name}", content)
         with open(requirements, "a") as file:
             file.write(f"# {split}\npack-{split}==1.0 --hash=sha256:{'0' * 64}\n")
-
-
-def test_wheels(tmp_path, monkeypatch):
-    """Whole packages are held out, files in order; one that is there twice counts once, in test."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    folder, wheels = tmp_path / "pypi", tmp_path / "pypi.wheels"
-    write_wheels(wheels, tmp_path / "wheels.txt")
+    monkeypatch.setattr(corpus.subprocess, "run", lambda _: types.SimpleNamespace(returncode=1))
     wheels.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="pip could not download the wheels; connect to PyPI"):
-        prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
+        prepare.prepare_pypi(folder, "bytes", requirements)
     (tmp_path / "elsewhere").rename(wheels)
-    prepare.prepare_pypi(folder, "bytes", tmp_path / "wheels.txt")
+    prepare.prepare_pypi(folder, "bytes", requirements)
     for split in SPLITS:
         shared = ["shared = 'é'\n"] if split == "test" else []
         assert read_split(tmp_path, "pypi", split) == [*shared, f"b = '{split}'\n",
@@ -349,28 +351,22 @@ def test_wheels(tmp_path, monkeypatch):
 
 
 def flip(path, position):
-    with open(path, "r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
 
 
 def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
     """In train when its chunk is read, in val and test at the start; so is a shorter file."""
     for module in (data, dataset_writer):
         monkeypatch.setattr(module, "CHUNK_BYTES", 300)
-    folder = tmp_path / "mine"
+    folder, open_split = tmp_path / "mine", partial(TokenDataset, tmp_path, "mine", block_size=16)
     prepare_mine(texts, folder)
-
-    def open_split(split="train"):
-        return TokenDataset(tmp_path, "mine", split, 16)
-
-    intact = open_split()
+    intact = open_split("train")
     intact.batch(range(len(intact)))
     assert not intact.unchecked
     flip(folder / "train.bin", 1000)  # in the fourth chunk
-    dataset = open_split()
+    dataset = open_split("train")
     dataset.batch(range(900 // 32 - 1))  # windows of 32 bytes and a token
     with pytest.raises(UserError, match="train.bin is damaged: bytes from 900 on .* make it"):
         dataset.batch([900 // 32])  # its last tokens are the chunk's first
@@ -383,3 +379,5 @@ def test_a_flipped_token_is_noticed(tmp_path, texts, monkeypatch):
     os.truncate(folder / "train.bin", 1000)
     with pytest.raises(UserError, match="has become shorter"):
         intact.batch([len(intact) - 1])
+    with pytest.raises(UserError, match="train.bin has 1,000 bytes instead of"):
+        open_split("train")

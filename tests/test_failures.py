@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 
@@ -15,8 +14,8 @@ import torch
 import nanolab.checkpoint
 import nanolab.runlog
 import train
-from conftest import (HERE, SMALL, assert_same_run, equal_weights, losses, no_file_larger_than,
-                      run_quickly, run_ranks)
+from conftest import (SMALL, assert_same_run, equal_weights, losses, no_file_larger_than,
+                      run_quickly, run_ranks, start)
 from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.common import UserError
 from nanolab.data import TokenDataset
@@ -33,10 +32,9 @@ def run_with_a_bad_rank(argv):
     run_quickly(argv, on_step)
 
 
-@pytest.mark.parametrize("amp", ["off", "float16"])
-def test_bad_numbers_on_one_rank(small_flags, tmp_path, amp):
+def test_bad_numbers_on_one_rank(small_flags, tmp_path):
     """A loss that is not a number on one of two ranks: both skip, log and count the update."""
-    flags = small_flags("out", "--batch_size=4", "--max_steps=6", f"--amp={amp}")
+    flags = small_flags("out", "--batch_size=4", "--max_steps=6", "--amp=float16")
     run_ranks(2, run_with_a_bad_rank, flags, output=tmp_path / "output")
     log = read_log(tmp_path / "out" / "log.jsonl")[0]
     assert [entry["skipped"] for entry in log] == [False, False, True, True, False, False]
@@ -44,7 +42,7 @@ def test_bad_numbers_on_one_rank(small_flags, tmp_path, amp):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 2
     checkpoint = read_checkpoint(tmp_path / "out" / "last.pt")
     assert checkpoint["optimizer"]["state"][0]["step"] == 4
-    assert amp == "off" or checkpoint["scaler"]["scale"] == 65536 / 4
+    assert checkpoint["scaler"]["scale"] == 65536 / 4
 
 
 def spoil(p):
@@ -78,13 +76,6 @@ def test_bad_numbers_without_end(small_run):
     assert read_checkpoint(folder / "last.pt")["step"] == 6
 
 
-def test_validation_that_is_not_finite_is_never_best(small_run, monkeypatch):
-    monkeypatch.setattr(train, "mean_loss", lambda *args: math.nan)
-    folder = small_run("run", "--eval_every=5")
-    assert not (folder / "best.pt").exists()
-    assert read_log(folder / "log.jsonl")[1][0]["val_loss"] is None
-
-
 def test_full_disk_in_training(small_run, tiny_data, capsys):
     """A failed save leaves the last one good, and training goes on; with room, so do saves."""
     flags = [*tiny_data, "--save_every=2", "--eval_every=5"]
@@ -99,13 +90,18 @@ def test_full_disk_in_training(small_run, tiny_data, capsys):
     assert_same_run(small_run("whole", *flags, "--max_steps=20"), last.parent)
 
 
+def train_main(*argv):
+    nanolab.runlog.matmul_peak = lambda *args: 1e12  # which takes longer than the run
+    sys.argv += argv
+    train.main()
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_output_that_fails_ends_no_run(tiny_data, tmp_path):
-    """stdout on a full disk, and a reader of stderr that has gone: the run goes on and is saved."""
-    command = " ".join([sys.executable, "train.py", *SMALL, *tiny_data, f"--out_dir={tmp_path}"])
-    done = subprocess.run(f"set -o pipefail; {command} 2>&1 > /dev/full | true", shell=True,
-                          cwd=HERE, executable="bash", timeout=120)
-    assert done.returncode == 0 and (tmp_path / "summary.json").exists()
+    """stdout and stderr on a full disk: the run goes on and is saved."""
+    run = start(train_main, *SMALL, *tiny_data, f"--out_dir={tmp_path}", output="/dev/full")
+    run.join(60)
+    assert run.exitcode == 0 and (tmp_path / "summary.json").exists()
 
 
 def test_full_disk_under_the_log(small_run, tiny_data, capsys):
@@ -126,7 +122,8 @@ def test_full_disk_under_the_log(small_run, tiny_data, capsys):
 
 
 def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
-    """The best validation loss is that of a best.pt that is on disk or being written."""
+    """The best validation loss is that of a best.pt that is on disk or being written, and a
+    number."""
     real, saved = nanolab.checkpoint.save_checkpoint, []
 
     def save(path, checkpoint):
@@ -137,12 +134,13 @@ def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
         saved.append((path.name, checkpoint["step"], checkpoint["best_val_loss"]))
         return real(path, checkpoint)
 
-    val_losses = iter([5.0, 3.0, 3.5, 4.0])  # the first before step 0
+    val_losses = iter([5.0, 3.0, 3.5, 4.0, math.nan])  # the first before step 0
     monkeypatch.setattr(train, "mean_loss", lambda *args: next(val_losses))
     monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", save)
-    small_run("run", *tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=4")
+    folder = small_run("run", *tiny_data, "--max_steps=16", "--eval_every=4", "--save_every=4")
     assert saved == [("last.pt", 4, math.inf), ("best.pt", 8, 3.5), ("last.pt", 8, 3.5),
-                     ("last.pt", 12, 3.5)]
+                     ("last.pt", 12, 3.5), ("last.pt", 16, 3.5)]
+    assert read_log(folder / "log.jsonl")[1][4]["val_loss"] is None
 
 
 def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
@@ -190,11 +188,13 @@ def test_float16_scales_and_unscales(small_run):
 
 
 def test_a_flipped_bit_is_noticed(small_run, tiny_data):
-    """In a checkpoint, wherever it is: the file is refused, or what is read is what was saved."""
-    last = small_run("run", *tiny_data, "--max_steps=2") / "last.pt"
+    """In a checkpoint, wherever it is: the file is refused, or what is read is what was saved.
+    --resume says how to go on from best.pt."""
+    flags = [*tiny_data, "--max_steps=4", "--eval_every=4", "--resume"]
+    last = small_run("run", *flags) / "last.pt"
     content, good = last.read_bytes(), read_checkpoint(last)
     draw, n_refused = np.random.default_rng(1), 0
-    for position in draw.integers(len(content), size=150).tolist():
+    for position in [*draw.integers(len(content), size=60).tolist(), len(content) // 2]:
         flipped = bytearray(content)
         flipped[position] ^= 1 << draw.integers(8)
         last.write_bytes(flipped)
@@ -207,17 +207,8 @@ def test_a_flipped_bit_is_noticed(small_run, tiny_data):
             assert str((read["config"], read["optimizer"])) == str((good["config"],
                                                                     good["optimizer"]))
             assert all(torch.equal(read["model"][key], good["model"][key]) for key in good["model"])
-    assert n_refused > 100
-
-
-def test_a_damaged_last_names_the_best(small_run, tiny_data):
-    """--resume refuses a damaged last.pt and says how to go on from best.pt."""
-    flags = [*tiny_data, "--max_steps=4", "--eval_every=4", "--resume"]
-    folder = small_run("run", *flags)
-    damaged = bytearray((folder / "last.pt").read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    (folder / "last.pt").write_bytes(damaged)
+    assert n_refused > 40
     with pytest.raises(UserError, match="last.pt is damaged: .*; without it, --resume goes on"):
         small_run("run", *flags)
-    (folder / "last.pt").unlink()
+    last.unlink()
     small_run("run", *flags)

@@ -27,9 +27,7 @@ INTERVENTIONS = {
     "adamw_weight_decay": {"adamw_weight_decay": 0.001},
     "baseline": {},
     "beta2": {"beta2": 0.95},
-    "cautious_decay": {"cautious_decay": True},
     "decay_to_zero": {"schedule": "wsd", "cooldown_fraction": 0.7, "min_lr_ratio": 0.0},
-    "embed_norm": {"embed_norm": True},
     "embedding_lr": {"embedding_lr": 155.0, "embed_norm": True},
     "fp16_sums": {"amp": "float16", "fp16_sums": True},
     "gpt2_init": {"init": "gpt2"},
@@ -41,7 +39,6 @@ INTERVENTIONS = {
     "no_amp": {"amp": "off", "tf32": False},
     "normuon": {"optimizer": "normuon"},
     "qk_norm": {"qk_norm": True, "qk_bound": 12.0},
-    "qkv_bias": {"qkv_bias": True},
     "relu2": {"activation": "relu2"},
     "remove_dropout": {"dropout": 0.0},
     "rmsnorm": {"norm": "rmsnorm"},
@@ -51,16 +48,15 @@ INTERVENTIONS = {
                                "warmup_fraction": 0.05, "min_lr_ratio": 0.1},
     "swiglu": {"activation": "swiglu"},
     "tail_average": {"tail_average": 0.05},
-    "value_embeddings": {"value_embeddings": True},
-    "value_residual": {"value_residual": True},
     "weight_decay_cerebras": {"weight_decay": 0.33724},
     "weight_decay_gpt2": {"weight_decay": 0.01},
     "weight_tying": {"tie_weights": True},
     "weight_tying_gpt2_init": {"tie_weights": True, "init": "gpt2"},
     "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05,
             "cooldown_fraction": 0.2, "min_lr_ratio": 0.1},
-    "x0_lambdas": {"x0_lambdas": True},
-    "zero_init": {"zero_init": True}}
+    **{name: {name: True} for name in (
+        "cautious_decay", "embed_norm", "qkv_bias", "value_embeddings", "value_residual",
+        "x0_lambdas", "zero_init")}}
 # what train.py alone does; fp16_sums are a GPU's
 IN_THE_LOOP = {"fp16_sums", "gradient_clipping", "no_amp", "tail_average"}
 
@@ -77,7 +73,6 @@ STACKS = {
                 "beta1": 0.5, "eps": 0.01},
     "muon": {"optimizer": "muon", "weight_decay": 2.0, "adamw_weight_decay": 0.0,
              "activation": "swiglu", "qkv_bias": True, "head_lr": 2.0, "n_embd": 36, "n_head": 2},
-    "cautious muon": {"optimizer": "muon", "cautious_decay": True, "weight_decay": 2.0},
     "cautious adamw": {"cautious_decay": True, "weight_decay": 2.0, "decay": "matrices",
                        "tie_weights": True, "embedding_lr": 0.1, "scalar_lr": 2.0}}
 
@@ -303,12 +298,11 @@ def reference_run(start, tokens, options):
     the end, averaged over the tail, and the gradient norm of each step"""
     weights = {name: p.clone().requires_grad_() for name, p in start.items()}
     update = reference_optimizer(weights, options)
-    norms, after = [], []
+    norms, after, T = [], [], options.block_size
+    n = options.global_batch_size * T
     for step, rate in enumerate(reference_rates(options.max_steps, options)):
-        ids = range(step * options.global_batch_size, (step + 1) * options.global_batch_size)
-        windows = np.stack([tokens[i * options.block_size:][:options.block_size + 1] for i in ids])
-        windows = torch.from_numpy(windows.astype(np.int64))
-        reference_loss(weights, windows[:, :-1], windows[:, 1:], options)
+        read = torch.from_numpy(tokens[step * n:(step + 1) * n + 1].astype(np.int64))
+        reference_loss(weights, read[:-1].view(-1, T), read[1:].view(-1, T), options)
         norms.append(nn.utils.clip_grad_norm_(weights.values(), options.grad_clip or math.inf))
         update(rate)
         after.append({name: p.detach().clone() for name, p in weights.items()})
@@ -337,11 +331,12 @@ def renamed(model):
     return parameters
 
 
-def transformers_gpt2(**options):
+def transformers_gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=61, n_positions=16, n_embd=48, n_layer=3, n_head=3, bos_token_id=0,
-        eos_token_id=0, attn_implementation="eager", **options))
+        eos_token_id=0, attn_implementation="eager", embd_pdrop=0.2, attn_pdrop=0.2,
+        resid_pdrop=0.2, tie_word_embeddings=False))
 
 
 def transformers_qwen3():
@@ -373,16 +368,11 @@ def batch(seed):
 
 
 @pytest.mark.parametrize("make, options", [
-    (lambda: transformers_gpt2(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2,
-                               tie_word_embeddings=False), {"qkv_bias": True, "dropout": 0.2}),
-    (lambda: transformers_gpt2(embd_pdrop=0, attn_pdrop=0, resid_pdrop=0,
-                               activation_function="relu2"),
-     {"qkv_bias": True, "tie_weights": True, "activation": "relu2"}),
-    (transformers_qwen3, {"norm": "rmsnorm", "position": "rope", "qk_norm": True,
-                          "qkv_bias": True, "activation": "swiglu"})],
-                         ids=["gpt2", "relu2", "qwen3"])
+    (transformers_gpt2, {"dropout": 0.2}),
+    (transformers_qwen3, {"norm": "rmsnorm", "position": "rope", "qk_norm": True, "dropout": 0.0,
+                          "activation": "swiglu"})])
 def test_the_reference_is_transformers(make, options):
-    options = expected_options(**{"n_head": 3, "dropout": 0.0, **options})
+    options = expected_options(n_head=3, qkv_bias=True, **options)
     theirs = make().double().train()
     disturb(theirs)
     torch.manual_seed(2)
@@ -492,13 +482,12 @@ def test_rates(n_steps, options):
     ("gradient_clipping", {"n_embd": 32, "tie_weights": True, "max_steps": 5, "eps": 0.1,
                            "learning_rate": 0.1, "schedule": "cosine", "warmup_fraction": 0.4}),
     ("tail_average", {"n_embd": 16, "position": "rope", "max_steps": 10, "tail_average": 0.35,
-                      "learning_rate": 0.01, "eps": 0.01, "schedule": "wsd",
+                      "learning_rate": 0.01, "eps": 0.01, "schedule": "wsd", "tie_weights": True,
                       "optimizer": "normuon", "cautious_decay": True})])
 def test_a_run_is_the_references(small_run, data_dir, name, options):
     """In micro-steps of 2 sequences, with a tail of 3 steps. A large eps keeps AdamW from
     enlarging rounding errors."""
-    options = {"n_layer": 1, "n_head": 2, "block_size": 16, "batch_size": 2, "dropout": 0.0,
-               **options}
+    options |= {"n_layer": 1, "n_head": 2, "block_size": 16, "batch_size": 2, "dropout": 0.0}
     folder = small_run("run", f"config/interventions/{name}.py", *as_flags(options))
     gpt = new_model(SimpleNamespace(**json.loads((folder / "config.json").read_text())))
     options = expected_options(**INTERVENTIONS[name] | options, global_batch_size=8)
@@ -574,7 +563,7 @@ def test_published_initial_weights():
 
 def test_gpt2_initial_weights():
     """Each has the shape and the distribution of transformers' GPT-2."""
-    theirs = renamed(transformers_gpt2(tie_word_embeddings=False))
+    theirs = renamed(transformers_gpt2())
     ours = dict(new_model(tiny(init="gpt2", qkv_bias=True)).named_parameters())
     assert ours.keys() == theirs.keys()
     for name, p in ours.items():
@@ -610,15 +599,12 @@ def test_new_parameters_start(init, bias, embedding):
 
 @pytest.mark.parametrize("init", ["pytorch", "gpt2"])
 def test_zero_init(init):
-    """Each block starts as the identity; all but its projections start as without the flag."""
+    """The blocks' projections start at 0, all else as without the flag."""
     options = {"init": init, "qkv_bias": True, "activation": "swiglu"}
     plain, zeroed = new_model(tiny(**options)), new_model(tiny(**options, zero_init=True))
     for name, p in zeroed.named_parameters():
-        assert torch.equal(p, plain.get_parameter(name)) or ".proj." in name and not p.any(), name
-    no_blocks = expected_options(**options, n_layer=0)
-    weights = separate(dict(zeroed.named_parameters()), no_blocks)
-    expected = reference_logits(weights, batch(1)[0], no_blocks)
-    assert (zeroed.eval()(batch(1)[0]) - expected).abs().max() < 1e-5 * expected.abs().max()
+        expected = plain.get_parameter(name)
+        assert torch.equal(p, expected * 0 if ".proj." in name else expected), name
 
 
 @pytest.mark.parametrize("width, hidden", [(768, 2048), (48, 128), (20, 56), (2, 8)])

@@ -24,7 +24,7 @@ def step_of(path):
 @pytest.mark.parametrize("options", [
     ["--schedule=cosine"],
     ["--schedule=wsd", "--amp=float16", "--optimizer=normuon", "--cautious_decay",
-     "--weight_decay=5", "--x0_lambdas", "--value_embeddings", "--head_lr=2",
+     "--weight_decay=5", "--value_embeddings", "--head_lr=2",
      "--tail_average=0.42"]])  # steps 8 to 12 are the tail
 def test_resume_is_exact(small_run, tiny_data, options):
     """Stopped after any step and resumed, with dropout and a shuffled order, over epoch borders:

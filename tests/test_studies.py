@@ -33,13 +33,14 @@ STUDIES = sorted(path.parent.name for path in (HERE / "studies").glob("*/run.sh"
 # The results file on record of each file that a study writes.
 RECORDED = {
     "lab": "lab/results", "noise": "noise/results", "batch_size": "batch_size/results",
-    "ladder": "ladder/results", "ladder_2x64": "ladder/2x64", "quickstart": "quickstart/results",
+    "ladder": "ladder/results", "quickstart": "quickstart/results",
     "ladder_prediction": "ladder/prediction",
     **{f"flags_{name}": f"flags/{name}" for name in ("2x32", "2x48", "stack")},
     **{f"modern_{name}": f"modern/{name}" for name in (
         "alone", "core", "small_1x", "small_2x", "wide_half", "wide_1x", "wide_tuned",
         "wide_trials")},
-    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in ("rates_32", "runs_32", "runs_64")}}
+    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in (
+        "rates_32", "runs_32", "runs_64", "runs_96", "checks_96")}}
 
 # Instead of Python and torchrun: writes the command line down.
 FAKE = """#!/bin/sh
@@ -56,7 +57,7 @@ def load(argv):
     return options.load(Config, argv)
 
 
-def command_lines(name, folder):
+def command_lines(script, folder, *words):
     """What a study's script runs: lists of words, without python or torchrun."""
     (folder / "bin").mkdir()
     for program in ("python", "torchrun"):
@@ -66,7 +67,7 @@ def command_lines(name, folder):
         (folder / needed).symlink_to(HERE / needed)
     env = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHONPATH": str(HERE),
            "COMMAND_LINES": str(folder / "commands")}
-    subprocess.run(["bash", f"studies/{name}/run.sh"], cwd=folder, env=env, check=True,
+    subprocess.run(["bash", f"studies/{script}", *words], cwd=folder, env=env, check=True,
                    stdout=subprocess.DEVNULL, timeout=120)
     lines = [line.split("\x1f") for line in (folder / "commands").read_text().splitlines()]
     lines = [line[2:] if line[0] == "--standalone" else line for line in lines]
@@ -101,7 +102,7 @@ def experiment(config, name):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
     """Its commands are valid; they train the runs on record, and its tables gather them all."""
-    lines = command_lines(name, tmp_path)
+    lines = command_lines(f"{name}/run.sh", tmp_path)
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     for argv in trained(lines):
         config = vars(load(argv))
@@ -131,6 +132,14 @@ def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
                                   for run in runs.read_file(path)) for path in (
             f"out/{key}.json", f"studies/{RECORDED[key]}.json"))
         assert made == on_record, key
+
+
+def test_the_plan_for_a_gpu_is_valid(tmp_path):
+    lines = command_lines("heads_of_32/gpu.sh", tmp_path, "--max_steps=2")
+    configs = [load(argv) for argv in trained(lines)]
+    assert [(config.n_embd, config.name, config.seed) for config in configs[:4]] == [
+        (448, "published", 1), (448, "rope", 1), (448, "modern", 1), (320, "published", 1)]
+    assert len(configs) == 27 and {config.max_steps for config in configs} == {2}
 
 
 @pytest.mark.parametrize("page", update.pages(), ids=lambda page: page.parent.name)

@@ -42,3 +42,9 @@ study runs 64 2_816_000 --learning_rate=0.0120 --baseline=published --validation
 study runs 96 5_698_560 --learning_rate=0.0082 --baseline=published --validation --seeds=3 --arms \
   rope="$rope $second --learning_rate=0.0078" modern="$modern --learning_rate=0.0157" \
   rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0078"
+# half and twice these rates, seed 1
+study checks 96 5_698_560 --learning_rate=0.0041 --baseline=published_0.0041 --validation \
+  --seeds=1 --arms published_0.0164=--learning_rate=0.0164 \
+  rope_0.0039="$rope $second --learning_rate=0.0039" \
+  rope_0.0156="$rope $second --learning_rate=0.0156" \
+  modern_0.00785="$modern --learning_rate=0.00785" modern_0.0314="$modern --learning_rate=0.0314"

@@ -35,5 +35,3 @@ python -m studies.ladder.scaling out/ladder_prediction.json --target 527072
 size 3 7 112 10541440 3 0.005513 0.004746 0.01065
 python study.py out/ladder --json=out/ladder.json
 python -m studies.ladder.scaling out/ladder.json
-# the recipes at one size
-python study.py out/ladder/2x64 --baseline=rope_qk_norm --json=out/ladder_2x64.json
