@@ -113,9 +113,11 @@ def test_an_option_is_defined_once(tmp_path, data_dir, shared_run):
                               "    qkv_bias: bool", 1))
     train = " ".join(["train", *SMALL, "--max_steps=1", "--dataset=stdlib",
                       f"--data_dir={data_dir}", "--out_dir="])
+    shutil.copytree(shared_run(), tmp_path / "old")  # a run from before the option
     commands = f"""{train}new --rotary
         {train}from_new --init_from=new/last.pt
-        {train}from_old --init_from={shared_run()}
+        {train}from_old --init_from=old
+        {train}old --resume
         {train}new --resume
         {train}no --init_from=new/last.pt --rotary=False
         nanolab.huggingface export new/last.pt exported
