@@ -290,14 +290,15 @@ def test_gpt2_tokens_and_batches(gpt2_data):
     """Window i is tokens i x T ... (i + 1) x T of the file, targets one further."""
     tokens = encode(get_tokenizer("gpt2"), "Every effort moves you")
     assert tokens.tolist() == [6109, 3626, 6100, 345, 50256]
-    dataset = TokenDataset(gpt2_data, "words", "train", 16)
+    folder = gpt2_data[1].removeprefix("--data_dir=")
+    dataset = TokenDataset(folder, "words", "train", 16)
     tokens = np.fromfile(dataset.path, "<u2").astype(np.int64)
     inputs, targets = dataset.batch([0, 3, len(dataset) - 1])
     assert inputs[1].tolist() == tokens[48:64].tolist()
     assert targets[1].tolist() == tokens[49:65].tolist()
     assert len(dataset) == (len(tokens) - 1) // 16 and targets.shape == (3, 16)
     with pytest.raises(UserError, match="less than one window"):
-        TokenDataset(gpt2_data, "words", "train", len(tokens))
+        TokenDataset(folder, "words", "train", len(tokens))
 
 
 def test_shuffled_order():
