@@ -113,9 +113,12 @@ def separate(tensors, options):
         parts["mlp.fc"] = ("mlp.gate", "mlp.up")
     separated = {}
     for name, tensor in tensors.items():
-        stacked = next((part for part in parts if part in name), "")
-        names = [name.replace(stacked, part) for part in parts.get(stacked, [""])]
-        separated |= zip(names, tensor.detach().double().chunk(len(names)), strict=True)
+        stacked = next((part for part in parts if part in name), None)
+        if stacked is None:
+            separated[name] = tensor.detach().double()
+        else:
+            names = [name.replace(stacked, part) for part in parts[stacked]]
+            separated |= zip(names, tensor.detach().double().chunk(len(names)), strict=True)
     return separated
 
 

@@ -7,6 +7,7 @@ import pathlib
 import re
 import sys
 import types
+from unittest.mock import Mock
 
 import pytest
 
@@ -102,40 +103,22 @@ def test_dry_run(small_run, tmp_path, capsys):
     assert before == {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
 
 
-class WandbRun:
-    """What stands for a Weights & Biases run."""
-    runs = []
-
-    def __init__(self, **options):
-        self.options, self.id = options, options["id"] or f"id{len(self.runs)}"
-        self.logged, self.summary, self.finished = [], {}, False
-        self.runs.append(self)
-
-    def log(self, values, step=None):
-        self.logged.append((step, values))
-
-    def finish(self):
-        self.finished = True
-
-
-def test_wandb(small_run, tiny_data, monkeypatch, capsys):
+def test_wandb(small_run, tiny_data, monkeypatch):
     """It gets config, log, plot and summary; a resumed run goes on in its own."""
-    wandb = types.SimpleNamespace(init=WandbRun, Image=pathlib.Path,
-                                  Html=lambda text: html.unescape(text)[5:-6])  # <pre>, </pre>
+    first, second = runs = [Mock(id="first", summary={}), Mock(id="second", summary={})]
+    wandb = Mock(Image=pathlib.Path, Html=lambda text: html.unescape(text)[5:-6])  # <pre>, </pre>
+    wandb.init.side_effect = runs
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(WandbRun, "runs", [])
     flags = [*tiny_data, "--wandb=project", "--eval_every=3", "--sample_every=5"]
     folder = small_run("run", *flags, on_step=stop_at(4))
+    assert first.finish.called and not first.summary
     small_run("run", *flags, "--resume")
-    first, second = WandbRun.runs
-    assert first.options["project"] == "project" and first.options["config"]["n_embd"] == 32
-    assert first.finished and not first.summary
-    assert (second.options["id"], second.options["resume"]) == ("id0", "allow")
-    logged = [{"step": step, **values} for step, values in first.logged + second.logged
-              if "plot" not in values]
-    assert logged == read_entries(folder / "log.jsonl")
-    assert [entry["step"] for entry in having("sample", logged)] == [5, 10]
-    assert second.logged[-1][1]["plot"] == folder / "loss.png" and second.finished
+    start, again = (call.kwargs for call in wandb.init.call_args_list)
+    assert start["project"] == "project" and start["config"]["n_embd"] == 32
+    assert (again["id"], again["resume"]) == ("first", "allow")
+    logged = [call.kwargs | call.args[0] for run in runs for call in run.log.call_args_list]
+    assert logged.pop() == {"plot": folder / "loss.png"} and second.finish.called
+    assert [entry for entry in logged if "plot" not in entry] == read_entries(folder / "log.jsonl")
     assert second.summary == json.loads((folder / "summary.json").read_text())
 
 
