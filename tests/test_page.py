@@ -4,12 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from test_study import make_run
 
-import study
+from conftest import run_main
 from nanolab import charts, report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -48,8 +47,7 @@ def page(tmp_path, monkeypatch):
     log.write_text(log.read_text() + json.dumps(
         {"step": 60, "tokens": 6000, "sample": "a </script> b"}) + "\n")
     make_run(tmp_path / "mine/4", 3.0, "mine", 4, ended=False, measured=False, n_layer=2)
-    monkeypatch.setattr(sys, "argv", ["study.py", str(tmp_path), f"--page={tmp_path}/study.html"])
-    study.main()
+    run_main(monkeypatch, "study", tmp_path, f"--page={tmp_path}/study.html")
     return tmp_path / "study.html"
 
 
@@ -67,13 +65,12 @@ def test_what_a_page_has(page):
 
 
 @pytest.mark.skipif(not BROWSER, reason="there is no browser to open the page with")
-@pytest.mark.parametrize("width", [400, 1400])
-def test_a_browser_draws_it(page, width):
+def test_a_browser_draws_it(page):
     """Its charts are drawn without a warning, no wider than the window; boxes have the focus, and
     say what is drawn."""
     page.write_text(page.read_text().replace("<head>", "<head>" + WATCH, 1) + USE)
     done = subprocess.run([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu",
-                           f"--window-size={width},900", "--virtual-time-budget=30000",
+                           "--window-size=400,900", "--virtual-time-budget=30000",
                            f"--user-data-dir={page.parent}/browser", "--dump-dom",
                            f"file://{page}"],
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=120)
@@ -82,7 +79,7 @@ def test_a_browser_draws_it(page, width):
     assert (found["focused"], found["places"]) == ("true", "3")  # no name over another
     assert "difference in loss to the run of baseline" in found["title"]
     widths = [float(each) for each in re.findall(r'<svg[^>]* width="([\d.]+)"', done.stdout)]
-    assert len(widths) == 2 and max(widths) <= max(width, 500)  # headless windows are no narrower
+    assert len(widths) == 2 and max(widths) <= 500  # headless windows are no narrower
 
 
 def test_differences_have_the_intervals_of_the_verdicts():
