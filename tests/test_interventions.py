@@ -72,7 +72,8 @@ STACKS = {
                 "init": "gpt2", "n_head": 4, "embedding_lr": 3.0, "decay": "matrices",
                 "beta1": 0.5, "eps": 0.01},
     "muon": {"optimizer": "muon", "weight_decay": 2.0, "adamw_weight_decay": 0.0,
-             "activation": "swiglu", "qkv_bias": True, "head_lr": 2.0, "n_embd": 36, "n_head": 2},
+             "cautious_decay": True, "activation": "swiglu", "qkv_bias": True, "head_lr": 2.0,
+             "n_embd": 36, "n_head": 2},
     "cautious adamw": {"cautious_decay": True, "weight_decay": 2.0, "decay": "matrices",
                        "tie_weights": True, "embedding_lr": 0.1, "scalar_lr": 2.0}}
 

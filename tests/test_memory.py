@@ -90,9 +90,9 @@ def test_a_trial_changes_nothing(monkeypatch):
 
 
 def split_automatically(n_processes, global_batch_size):
-    return train.split_batch(
-        Config(batch_size="auto", global_batch_size=global_batch_size), None, None,
-        types.SimpleNamespace(block_size=32), World(torch.device("cpu"), None, 0, n_processes))
+    config = load(Config, ["--batch_size=auto", f"--global_batch_size={global_batch_size}"])
+    return train.split_batch(config, None, None, types.SimpleNamespace(block_size=32),
+                             World(torch.device("cpu"), None, 0, n_processes))
 
 
 def test_auto_on_a_cpu():
