@@ -134,11 +134,11 @@ keep_freed_memory()
 torch.set_num_threads(1)
 model = GPT(GPTConfig(vocab_size=257, n_layer=2, n_head=2, n_embd=32, block_size=128))
 data = types.SimpleNamespace(batch=lambda ids, device: torch.ones(2, len(ids), 128, dtype=int))
-for n in (20, 60):
+for n in (20, 120):
     groups = [range(5 + i % 40) for i in range(n)]
     mean_losses(model, data, groups, 12, World(torch.device("cpu"), None))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
     done = call("-c", script)
     few, many = map(int, done.stdout.split() or pytest.fail(done.stderr))
-    assert many < few + 10_000  # KB, on Linux
+    assert many < few + 30_000  # KB, on Linux

@@ -122,6 +122,7 @@ def test_the_effect_and_the_seeds_that_would_show_it(rows_of):
     assert needed == min(n for n, effect in powers.items() if effect <= 0.02)
     assert f"mine: {needed}." in printed
 
+
 def test_one_more_run(rows_of):
     losses = draws(5, 3.6, 0.01, 3)
     low, high = scipy.stats.t.interval(0.95, 4, np.mean(list(losses.values())),
