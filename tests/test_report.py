@@ -13,7 +13,7 @@ import pytest
 
 import nanolab.runlog
 import nanolab.start
-from conftest import run_main, stop_at
+from conftest import stop_at
 from nanolab import charts
 from nanolab.checkpoint import read_checkpoint
 from nanolab.log import having, read_entries
