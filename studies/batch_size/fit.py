@@ -2,8 +2,8 @@
 
     python -m studies.batch_size.fit studies/published/results.json batch_size
 
-The arguments are a results file and, if not all of it is meant, the names of runs. The optimum's interval is Fieller's: the sizes
-at which the slope of the curve may be 0.
+The arguments are a results file and, if not all of it is meant, the names of runs. The optimum's
+interval is Fieller's: the sizes at which the slope of the curve may be 0.
 """
 
 import math
