@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Global batches of 2 to 64 sequences at equal tokens and the baseline's learning rate: two seeds
-# each, and five of size 8, the baseline. 15 runs: 15 minutes of training on 2 cores of an AMD EPYC.
-# Writes out/batch_size/ and out/batch_size.json; prints the table and the fit.
+# each, and five of size 8, the baseline. 15 runs, about 15 minutes of training on 2 cores of an AMD
+# EPYC. Writes out/batch_size/ and out/batch_size.json; prints the table and the fit.
 set -euo pipefail
 
 python study.py config/lab.py --jobs="${JOBS:-2}" --out=out/batch_size

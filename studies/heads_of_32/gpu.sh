@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Does rope's gain last? The recipes without its qk_norm step at 2.3 to 19.6 million parameters, on
-# one GPU: heads of 32, 20 tokens a parameter, the largest size first. NOT RUN YET. 243 PFLOP: 34
-# minutes where two runs together reach 120 TFLOP/s; `nvidia-cuda-mps-control -d` lets them share a
-# GPU. Rates are those of the ladder's law, twice as high with four times its batch (assumed: they
-# grow with the root of the batch). Before it, commit a prediction: README.md, "2x96", has one. Needs
+# Does rope's gain last? published, rope and modern at 2.3 to 19.6 million parameters, on one GPU:
+# heads of 32, 20 tokens a parameter, the largest size first. NOT RUN YET. 243 PFLOP: 34 minutes
+# where two runs together reach 120 TFLOP/s; `nvidia-cuda-mps-control -d` lets them share a GPU.
+# Rates are those of the ladder's law, twice as high with four times its batch (assumed: they grow
+# with the root of the batch). Commit a prediction first, as README.md has one for 2x96. Needs
 # `python prepare.py pypi`, once. Flags are for all runs; `--max_steps=2` shows whether it starts.
 set -euo pipefail
 

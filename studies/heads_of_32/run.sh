@@ -3,8 +3,8 @@
 # two blocks, 20 tokens a parameter. First half, once, twice ... the ladder's best rate, one seed
 # each, by validation loss; then five seeds a recipe at the best of these rates. Other values are
 # those of the ladder's trials; `rope`, which it has not, is tried with those of both neighbours. At
-# width 64, where the ladder has heads of 32 too, the rates are the ladder's; at 96, those of its law.
-# Needs `python prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
+# width 64, where the ladder has heads of 32 too, the rates are the ladder's; at 96, those of its
+# law. Needs `python prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
 set -euo pipefail
 
 first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's
