@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from nanolab.common import UserError, argument_parser, git, run_script
+from nanolab.common import UserError, argument_parser, git, run_script, write_atomically
 from nanolab.distributed import World, machine
 from nanolab.log import read_log
 from nanolab.memory import peak_memory
@@ -82,9 +82,9 @@ def main():
             order = list(sides)[::-1] if i % 2 else list(sides)  # each side is first in turn
             pairs[name].append({side: sides[side]() for side in order})
         print_pairs(shape, pairs[name])
-    if args.json:
-        content = {"conditions": conditions, "shapes": shapes, "pairs": pairs}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        if args.json:  # after each shape: a run that is stopped has measured something
+            content = {"conditions": conditions, "shapes": shapes, "pairs": pairs}
+            write_atomically(args.json, json.dumps(content, indent=1) + "\n")
 
 
 def describe(device):
