@@ -16,7 +16,7 @@ import scipy
 
 import study
 from config import OPTIONS, Config
-from model import GPTConfig
+from model import GPT, GPTConfig
 from nanolab import charts, options
 from nanolab.common import UserError
 from nanolab.study import jobs, runs
@@ -170,7 +170,7 @@ def ladder(widths=SIZES, groups=None):
                     loss = true_loss(SIZES[width], budget / (FRACTION if name == "better" else 1))
                     loss += 0.003 * rng.standard_normal()
                     config = {"seed": seed, "n_layer": 2, "n_embd": width, "max_tokens": tokens}
-                    found.append({"name": name, "test_loss": loss, "trained_tokens": tokens,
+                    found.append({"name": name, "test_loss": loss, "loss": loss, "trained_tokens": tokens,
                                   "parameters": SIZES[width] - 4 * (name == "better"),
                                   "config": config})
                     if groups:
@@ -255,26 +255,40 @@ def test_a_noisy_cell_counts_with_its_own_sd(monkeypatch):
     assert not warnings and df == 10 and pooled == pytest.approx(0.003, rel=0.5)
     assert len({sd for (name, *_), sd in sds.items() if name == "published"}) == 1
     for i, run in enumerate(found[:3]):
-        run["test_loss"] += 0.1 * i
+        run["loss"] += 0.1 * i
     sds, [warning] = scaling.noise(scaling.collect_cells(found))
     assert "published with 40,000 parameters" in warning
     assert sds["published", 40_000, 800_000] == (pytest.approx(0.1, rel=0.1), 2)
 
     monkeypatch.setattr(scaling, "N_SAMPLES", 20_000)
-    pair = [{"name": "a", "test_loss": loss, "config": {"seed": loss}} for loss in (1.0, 1.2)]
+    pair = [{"name": "a", "loss": loss, "config": {"seed": loss}} for loss in (1.0, 1.2)]
     cells = {("a", 100, 100): pair, ("a", 200, 200): pair[:1]}
     samples = scaling.sample_means(cells, scaling.noise(cells)[0], with_text=False)
     low, high = scaling.interval(samples["a", 200, 200])
     assert high - 1 == pytest.approx(12.706 * 0.2 / 2 ** 0.5, rel=0.1) == 1 - low
 
 
-def test_ladders_that_cannot_be_used():
+def test_recipes_that_change_are_refused():
     found = ladder()
-    other = {**found[0], "config": {**found[0]["config"], "seed": 9, "weight_decay": 0.5}}
-    for bad, message in (([*found, other], "differ in their options"),
-                         (ladder(widths=[16, 24, 32, 48]), "at least 4 sizes")):
-        with pytest.raises(UserError, match=message):
-            scaling.analyse(bad)
+    found.append({**found[0], "config": {**found[0]["config"], "seed": 9, "weight_decay": 0.5}})
+    with pytest.raises(UserError, match="differ in their options"):
+        scaling.analyse(found)
+
+
+def test_few_sizes_and_validation():
+    """Three sizes have no law. The record of a validation has the options instead of the sizes."""
+    found = ladder(widths=[16, 24, 32])
+    shape = {"n_head": 1, "vocab_size": 257, "block_size": 32, "position": "rope"}
+    for run in found:
+        run["config"] |= shape | {"max_tokens": run.pop("trained_tokens")}
+        run["val_loss"] = run.pop("test_loss")
+        del run["parameters"], run["loss"]
+    result = scaling.analyse(found, None, ["published"], "val_loss")
+    assert not result["laws"] and "Laws" not in scaling.format_analysis(result)
+    gpt = GPT(GPTConfig(n_layer=2, n_embd=16, **shape))
+    assert ("better", gpt.num_params(), 800_000) in result["losses"]
+    for fraction, _ in result["fractions"].values():
+        assert fraction == pytest.approx(FRACTION, abs=0.015)
 
 
 def test_batch_size_fit_is_the_published_one():

@@ -1,12 +1,12 @@
 """How fast the loss falls with a model's size, what that predicts of a larger one, and with which
 fraction of another recipe's tokens a recipe reaches its loss.
 
-    python -m studies.ladder.scaling RESULTS.json [--target N]
+    python -m studies.ladder.scaling RESULTS.json [--target N] [--against NAME ...] [--validation]
 
 A ladder is recipes (runs of one name) at several sizes, where tokens grow with parameters. A size
 is a shape, n_layer x n_embd. It counts as many parameters as the largest model of that shape has:
 recipes differ by a few per cent, in their position embeddings for one. Each recipe has a power law
-over the smaller sizes, which predicts the largest.
+over the smaller sizes, which predicts the largest; where these are fewer than four, there is none.
 """
 
 import math
@@ -15,43 +15,51 @@ import numpy as np
 from scipy.optimize import minimize_scalar, nnls
 from scipy.special import fdtrc
 
+from config import GPTConfig
+from model import GPT
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.study import stats
 from nanolab.study.runs import losses_by_seed, read_file, relevant_options
-from nanolab.study.tables import (format_interval, format_number, format_p, format_table,
+from nanolab.study.tables import (budget, format_interval, format_number, format_p, format_table,
                                   mean_group_losses)
 
 N_SAMPLES = 2000  # of the bootstrap
-AGAINST = ("published", "rope_qk_norm")  # the others are compared with these
 
 
-def analyse(runs, target=None):
-    """The laws of all recipes, and their differences and token fractions to those in AGAINST.
+def analyse(runs, target=None, against=("published", "rope_qk_norm"), loss="test_loss"):
+    """The laws of all recipes, and their differences and token fractions to those in `against`.
 
     target: a number of parameters whose loss to predict. None: the largest size. The laws leave
     its losses out, so that these test them. -> a dict. Raises UserError.
     """
-    cells = collect_cells(runs)
+    cells = collect_cells([with_size(run, loss) for run in runs])
     full = {cell[:2]: cell for cell in sorted(cells)}  # (name, size): the one with the most tokens
     sizes = sorted({size for _, size in full})
     target = target or sizes[-1]
     fitted = [size for size in sizes if size < target]
-    if len(fitted) < 4:
-        raise UserError("a power law has three unknowns, so it needs at least 4 sizes below the "
-                        f"one it predicts; there are {len(fitted)} below {target:,}")
     sds, warnings = noise(cells)
-    same_text, samples = (sample_means(cells, sds, with_text) for with_text in (False, True))
-    recipes = {name: [full[name, size] for size in fitted] for name, _ in full}
-    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(AGAINST)
-             for name, size in full if name not in AGAINST[:i + 1] and (other, size) in full]
+    same_text, samples = (sample_means(cells, sds, with_text)
+                          for with_text in (False, loss == "test_loss"))
+    recipes = {name: [full[name, size] for size in fitted] for name, _ in full
+               if len(fitted) > 3}  # a law has three unknowns
+    pairs = [(full[name, size], full[other, size]) for i, other in enumerate(against)
+             for name, size in full if name not in against[:i + 1] and (other, size) in full]
     return {"fitted": fitted, "target": target, "warnings": warnings,
             "losses": {cell: values(cells[cell]) for cell in full.values()},
             "laws": [fit_recipe(chosen, full.get((name, target)), target, cells, sds, same_text)
                      for name, chosen in recipes.items()],
-            "differences": {pair: stats.compare_means(*(losses_by_seed(cells[cell])
+            "differences": {pair: stats.compare_means(*(losses_by_seed(cells[cell], "loss")
                                                         for cell in pair)) for pair in pairs},
             "fractions": {pair: found for pair in pairs
                           if (found := token_fraction(*pair, cells, samples))}}
+
+
+def with_size(run, loss):
+    """The run with its loss, parameters and tokens; the record of a validation lacks the sizes."""
+    run = {"trained_tokens": budget([run]), **run, "loss": run[loss]}
+    if "parameters" not in run:
+        run["parameters"] = GPT(GPTConfig.from_options(run["config"])).num_params()
+    return run
 
 
 def collect_cells(runs):
@@ -72,7 +80,7 @@ def collect_cells(runs):
 
 
 def values(runs):
-    return np.array(list(losses_by_seed(runs).values()))
+    return np.array(list(losses_by_seed(runs, "loss").values()))
 
 
 def noise(cells):
@@ -197,8 +205,8 @@ def interval(samples):
 
 def format_analysis(result):
     """Tables in Markdown, and sentences."""
-    smallest = f"{result['fitted'][0]:,}"
-    losses = [["recipe", "parameters", "tokens", "n", "test loss", "SD"]]
+    smallest = f"{min(size for _, size, _ in result['losses']):,}"
+    losses = [["recipe", "parameters", "tokens", "n", "loss", "SD"]]
     for (name, size, tokens), found in result["losses"].items():
         losses.append([name, f"{size:,}", f"{tokens:,}", str(len(found)), f"{found.mean():.4f}",
                        format_number(stats.sample_sd(found), ".4f")])
@@ -225,15 +233,15 @@ def format_analysis(result):
     losses, laws, differences, fractions = (
         format_table(rows, markdown=True) for rows in (losses, laws, differences, fractions))
     return "\n\n".join(filter(None, [
-        losses, "\n".join(result["warnings"]),
-        f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
-        f"parameters, and their predictions for {result['target']:,}. The line: through the last "
-        "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
-        "another form.", laws,
-        "Differences in test loss, seed by seed. Each interval is for one test.", differences,
+        losses, "\n".join(result["warnings"]), *[
+            f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
+            f"parameters, and their predictions for {result['target']:,}. The line: through the "
+            "last two of these sizes, on logarithmic axes. The intervals cover the seeds, not a "
+            "law of another form.", laws] * bool(result["laws"]),
+        "Differences in loss, seed by seed. Each interval is for one test.", differences,
         "With which fraction of the other recipe's tokens a recipe reaches its loss, by a line "
-        "over ln(tokens) between its own budgets. The intervals cover the seeds and the choice of "
-        "the test documents.", fractions]))
+        "over ln(tokens) between its own budgets. The intervals cover the seeds and, on the test "
+        "split, the choice of its documents.", fractions]))
 
 
 def main():
@@ -241,8 +249,13 @@ def main():
     parser.add_argument("results", metavar="RESULTS.json")
     parser.add_argument("--target", type=int, metavar="N",
                         help="parameters of the model to predict (default: the largest measured)")
+    parser.add_argument("--against", nargs="+", metavar="NAME",
+                        default=["published", "rope_qk_norm"],
+                        help="with which recipes the others are compared (default: %(default)s)")
+    parser.add_argument("--validation", action="store_const", dest="loss", const="val_loss",
+                        default="test_loss", help="by validation loss")
     args = parser.parse_args()
-    print(format_analysis(analyse(read_file(args.results), args.target)))
+    print(format_analysis(analyse(read_file(args.results), args.target, args.against, args.loss)))
 
 
 if __name__ == "__main__":
