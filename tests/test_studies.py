@@ -278,9 +278,10 @@ def test_recipes_that_change_are_refused():
 def test_few_sizes_and_validation():
     """Three sizes have no law. The record of a validation has the options instead of the sizes."""
     found = ladder(widths=[16, 24, 32])
-    shape = {"n_head": 1, "vocab_size": 257, "block_size": 32, "position": "rope"}
+    shape = {"n_head": 1, "vocab_size": 257, "block_size": 10, "position": "rope"}
     for run in found:
-        run["config"] |= shape | {"max_tokens": run.pop("trained_tokens")}
+        run["config"] |= shape | {"max_tokens": run.pop("trained_tokens") - 1,  # whole steps
+                                  "global_batch_size": 1}
         run["val_loss"] = run.pop("test_loss")
         del run["parameters"], run["loss"]
     result = scaling.analyse(found, None, ["published"], "val_loss")

@@ -1,7 +1,7 @@
 """How fast the loss falls with a model's size, what that predicts of a larger one, and with which
 fraction of another recipe's tokens a recipe reaches its loss.
 
-    python -m studies.ladder.scaling RESULTS.json [--target N] [--against NAME ...] [--validation]
+    python -m studies.ladder.scaling RESULTS.json ... [--target N] [--against NAME ...] [--validation]
 
 A ladder is recipes (runs of one name) at several sizes, where tokens grow with parameters. A size
 is a shape, n_layer x n_embd. It counts as many parameters as the largest model of that shape has:
@@ -19,7 +19,7 @@ from config import GPTConfig
 from model import GPT
 from nanolab.common import UserError, argument_parser, run_script
 from nanolab.study import stats
-from nanolab.study.runs import losses_by_seed, read_file, relevant_options
+from nanolab.study.runs import losses_by_seed, read_file, relevant_options, settings
 from nanolab.study.tables import (budget, format_interval, format_number, format_p, format_table,
                                   mean_group_losses)
 
@@ -56,9 +56,11 @@ def analyse(runs, target=None, against=("published", "rope_qk_norm"), loss="test
 
 def with_size(run, loss):
     """The run with its loss, parameters and tokens; the record of a validation lacks the sizes."""
-    run = {"trained_tokens": budget([run]), **run, "loss": run[loss]}
+    options = settings(run)
+    step = options["global_batch_size"] * options["block_size"]
+    run = {"trained_tokens": -(-budget([run]) // step) * step, **run, "loss": run[loss]}
     if "parameters" not in run:
-        run["parameters"] = GPT(GPTConfig.from_options(run["config"])).num_params()
+        run["parameters"] = GPT(GPTConfig.from_options(options)).num_params()
     return run
 
 
@@ -230,23 +232,24 @@ def format_analysis(result):
     for (ours, theirs), (fraction, limits) in result["fractions"].items():
         fractions.append([ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
                           format_interval(limits, ".3f")])
-    losses, laws, differences, fractions = (
-        format_table(rows, markdown=True) for rows in (losses, laws, differences, fractions))
-    return "\n\n".join(filter(None, [
-        losses, "\n".join(result["warnings"]), *[
-            f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
-            f"parameters, and their predictions for {result['target']:,}. The line: through the "
-            "last two of these sizes, on logarithmic axes. The intervals cover the seeds, not a "
-            "law of another form.", laws] * bool(result["laws"]),
-        "Differences in loss, seed by seed. Each interval is for one test.", differences,
+    tables = {
+        f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
+        f"parameters, and their predictions for {result['target']:,}. The line: through the last "
+        "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
+        "another form.": laws,
+        "Differences in loss, seed by seed. Each interval is for one test.": differences,
         "With which fraction of the other recipe's tokens a recipe reaches its loss, by a line "
         "over ln(tokens) between its own budgets. The intervals cover the seeds and, on the test "
-        "split, the choice of its documents.", fractions]))
+        "split, the choice of its documents.": fractions}
+    parts = [format_table(losses, markdown=True), "\n".join(result["warnings"])]
+    for words, rows in tables.items():
+        parts += [words, format_table(rows, markdown=True)] * (len(rows) > 1)
+    return "\n\n".join(filter(None, parts))
 
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("results", metavar="RESULTS.json")
+    parser.add_argument("results", nargs="+", metavar="RESULTS.json")
     parser.add_argument("--target", type=int, metavar="N",
                         help="parameters of the model to predict (default: the largest measured)")
     parser.add_argument("--against", nargs="+", metavar="NAME",
@@ -255,7 +258,8 @@ def main():
     parser.add_argument("--validation", action="store_const", dest="loss", const="val_loss",
                         default="test_loss", help="by validation loss")
     args = parser.parse_args()
-    print(format_analysis(analyse(read_file(args.results), args.target, args.against, args.loss)))
+    runs = [run for path in args.results for run in read_file(path)]
+    print(format_analysis(analyse(runs, args.target, args.against, args.loss)))
 
 
 if __name__ == "__main__":
