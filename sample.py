@@ -68,7 +68,7 @@ def continue_prompts(stream):
             print(error, end="")
             text = ""
         except KeyboardInterrupt:
-            pass  # of what was printed an empty line goes on
+            pass  # an empty line goes on from what was printed
         print()
 
 

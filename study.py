@@ -7,8 +7,8 @@ not shown.
     python study.py studies/lab/results.json         a study that is on record
     python study.py out/lab --validation             by validation loss: nothing need be measured
 
-With config files it makes what --out lacks of the baseline, which is these files alone, and of
-each arm, seed by seed. Flags of train.py are for all runs. An arm is a name in
+With config files it makes the runs that --out lacks: of the baseline (these files alone) and of
+each arm, seed by seed. Flags of train.py apply to all runs. An arm is a name in
 config/interventions/, a config file, or NAME='config/x.py --flag=value'. The same command goes on
 after Ctrl-C; with a larger --seeds it adds runs. Fix the number of seeds before you look: a study
 that stops when it likes its verdict is wrong more often than 5 times in 100.

@@ -4,8 +4,8 @@
 #     python train.py config/finetune.py --init_from=gpt2 --dataset=mine
 #     python sample.py --ckpt out/finetune
 #
-# An exported folder, or out/best.pt of a run, does as well as gpt2; for byte-level weights, prepare
-# the text with --tokenizer=bytes. The shape is the weights' own. What the values rest on:
+# An exported folder, or out/best.pt of a run, works in place of gpt2; for byte-level weights,
+# prepare the text with --tokenizer=bytes. The shape is the weights' own. What the values rest on:
 # - learning_rate: a tenth of what such a model was trained with, so that it adapts to the text
 #   before it forgets the rest. nanoGPT fine-tunes GPT-2 at 3e-5.
 # - warm-up: AdamW's first updates rest on few gradients, and good weights have more to lose.

@@ -15,8 +15,8 @@
 #
 # Expected loss. GPT-2 small has 3.4250 on llm.c's validation tokens and 3.4997 on our test windows,
 # 0.075 more, so 3.28 there is about 3.355 here. That leaves 0.14 for where we differ from T3: five
-# Newton-Schulz steps for twelve, rope over the whole head from base 10,000 for half the head from
-# 1,024, no bias in the head, which starts at random for zero.
+# Newton-Schulz steps, not twelve; rope over the whole head with base 10,000, not over half of it
+# with 1,024; no bias in the head, which starts at random, not at zero.
 #
 # Time, a prediction. 51,000 tokens/s, 0.75 of the card's limit (docs/gpu.md), make 9.3 hours, and
 # validations 0.1. At the 22,421 of the published run on this card, it takes 21 hours. Where a night

@@ -185,7 +185,7 @@ def format_legend(rows):
         "reference: differs in more than its options, so it is not tested.": "reference" in words,
         "Experiments with common seeds are compared seed by seed (paired).": ", paired" in words,
         "Without common seeds: Welch's test; if a side has one or two runs, Student's, which "
-        "takes both sides to vary alike.": "unpaired" in words,
+        "assumes equal variances.": "unpaired" in words,
         "One run a side shows no noise, so nothing can be tested: run more seeds.":
             "one run each" in words,
         "Where nothing varies over the seeds, nothing can be tested.": "no spread" in words}
@@ -223,13 +223,13 @@ def format_notes(rows, baseline, independent=True):
                      "times in 100.")
     if base and base["tokens"]:
         lines += listed(f"Other training budgets than {baseline}'s {base['tokens']:,} tokens, so a "
-                        "difference is not of the option alone: {}.",
+                        "difference is not due to the option alone: {}.",
                         [row for row in rows if row["verdict"] != "reference"
                          and abs(row["tokens"] / base["tokens"] - 1) > 0.01],
                         lambda row: f": {row['tokens']:,}")
     if len({sha256 for row in rows for sha256 in row["code"]}) > 1:
-        lines += listed("Different code, so a difference may not be of the option alone (code.diff "
-                        "in a run's folder has its changes): {}.",
+        lines += listed("Different code, so a difference may not be due to the option alone "
+                        "(code.diff in a run's folder has its changes): {}.",
                         [row for row in rows if row is base or len(row["code"]) > 1
                          or not base or row["code"].keys() != base["code"].keys()],
                         lambda row: f": {', '.join(row['code'].values())}")
