@@ -142,7 +142,7 @@ def train(config, on_step=lambda step, model: None):
                     saver.save("last.pt", wait=last_step or stopping)
             if stopping:
                 break
-    log.finish(saver.best_val_loss)
+        log.finish(saver.best_val_loss)
 
 
 def micro_batches(data, config, batch_size, step, world):
@@ -225,7 +225,10 @@ def make_fast(model, config, world):
         # Not mode="reduce-overhead": with its trees, autograd takes a graph's own buffer as .grad,
         # which the next micro-step overwrites (pytorch issue 96693). Without them it copies.
         graphs = one_gpu and config.compile == "graphs" and config.batch_size != "auto"
-        model = torch.compile(model, fullgraph=one_gpu, options={
+        # Not dynamic: else the short last batch of a validation, which comes first, would give
+        # training a graph for any batch size.
+        dynamic = None if config.batch_size == "auto" else False
+        model = torch.compile(model, fullgraph=one_gpu, dynamic=dynamic, options={
             "triton.cudagraphs": graphs, "triton.cudagraph_trees": False})
     if on_gpu or world.device.type == "mps":
         return model

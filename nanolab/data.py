@@ -177,7 +177,7 @@ class TokenDataset:
         windows = torch.from_numpy(windows)
         if torch.device(device).type == "cuda":
             windows = windows.pin_memory()  # so that the copy is asynchronous
-        windows = windows.to(device, non_blocking=True)
+        windows = windows.to(device, non_blocking=windows.is_pinned())
         return windows[:, :-1], windows[:, 1:]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from config import divisors
-from nanolab.common import UserError, format_duration
+from nanolab.common import UserError, format_duration, is_out_of_memory
 from nanolab.distributed import print0
 
 MARGIN = 0.1  # the fraction of a GPU that a trial leaves free, for what comes later in a run
@@ -35,7 +35,7 @@ def largest_batch_size(model, optimizer, dataset, global_batch_size, world):
     with trial_state(model, optimizer, world):
         found = next((size for size in sizes
                       if world.all(step_fits(model, dataset, size, world))), None)
-    # the trials leave graphs for any batch size, which are slower than those for one
+    # the trials leave graphs for any batch size, slower than those for one: compile again
     torch.compiler.reset()
     if not found:
         raise UserError("not even batch_size=1 fits in memory; use a smaller model or a smaller "
@@ -48,7 +48,6 @@ def trial_state(model, optimizer, world):
     """What a step finds in memory: gradients, the optimiser's state and, under DDP, its buckets.
     They are freed afterwards; a step at learning rate 0 makes the state, so no weight changes."""
     optimizers = getattr(optimizer, "optimizers", [optimizer])
-    rates = [group["lr"] for group in optimizer.param_groups]
     is_new = not any(each.state for each in optimizers)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -59,13 +58,12 @@ def trial_state(model, optimizer, world):
     buckets = [torch.empty_like(p) for p in model.parameters() if world.size > 1]
     if world.device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(1 - MARGIN, world.device)
+        torch.cuda.reset_peak_memory_stats(world.device)  # of larger trials
     try:
         yield
     finally:
         del buckets
         model.zero_grad(set_to_none=True)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate
         for each in optimizers if is_new else []:
             each.state.clear()
         if world.device.type == "cuda":
@@ -81,7 +79,7 @@ def step_fits(model, dataset, size, world):
             forward_and_backward(model, dataset, size, world)
         return True
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:

@@ -119,6 +119,7 @@ class RunLog:
             tokens, seconds = self.last_line
             self.last_line = self.state.tokens, self.clock.in_laps
             rate = (self.state.tokens - tokens) / (self.clock.in_laps - seconds)
+            # this step's number, from 0; validations and samples have the number of steps done
             self.write({"step": done - 1, "tokens": self.state.tokens, "loss": loss, "lr": lr,
                         "grad_norm": grad_norm, "clipped": clipped, "skipped": skipped,
                         "tokens_per_second": rate,

@@ -34,7 +34,7 @@ class Start:
         if resumed:
             try:
                 model.load_state_dict(resumed.get("training_model", resumed["model"]))
-                # unless the run was extended, so that the average begins later
+                # unless the run was extended, so that the average begins anew, later
                 goes_on = is_averaged(resumed["step"] - 1, count_steps(self.config), self.config)
                 if resumed.get("averaged_steps") and goes_on:
                     average.load_state_dict(resumed["model"])
@@ -45,7 +45,8 @@ class Start:
                 raise UserError(f"{resumed['path']} does not fit this run, so it cannot be "
                                 "resumed; start with --init_from instead") from None
             state = RunState(**{key: resumed[key] for key in vars(state) if key in resumed})
-            state.averaged_steps *= goes_on
+            if not goes_on:
+                state.averaged_steps = 0
             self.best_val_loss = resumed["best_val_loss"]
             print0(f"resume: {resumed['path']}, at step {state.step:,}")
         if not state.code or state.code[-1]["sha256"] != code_state()["sha256"]:

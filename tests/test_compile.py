@@ -20,18 +20,19 @@ def compile_with(monkeypatch, backend):
     force_gpu_head(monkeypatch)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(
-        model, fullgraph=True, backend=backend))
+        model, fullgraph=True, backend=backend, dynamic=options["dynamic"]))
     torch._dynamo.reset()
 
 
 def test_a_run_compiles_few_graphs(small_run, monkeypatch):
-    """Training, validation, and its last batch, which is short."""
+    """Training, validation, and its last batch, which is short: each for one size of batch."""
     graphs = []
-    compile_with(monkeypatch, lambda graph, inputs: graphs.append(graph) or graph.forward)
+    compile_with(monkeypatch, lambda graph, inputs: graphs.append(inputs) or graph.forward)
     small_run("run", "--compile=True", "--batch_size=4", "--max_steps=3", "--eval_every=1",
-              f"--eval_tokens={30 * 32}", *(f"--{key}={value}"
+              "--z_loss=0.1", f"--eval_tokens={30 * 32}", *(f"--{key}={value}"
                                             for key, value in flag_sets(2)[-1].items()))
-    assert len(graphs) <= 3
+    assert len(graphs) == 3
+    assert not any(isinstance(x, torch.SymInt) for inputs in graphs for x in inputs)
 
 
 @pytest.mark.parametrize("compile, batch_size, n_gpus, one_graph, cuda_graphs", [
@@ -46,6 +47,7 @@ def test_cuda_graphs(monkeypatch, compile, batch_size, n_gpus, one_graph, cuda_g
     config = Config(compile=compile, batch_size=batch_size, dropout=0.0)
     train.make_fast(GPT(small_gpt_config()), config,
                     World(torch.device("cuda", 0), None, 0, n_gpus))
+    assert asked.pop("dynamic") is (None if batch_size == "auto" else False)
     assert asked == {"fullgraph": one_graph, "options": {
         "triton.cudagraphs": cuda_graphs, "triton.cudagraph_trees": False}}
 

@@ -217,6 +217,9 @@ def test_runs_in_every_state(compare, tmp_path):
     make_run(tmp_path / "mine/4", 3.0, "mine", 4)
     os.utime(tmp_path / "mine/4/best.test.json", (1, 1))  # measured before it was trained on
     make_run(tmp_path / "mine/5", 3.0, "mine", 5, ended=False)
+    (tmp_path / "baseline/1/export").mkdir()  # as cloud.sh leaves it
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "baseline/1/export" / name).write_text('{"architectures": []}')
     (tmp_path / "mine/5/best.pt").unlink()
 
     out, table_csv = tmp_path / "out.json", tmp_path / "a.csv"
@@ -224,7 +227,7 @@ def test_runs_in_every_state(compare, tmp_path):
     table = compare(tmp_path, "--plot", pictures[0], "--curves", pictures[1], "--csv", table_csv,
                     "--json", out)
     assert f"eval.py --ckpt {tmp_path}/baseline/4/best.pt {tmp_path}/mine/4/best.pt\n" in table
-    assert f"missing: {tmp_path}/mine/5 has not ended" in table
+    assert f"missing: {tmp_path}/mine/5 has not ended" in table and "export" not in table
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
     with open(table_csv) as file:
         [baseline] = [row for row in csv.DictReader(file) if row["verdict"] == "baseline"]
@@ -286,7 +289,8 @@ def test_the_baseline_that_was_asked_for(compare, tmp_path):
                                 {"name": "b", "test_loss": 1.0, "dropout": 0.3}]))
     assert "Differences are to a, dropout=0.0" in compare(file, "--baseline=a, dropout=0.0")
     assert "Differences are to b" in compare(file, "--baseline=b")
-    assert "Nothing is compared" in compare(file)
+    assert "Nothing is compared" in compare(file, "--page", tmp_path / "a.html")
+    assert "a, dropout=0.0" in (tmp_path / "a.html").read_text()
     for wanted in ("a", "c"):
         with pytest.raises(UserError, match=f"no run is named '{wanted}'.*there are a, dropout"):
             compare(file, f"--baseline={wanted}")

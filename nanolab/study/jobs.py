@@ -86,17 +86,17 @@ def make_runs(jobs, args, draw):
     def take_environment():
         thread.environment = environments.pop()
 
-    done = {folder for folder in jobs if loss_of(folder, args.loss)}
+    done = {folder for folder in jobs if measured_loss(folder, args.loss)}
     failures, next_page = {}, time.perf_counter() + 5
 
     def make(folder):
         """Trains a run and tests it, as far as that is not done."""
         if not is_trained(folder) and not stop.requested:
             last_words = call(["train.py", *jobs[folder]], folder, thread.environment, stop)
-        if is_trained(folder) and not loss_of(folder, args.loss) and not stop.requested:
+        if is_trained(folder) and not measured_loss(folder, args.loss) and not stop.requested:
             last_words = call(["eval.py", "--ckpt", f"{folder}/best.pt"], folder,
                               thread.environment, stop)
-        if loss_of(folder, args.loss):
+        if measured_loss(folder, args.loss):
             done.add(folder)
         elif not stop.requested:
             failures[folder] = last_words
@@ -126,7 +126,7 @@ def is_trained(folder):
     return Path(folder, "summary.json").exists()
 
 
-def loss_of(folder, loss):
+def measured_loss(folder, loss):
     """A run's loss; None or False until it is known."""
     run = is_trained(folder) and read_run(f"{folder}/best.pt", validation=loss == "val_loss")
     return run and run[loss]

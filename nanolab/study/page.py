@@ -69,11 +69,11 @@ def read_logs(runs):
 def study_curves(experiments, baseline, logs):
     """The chart of the losses, and of their differences to the baseline's of the same seeds at as
     many tokens."""
-    of_baseline = {seeds_of(run): run["path"] for run in experiments.get(baseline, ())}
+    of_baseline = {seeds_of(run): run.get("path") for run in experiments.get(baseline, ())}
     curves = [(e, f"seed {settings(run)['seed']}",
                *curve(logs[run["path"]], logs.get(of_baseline.get(seeds_of(run)), ())))
               for e, runs in enumerate(experiments.values()) for run in runs
-              if run["path"] in logs]
+              if run.get("path") in logs]
     return curves_chart(list(experiments), curves, baseline)
 
 
@@ -97,17 +97,18 @@ def differing_options(experiments, usual):
 def last_samples(experiments, logs):
     """[(where from, text)]: of each experiment the last sample of its first run that has one."""
     for label, runs in experiments.items():
-        samples = [having("sample", logs.get(run["path"], ()))[-1:] for run in runs]
+        samples = [having("sample", logs.get(run.get("path"), ()))[-1:] for run in runs]
         for entry in sum(samples, [])[:1]:
             yield f"{label}, after {entry['tokens']:,} tokens", entry["sample"]
 
 
 def cells_of_run(label, run, page):
-    folder = Path(run["path"]).parent
-    link = html.escape(os.path.relpath(folder / "report.html", Path(page).parent), quote=True)
+    if "path" in run:  # which a file written by hand has not
+        report = os.path.relpath(Path(run["path"]).with_name("report.html"), Path(page).parent)
+        label = f'<a href="{html.escape(report, quote=True)}">{html.escape(label)}</a>'
     minutes = run["seconds"] / 60 if "seconds" in run else None
     numbers = ((run.get("test_loss"), ".4f"), (run.get("val_loss"), ".4f"), (minutes, ".1f"),
                (run.get("tokens_per_second"), ",.0f"))
-    return [f'<a href="{link}">{html.escape(label)}</a>', settings(run)["seed"],
+    return [label, settings(run)["seed"],
             *(tables.format_number(*number) for number in numbers),
             ", then ".join(map(code_name, run.get("code") or ())), run.get("machine", "")]

@@ -62,7 +62,8 @@ def find_paths(word):
     """The checkpoints and results files that a word names. Raises UserError if there is none."""
     matches = glob.glob(word, recursive=True) if glob.has_magic(word) else [word]
     paths = {path for match in matches for path in (
-        [str(config.with_name("best.pt")) for config in Path(match).rglob("config.json")]
+        [str(config.with_name("best.pt")) for config in Path(match).rglob("config.json")
+         if not config.with_name("model.safetensors").exists()]  # our export is no run
         if os.path.isdir(match) else [match]) if path.endswith((".pt", ".json"))}
     if not paths:
         raise UserError(f"there is no run in '{word}'")
