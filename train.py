@@ -65,9 +65,9 @@ def train(config, on_step=lambda step, model: None):
         return print_finished(config, state, max_steps)
 
     # how a step is computed: compiled, in micro-steps, by processes or threads that share batches
-    fast_model = make_fast(model, config, world)
-    fast_average = make_fast(average, config, world) if average else None
-    batch_size, grad_accum_steps = split_batch(config, fast_model, optimizer, train_data, world)
+    batch_size, grad_accum_steps = split_batch(config, model, optimizer, train_data, world)
+    fast_model = make_fast(model, config, batch_size, world)
+    fast_average = make_fast(average, config, batch_size, world) if average else None
     ddp_model = wrap_ddp(fast_model, world)
     print_setup(config, meta, model, train_data, max_steps, batch_size, grad_accum_steps, world)
     if config.dry_run:
@@ -193,12 +193,13 @@ def open_split(config, split):
                         config.vocab_size)
 
 
-def split_batch(config, fast_model, optimizer, train_data, world):
+def split_batch(config, model, optimizer, train_data, world):
     """-> the micro-batch's size, and the micro-steps of each process in one step. Raises UserError
     if the global batch does not divide."""
     batch_size, total = config.batch_size, config.global_batch_size
     if batch_size == "auto":
-        batch_size = largest_batch_size(fast_model, optimizer, train_data, total, world)
+        trial_model = make_fast(model, config, batch_size, world)
+        batch_size = largest_batch_size(trial_model, optimizer, train_data, total, world)
     sequences = batch_size * world.size  # of one micro-step, over all processes
     if total % sequences == 0:
         return batch_size, total // sequences
@@ -215,7 +216,7 @@ def split_batch(config, fast_model, optimizer, train_data, world):
 LARGEST_SHARED = 2**24  # parameters up to which each CPU thread may have gradients of its own
 
 
-def make_fast(model, config, world):
+def make_fast(model, config, batch_size, world):
     """The model compiled or, on a CPU, with threads that share each batch where they can. A rule
     chooses, not a timing: so the same command gives the same bits."""
     is_small = sum(p.numel() for p in model.parameters()) <= LARGEST_SHARED
@@ -224,16 +225,16 @@ def make_fast(model, config, world):
     if compiled:
         # Not mode="reduce-overhead": with its trees, autograd takes a graph's own buffer as .grad,
         # which the next micro-step overwrites (pytorch issue 96693). Without them it copies.
-        graphs = one_gpu and config.compile == "graphs" and config.batch_size != "auto"
-        # Not dynamic: else the short last batch of a validation, which comes first, would give
-        # training a graph for any batch size.
-        dynamic = None if config.batch_size == "auto" else False
+        graphs = one_gpu and config.compile == "graphs" and batch_size != "auto"
+        # Dynamic only while sizes are tried: else the short last batch of a validation, which comes
+        # first, would give training a graph for any batch size.
+        dynamic = None if batch_size == "auto" else False
         model = torch.compile(model, fullgraph=one_gpu, dynamic=dynamic, options={
             "triton.cudagraphs": graphs, "triton.cudagraph_trees": False})
     if on_gpu or world.device.type == "mps":
         return model
     # dropout masks would depend on which thread draws first
-    may_share = is_small and config.batch_size != 1 and not (compiled or config.dropout)
+    may_share = is_small and batch_size != 1 and not (compiled or config.dropout)
     # a small model gains little from threads that share operators, and waits for busy cores
     n = config.threads or (DEFAULT_THREADS if may_share or not is_small else 1)
     use_threads(n, shared=may_share and n > 1)

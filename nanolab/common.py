@@ -101,7 +101,8 @@ def stop(exit_code, message, each_rank, details=()):
 def is_out_of_memory(error):
     """Whether torch ran out of the GPU's memory, or of the machine's."""
     return any(words in str(error) for words in (
-        "out of memory", "can't allocate memory", "Storage size calculation overflowed"))
+        "out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED",
+        "Storage size calculation overflowed"))
 
 
 class OutputThatMayFail:

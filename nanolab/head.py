@@ -30,7 +30,8 @@ def head_loss(hidden, weight, targets, cap, z_loss=0.0):
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     loss = cpu_head_loss if device == "cpu" else HeadLoss.apply
-    return loss(hidden, weight, targets, cap, dtype, torch.is_grad_enabled(), z_loss)
+    with torch.autocast(device, enabled=False):  # it would undo product_of_gradients' bfloat16
+        return loss(hidden, weight, targets, cap, dtype, torch.is_grad_enabled(), z_loss)
 
 
 EAGER_CHUNK = 2**25  # logits at a time: several float32 copies of 128 MiB

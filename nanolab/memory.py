@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import torch
@@ -27,16 +28,22 @@ def peak_memory(device):
 
 def largest_batch_size(model, optimizer, dataset, global_batch_size, world):
     """The largest micro-batch that fits on every GPU, a divisor of a process's part of the global
-    batch. Tries real steps, from the largest down. On a CPU, whose system promises more memory
-    than it has: the largest of at most CPU_TOKENS. Raises UserError."""
+    batch. Tries real steps, from the largest down. On a CPU or a Mac, whose system promises more
+    memory than it has: the largest of at most CPU_TOKENS. Raises UserError."""
     sizes = divisors(max(global_batch_size // world.size, 1))[::-1]
-    if world.device.type == "cpu":
+    on_gpu = world.device.type == "cuda"
+    if world.device.type in ("cpu", "mps"):
         return next(size for size in sizes if size == 1 or size * dataset.block_size <= CPU_TOKENS)
+    if on_gpu:
+        torch.cuda.set_per_process_memory_fraction(1 - MARGIN, world.device)
+    buckets = [torch.empty_like(p) for p in model.parameters() if world.size > 1]  # as DDP's
     with trial_state(model, optimizer, world):
         found = next((size for size in sizes
                       if world.all(step_fits(model, dataset, size, world))), None)
-    # the trials leave graphs for any batch size, slower than those for one: compile again
-    torch.compiler.reset()
+    del buckets
+    if on_gpu:
+        torch.cuda.set_per_process_memory_fraction(1.0, world.device)
+    torch.compiler.reset()  # the trials leave graphs for any batch size
     if not found:
         raise UserError("not even batch_size=1 fits in memory; use a smaller model or a smaller "
                         "--block_size")
@@ -45,8 +52,8 @@ def largest_batch_size(model, optimizer, dataset, global_batch_size, world):
 
 @contextmanager
 def trial_state(model, optimizer, world):
-    """What a step finds in memory: gradients, the optimiser's state and, under DDP, its buckets.
-    They are freed afterwards; a step at learning rate 0 makes the state, so no weight changes."""
+    """What a step finds in memory: gradients and the optimiser's state. They are freed afterwards;
+    a step at learning rate 0 makes the state, so no weight changes."""
     optimizers = getattr(optimizer, "optimizers", [optimizer])
     is_new = not any(each.state for each in optimizers)
     for p in model.parameters():
@@ -55,19 +62,15 @@ def trial_state(model, optimizer, world):
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         optimizer.step()
-    buckets = [torch.empty_like(p) for p in model.parameters() if world.size > 1]
     if world.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1 - MARGIN, world.device)
         torch.cuda.reset_peak_memory_stats(world.device)  # of larger trials
     try:
         yield
     finally:
-        del buckets
         model.zero_grad(set_to_none=True)
         for each in optimizers if is_new else []:
             each.state.clear()
         if world.device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(1.0, world.device)
             torch.cuda.empty_cache()
 
 
@@ -109,10 +112,14 @@ def dry_run(config, n_steps, model, optimizer, dataset, batch_size, grad_accum_s
         return median(times)
 
     with trial_state(model, optimizer, world):
-        forward_and_backward(model, dataset, batch_size, world)  # compiles
-        micro_step = measure(lambda: forward_and_backward(model, dataset, batch_size, world))
+        work = partial(forward_and_backward, model, dataset, batch_size, world)
+        work()  # compiles
+        last_micro_step = measure(work)
+        if world.size > 1:
+            model.require_backward_grad_sync = False  # DDP averages in the last micro-step only
+        micro_step = measure(work)
         update = measure(optimizer.step)
-    seconds = micro_step * grad_accum_steps + update
+    seconds = micro_step * (grad_accum_steps - 1) + last_micro_step + update
     rate = config.global_batch_size * config.block_size / seconds
     cost = seconds * n_steps / 3600 * config.dollars_per_hour
     print0(f"memory: {peak_memory(world.device) / 2**20:,.0f} MB at the peak of a step\n"

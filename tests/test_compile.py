@@ -45,7 +45,7 @@ def test_cuda_graphs(monkeypatch, compile, batch_size, n_gpus, one_graph, cuda_g
     monkeypatch.setattr(torch, "compile", lambda model, **options: (
         asked.update(options) or real_compile(model, **options)))  # refuses unknown options
     config = Config(compile=compile, batch_size=batch_size, dropout=0.0)
-    train.make_fast(GPT(small_gpt_config()), config,
+    train.make_fast(GPT(small_gpt_config()), config, batch_size,
                     World(torch.device("cuda", 0), None, 0, n_gpus))
     assert asked.pop("dynamic") is (None if batch_size == "auto" else False)
     assert asked == {"fullgraph": one_graph, "options": {

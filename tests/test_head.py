@@ -13,7 +13,8 @@ import model
 import nanolab.head
 from conftest import call
 from model import GPT
-from nanolab.head import CPUHeadLoss, HeadLoss, loss_and_gradient, product_of_gradients, softcap
+from nanolab.head import (CPUHeadLoss, HeadLoss, head_loss, loss_and_gradient,
+                          product_of_gradients, softcap)
 from nanolab.log import read_log
 from probes import flag_sets, force_gpu_head, small_gpt_config
 
@@ -81,6 +82,20 @@ def test_the_product_that_cancels(monkeypatch):
     expected = (grad.bfloat16() @ head.bfloat16()).half()
     for product in (product_of_gradients, compile_to_graphs(product_of_gradients)[0]):
         assert torch.equal(product(grad, head), expected)
+
+
+def test_the_product_that_cancels_under_autocast(monkeypatch):
+    """Which would turn its bfloat16 into float16 again."""
+    force_gpu_head(monkeypatch)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True)
+    draw = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(8, 8, generator=draw).requires_grad_() for _ in range(2)]
+    targets = torch.arange(8)
+    expected = torch.autograd.grad(HeadLoss.apply(*inputs, targets, 0, torch.float16, True), inputs)
+    for loss in (head_loss, torch.compile(head_loss, fullgraph=True, backend="eager")):
+        with torch.autocast("cpu", torch.float16):
+            grads = torch.autograd.grad(loss(*inputs, targets, 0), inputs)
+        assert all(map(torch.equal, grads, expected))
 
 
 def compile_to_graphs(module):

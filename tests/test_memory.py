@@ -93,7 +93,7 @@ def test_a_trial_changes_nothing(monkeypatch):
 
 def split_automatically(n_processes, global_batch_size):
     config = load(Config, ["--batch_size=auto", f"--global_batch_size={global_batch_size}"])
-    return train.split_batch(config, None, None, types.SimpleNamespace(block_size=32),
+    return train.split_batch(config, torch.nn.Linear(1, 1), None, types.SimpleNamespace(block_size=32),
                              World(torch.device("cpu"), None, 0, n_processes))
 
 
