@@ -13,6 +13,8 @@ NAME.test.json, and not measured again until the checkpoint or the data change.
 
 import glob
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from nanolab.checkpoint import checkpoint_file
@@ -20,7 +22,7 @@ from nanolab.common import UserError, argument_parser, run_script, write_atomica
 from nanolab.data import read_meta
 from nanolab.distributed import end_distributed, init_distributed
 from nanolab.evaluation import (amp_name, load_results, loss_of, measure_loss, paired_difference,
-                                save_results, weighted_error)
+                                result_path, save_results, weighted_error)
 from nanolab.huggingface import read_any
 
 
@@ -46,7 +48,8 @@ def find_checkpoints(words):
     in Hugging Face's layout. Raises UserError."""
     found = []
     for word in words:
-        matches = sorted(glob.glob(word, recursive=True)) if glob.has_magic(word) else [word]
+        is_glob = glob.has_magic(word) and not os.path.exists(word)
+        matches = sorted(glob.glob(word, recursive=True)) if is_glob else [word]
         if not matches:
             raise UserError(f"nothing matches '{word}'")
         for match in matches:
@@ -62,6 +65,8 @@ def evaluate(path, args, world):
     saved = world.from_rank_0(lambda: load_results(path, args.split))
     for result in saved["results"]:
         if is_current(result, args, world):
+            with suppress(OSError):  # as study.py wants it: in a copy it may be the older file
+                os.utime(result_path(path, args.split))
             return {**result, "path": path}
     checkpoint = read_any(path)
     config = checkpoint["config"]

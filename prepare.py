@@ -57,27 +57,26 @@ def main():
 
 def parse_arguments():
     parser = argument_parser(__doc__)
-    path = os.path.expanduser  # the shell leaves the ~ of --data_dir=~/x as it is
-    parser.add_argument("source", type=path,
+    parser.add_argument("source",
                         help="stdlib, pypi, fineweb, fineweb-edu, or a file, folder or glob of "
                              ".txt .md .jsonl .parquet; or info")
     parser.add_argument("dataset", nargs="?", metavar="NAME", help="of the data set, after info")
     parser.add_argument("--name", help="the data set's folder in data_dir; default: as the source")
-    parser.add_argument("--data_dir", default="data", type=path)
+    parser.add_argument("--data_dir", default="data")
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes"),
                         help="default: bytes for stdlib and pypi, else gpt2")
     parser.add_argument("--text_column", default="text",
                         help="of your .jsonl and .parquet files (default: text)")
-    parser.add_argument("--val", metavar="PATH", type=path,
+    parser.add_argument("--val", metavar="PATH",
                         help="your own text for val, left out of train (default: a part of it)")
-    parser.add_argument("--test", metavar="PATH", type=path, help="the same for test")
+    parser.add_argument("--test", metavar="PATH", help="the same for test")
     parser.add_argument("--heldout", type=float,
                         help=f"fraction for val and test (default: {HELDOUT}, of text below 26 MB "
                              f"up to 0.1; of FineWeb {FINEWEB_HELDOUT})")
     parser.add_argument("--workers", type=int, default=os.cpu_count(),
                         help="processes; any number gives the same bytes")
     fineweb = parser.add_argument_group("fineweb and fineweb-edu")
-    fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER", type=path,
+    fineweb.add_argument("--from", dest="from_folder", metavar="FOLDER",
                          help="a local copy instead of the hub's: of the text, or of gpjt/fineweb-"
                               "gpt2-tokens (train.safetensors and validation.safetensors)")
     fineweb.add_argument("--train_tokens", type=int, default=33_165 * 96 * 1024,
@@ -88,6 +87,8 @@ def parse_arguments():
     fineweb.add_argument("--test_tokens", type=int, default=19_200 * 1024,
                          help="default: %(default)s")
     args = parser.parse_args()
+    if "" in (args.source, args.val, args.test, args.from_folder):
+        parser.error("a path is empty, as from a variable of the shell that is not set")
     args.is_published = (args.source == "fineweb" and args.from_folder
                          and Path(args.from_folder, "train.safetensors").exists())
     has_own_name = args.source in ("info", "stdlib", "pypi", *FINEWEBS)
@@ -108,6 +109,9 @@ def parse_arguments():
         parser.error("give one source, or info and the NAME of a data set")
     if set(args.name) & set("/*?[") or args.name in ("", ".", ".."):
         parser.error(f"'{args.name}' is no name for a folder in --data_dir; choose one with --name")
+    folder = Path(os.path.realpath(Path(args.data_dir, args.name)))
+    if not has_own_name and folder in (source, *source.parents):
+        parser.error(f"the data set would lie in {folder}, with its text; choose another --name")
     if min(args.workers, args.train_tokens, args.test_offset, args.test_tokens) < 1:
         parser.error("--workers, --train_tokens, --test_offset and --test_tokens are at least 1")
     if args.heldout is not None and not 0 < args.heldout < 1:

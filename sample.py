@@ -8,6 +8,7 @@
 nanoGPT's --out_dir, --init_from and --start (also FILE:prompt.txt) are taken too.
 """
 
+import contextlib
 import itertools
 import sys
 from argparse import SUPPRESS
@@ -51,7 +52,8 @@ def main():
 
 def continue_prompts(stream):
     """Reads the beginning of a text from the terminal and continues it, again and again."""
-    import readline  # noqa: F401: input() then has arrow keys and a history
+    with contextlib.suppress(ImportError):  # some Pythons are built without it
+        import readline  # noqa: F401: input() then has arrow keys and a history
     print("Type how a text begins. An empty line goes on with it, Ctrl-C stops it, Ctrl-D ends.")
     text = ""
     while True:

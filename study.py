@@ -66,7 +66,7 @@ def read_study(args):
 
 
 def draw_live_page(args, status):
-    with suppress(UserError, OSError):  # no run of the baseline yet; a full disk
+    with suppress(Exception):  # no run of the baseline yet, a full disk: a page ends no study
         write_page(args, read_study(args), status, is_running=True)
 
 
@@ -149,7 +149,8 @@ def parse_arguments():
     add = parser.add_argument
     add("runs", nargs="+", metavar="FILE.py|RUNS",
         help="config files, to make runs; or folders, checkpoints, globs, results files")
-    add("--arms", nargs="+", metavar="ARM", default=[], help="what is compared with the baseline")
+    add("--arms", nargs="+", action="extend", metavar="ARM", default=[],
+        help="what is compared with the baseline")
     add("--seeds", type=seeds, default="5", metavar="[M-]N",
         help="seeds M, or 1, to N (default: %(default)s)")
     add("--jobs", type=int, default=1, metavar="N",

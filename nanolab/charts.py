@@ -5,6 +5,7 @@ Its JavaScript is part of the package vl-convert-python, so nothing needs the ne
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -47,9 +48,9 @@ IS_TRAINING, IS_VALIDATION = {"filter": "datum.kind == 'train'"}, {"filter": "da
 def vega():
     """The JavaScript of Vega-Lite, 0.9 MB. Bundling takes seconds, so it is kept for the next
     run."""
-    cache = Path.home() / f".cache/nanolab/vega-{version('vl-convert-python')}.js"
-    if cache.exists():
-        return cache.read_text()
+    cache = Path(os.path.expanduser("~/.cache/nanolab"), f"vega-{version('vl-convert-python')}.js")
+    with suppress(OSError):
+        return cache.read_text(encoding="utf-8")
     script = vl_convert("vl_convert.javascript_bundle().encode()")
     with suppress(OSError):  # a folder that cannot be written to
         cache.parent.mkdir(parents=True, exist_ok=True)

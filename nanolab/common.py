@@ -50,8 +50,12 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
     if_interrupted: the line after Ctrl-C; if_failed: what to add when the operating system fails (a
     full disk, no permission).
     """
+    for i, word in enumerate(sys.argv):  # the shell leaves the ~ of --out_dir=~/x as it is
+        if re.match(r"--\w+=~/", word):
+            sys.argv[i] = word.replace("~", os.path.expanduser("~"), 1)
     for stream in (sys.stdout, sys.stderr):  # a terminal that has only ASCII shows the rest as \xe9
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         for word in sys.argv:
             word.encode()

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanolab.common import UserError, parse_json, reachable
+from nanolab.common import UserError, describe, parse_json, reachable
 from nanolab.tokenizer import END_OF_TEXT
 
 # pyarrow, datasets and huggingface_hub are imported where they are used: without them, the
@@ -159,7 +159,7 @@ def fineweb_files(folder, repository):
         return list(builder.config.data_files["train"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder or repository} could not be opened "
-                        f"({str(error).splitlines()[0]}); connect to huggingface.co, or give --from"
+                        f"({describe(error)}); connect to huggingface.co, or give --from"
                         "=FOLDER with sample/10BT/*.parquet and the README.md that names them"
                         ) from None
 
@@ -265,8 +265,8 @@ def parquet_rows(file_range, text_column):
         for i, value in zip(range(row, stop), rows):
             if i >= start:
                 yield i, value.as_py()
-    except OSError as error:  # its footer was intact
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError) as error:  # its footer was intact; or a string is not UTF-8
+        raise UserError(f"{path} is damaged ({describe(error)})") from None
     LEFT_OPEN.clear()
     LEFT_OPEN[path, group, text_column] = stop, rows
 
@@ -333,4 +333,4 @@ def open_parquet(path, only_footer=False):
         return ParquetFile(file, pre_buffer=False, buffer_size=2**16)  # not a row group at once
     except Exception as error:  # of many classes, from huggingface_hub and the packages it calls
         raise UserError(f"{path} is damaged or could not be downloaded ({type(error).__name__}: "
-                        f"{str(error).splitlines()[0]})") from None
+                        f"{describe(error)})") from None

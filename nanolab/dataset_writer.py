@@ -26,7 +26,7 @@ import tiktoken
 from filelock import FileLock
 from tqdm import tqdm
 
-from nanolab.common import UserError, write_atomically
+from nanolab.common import UserError, describe, write_atomically
 from nanolab.corpus import (cut_at_line_ends, file_ranges, format_counts, group_into_shards, locate,
                             own_texts, records, stdlib_files, undressed)
 from nanolab.data import CHUNK_BYTES, UNFINISHED, read_meta
@@ -88,6 +88,9 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
                                                *(shard["documents"] for shard in shards)])
         known = np.array([hash_ for split in given for hash_ in documents[split]["hash"]], "u8")
         writer.facts = {**facts, "documents_left_out": leave_out(documents, known)}
+        if len(given) == 2 and (
+                n_both := np.isin(documents["val"]["hash"], documents["test"]["hash"]).sum()):
+            print(f"note: {n_both:,} documents of val are in test too, so test is not unseen")
         splits = [split for split in ("test", "val") if split not in given]  # to take from files
         hash_limits = choose_hash_limits(documents["text"], heldout, len(splits))
         for split in given:
@@ -157,13 +160,21 @@ def new_dataset(folder, plan, tokenizer, source):
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     is_made = (folder / "meta.json").exists  # then no lock: the folder may be read-only
-    with contextlib.nullcontext() if is_made() else FileLock(f"{folder}.lock"):
+    with contextlib.ExitStack() as stack:
+        if not is_made():
+            try:
+                stack.enter_context(FileLock(f"{folder}.lock"))
+            except (OSError, NotImplementedError) as error:  # some network disks have no locks
+                print(f"note: {folder.parent} cannot be locked ({describe(error)})")
         if is_made():
             if read_meta(folder.parent, folder.name)["plan"] != plan:
                 raise UserError(f"{folder} holds another data set, or one with other options; "
                                 "delete that folder, or choose another --name")
             print(f"{folder} is there already")
             yield None
+        elif any(folder.glob("*.bin")) and not (folder / UNFINISHED).exists():
+            raise UserError(f"{folder} has token files that are not nanolab's; choose another "
+                            "--name, or move them")
         else:
             writer = DatasetWriter(folder, plan, tokenizer)
             yield writer
@@ -292,5 +303,7 @@ def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, 
     with open(temporary, "wb") as file:
         np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),
                  documents=np.array(facts, DOCUMENT))
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
     return path

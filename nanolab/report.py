@@ -68,13 +68,14 @@ def format_page(title, status, sections, charts, is_running):
 
 
 def html_table(rows, header=()):
-    """rows: lists of cells, texts or numbers. A text in <a ...> is a link. Under a header, numbers
-    are aligned to the right."""
+    """rows: lists of cells: texts, numbers, or for a link its address and text. Under a header,
+    numbers are aligned to the right."""
     def cell(value, tag):
+        if isinstance(value, tuple):
+            return f'<{tag}><a href="{value[0]}">{html.escape(value[1])}</a></{tag}>'
         text = str(value)
         is_number = tag == "td" and header and re.fullmatch(r"[-+<]?[\d.,]+( to [-+\d.]+)?", text)
-        return (f"<{tag}{' class=number' if is_number else ''}>"
-                f"{text if text.startswith('<a ') else html.escape(text)}</{tag}>")
+        return f"<{tag}{' class=number' if is_number else ''}>{html.escape(text)}</{tag}>"
 
     lines = ["".join(cell(each, tag) for each in cells)
              for tag, part in (("th", [header]), ("td", rows)) for cells in part if cells]

@@ -85,6 +85,10 @@ def checkpoint_to_resume(config, meta):
     must belong to this run. Raises UserError."""
     paths = [Path(config.out_dir, name) for name in ("last.pt", "best.pt")]
     paths = [path for path in paths if path.exists()]
+    if not paths and all(Path(config.out_dir, name).exists()
+                         for name in ("config.json", "summary.json")):
+        raise config_error(f"{config.out_dir} has the record of a finished run, without its "
+                           "checkpoints; --out_dir=ANOTHER keeps it")
     if paths and not config.resume:
         raise config_error(f"{config.out_dir} holds a run already: --resume continues it, "
                            "--out_dir=ANOTHER starts one next to it")

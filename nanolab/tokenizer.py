@@ -44,7 +44,7 @@ def get_tokenizer(name):
     if vocabulary.name.endswith(".json"):
         return gpt2_from_file(vocabulary)
     try:
-        if not (merges.exists() and vocabulary.exists()) and not reachable(GPT2_HOST):
+        if not all(map(os.path.exists, (merges, vocabulary))) and not reachable(GPT2_HOST):
             raise OSError(f"{GPT2_HOST} does not answer")
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # of requests, or tiktoken's own if a hash does not match
@@ -60,7 +60,7 @@ def gpt2_vocabulary_files():
               or Path(tempfile.gettempdir(), "data-gym-cache"))
     for names in VOCABULARY_NAMES:
         paths = [Path(folder, name) for name in names]
-        if all(path.exists() for path in paths):
+        if all(map(os.path.exists, paths)):  # no error for another user's folder
             return paths
     return [Path(folder, hashlib.sha1(url.encode()).hexdigest()) for url in GPT2_VOCABULARY]
 

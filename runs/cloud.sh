@@ -114,7 +114,8 @@ get_data() {
         rm -rf "$to.copy"
         mkdir -p "$DATA_DIR"
         scp -rq "$DATA_FROM" "$to.copy"
-        mv "$to.copy" "$to"
+        mkdir -p "$to"
+        mv -f "$to.copy"/* "$to/"
     else
         python prepare.py "$DATASET" --data_dir="$DATA_DIR"
     fi

@@ -2,6 +2,7 @@
 loss before and after fine-tuning."""
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -81,9 +82,11 @@ def test_no_split_named_test(small_run, tiny_data, tmp_path, monkeypatch, output
     [result] = json.loads((run / "best.val.json").read_text())["results"]
     assert result["val_loss"] == pytest.approx(read_checkpoint(run)["val_loss"], abs=0.2)
     assert not (run / "best.test.json").exists()
+    os.utime(run / "best.val.json", (1, 1))  # as in a copy
     with monkeypatch.context() as patch:
         patch.setattr("eval.measure_loss", None)
         assert output_of(*command) == printed
+    assert (run / "best.val.json").stat().st_mtime > 1
     output_of(*command, "--block_size=8")
     saved = json.loads((run / "best.val.json").read_text())["results"]
     assert len(saved) == 1, "of shorter windows nothing is saved"

@@ -129,6 +129,7 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({BEST: change_checkpoint(tokenizer="gpt2")}, TUNE, "reads gpt2 tokens, but the data set tiny"),
     # runs and their checkpoints
     ({}, [*TRAIN, "--out_dir=out"], "holds a run already"),
+    ({LAST: GONE, BEST: GONE}, RESUME, "has the record of a finished run, without its checkpoints"),
     ({"file": write("")}, [*TRAIN, "--out_dir=file/out"], "Not a directory"),
     ({LAST: resize(5000), BEST: GONE}, RESUME, "last.pt is damaged"),
     ({LAST: save({"format": 1, "model": Code(), "config": {}})}, RESUME, "holds a io.open"),
@@ -186,6 +187,8 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({}, ["prepare", "texts", "--data_dir=data", "--name=a/b"], "'a/b' is no name for a folder"),
     ({}, ["prepare", "info", "--data_dir=data"], "info and the NAME"),
     ({}, [*PREPARE, "--heldout=1"], "--heldout must be"),
+    ({}, [*PREPARE, "--val="], "a path is empty"),
+    ({}, ["prepare", "texts", "--data_dir=."], "the data set would lie in"),
     ({}, [*PREPARE, "--val=a", "--test=b", "--heldout=0.1"], "--heldout has no effect on"),
     ({}, [*PREPARE, "--train_tokens=9"], "--train_tokens has no effect on"),
     # FineWeb

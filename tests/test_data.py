@@ -131,6 +131,24 @@ def test_two_at_once_make_one_data_set(tmp_path, texts, capsys):
     assert not (tmp_path / "made.lock").exists(), "not needed, as on a disk that is read-only"
 
 
+def test_a_disk_without_locks(tmp_path, texts, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr("fcntl.flock", flock)
+    prepare_mine(texts, tmp_path / "made")
+    assert "cannot be locked (No locks available" in capsys.readouterr().out
+    assert (tmp_path / "made/meta.json").exists()
+
+
+def test_other_token_files_are_not_overwritten(tmp_path, texts):
+    """Such as nanoGPT's."""
+    for name in ("train.bin", "val.bin"):
+        (tmp_path / name).write_bytes(b"0123")
+    with pytest.raises(UserError, match="has token files that are not nanolab's"):
+        prepare_mine(texts, tmp_path)
+    assert (tmp_path / "train.bin").read_bytes() == b"0123"
+
+
 def test_own_text_after_a_kill_or_on_a_full_disk(tmp_path, texts, monkeypatch):
     """With a ready-made split, whose texts are left out of train. What is tokenised is kept."""
     make = partial(prepare_mine, texts, given={"val": [str(texts / "c.jsonl")]})

@@ -221,11 +221,12 @@ def test_runs_in_every_state(compare, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "baseline/1/export" / name).write_text('{"architectures": []}')
     (tmp_path / "mine/5/best.pt").unlink()
+    make_run(tmp_path / "baseline/6", 3.0, seed=6, ended=False, measured=False, dropout=0.3)
 
     out, table_csv = tmp_path / "out.json", tmp_path / "a.csv"
     pictures = [tmp_path / "a.png", tmp_path / "b.png"]
     table = compare(tmp_path, "--plot", pictures[0], "--curves", pictures[1], "--csv", table_csv,
-                    "--json", out)
+                    "--json", out, "--page", tmp_path / "a.html")
     assert f"eval.py --ckpt {tmp_path}/baseline/4/best.pt {tmp_path}/mine/4/best.pt\n" in table
     assert f"missing: {tmp_path}/mine/5 has not ended" in table and "export" not in table
     assert all(picture.stat().st_size > 10_000 for picture in pictures)
@@ -240,6 +241,10 @@ def test_runs_in_every_state(compare, tmp_path):
     assert content["runs"][-1]["config"] == {"seed": 3, "n_layer": 2}
     assert table.startswith(compare(out).rstrip())
     assert compare(f"{tmp_path}/base*", tmp_path / "mine") == table
+    (tmp_path / "[1] linked").mkdir()
+    (tmp_path / "[1] linked/mine").symlink_to(tmp_path / "mine")
+    assert "mine        3" in compare(tmp_path / "[1] linked")
+    (tmp_path / "[1] linked/mine").unlink()
     named_in_full = compare(make_run(tmp_path / "new", 3.0, ended=False) / "best.pt")
     assert "missing" not in named_in_full and "3.0000" in named_in_full
 
@@ -300,6 +305,9 @@ def test_the_baseline_that_was_asked_for(compare, tmp_path):
     ("{", "is no file of results"), ("[3]", "is no file of"), ('{"rows": []}', "is no file of"),
     ('[{"test_loss": 3}]', "each with a name"),
     ('[{"name": "a", "test_loss": "3"}]', "figures must be numbers"),
+    ('[{"name": "a", "test_loss": 3, "max_steps": "9"}]', "figures must be numbers"),
+    ('[{"name": 5, "test_loss": 3}]', "each with a name"),
+    ('[{"name": "a", "test_loss": 3, "code": "abc"}]', "is no file of results"),
     ('[{"name": "a", "test_loss": 3, "config": {"dropout": [1]}}]', "figures must be numbers"),
     ('[{"name": "a", "test_loss": NaN}]', "has no test_loss that is a number"), ("[]", "no runs")])
 def test_bad_results_get_one_line(compare, tmp_path, content, message):

@@ -1,5 +1,6 @@
 """study.py makes what a study lacks: every run once, seed by seed, through stops and failures."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,12 @@ from types import SimpleNamespace
 import pytest
 
 import study
+from config import Config
 from nanolab.common import UserError
+from nanolab.data import read_meta
+from nanolab.optim import count_steps
+from nanolab.options import load
+from nanolab.start import find_start
 from nanolab.study import jobs
 
 HERE = Path(study.__file__).parent
@@ -130,6 +136,7 @@ def test_what_an_arm_is(monkeypatch):
     (["qk_norm", "qk_norm=--n_layer=1"], [BASE], "'qk_norm' cannot be the name of an arm"),
     (["baseline=--n_layer=1"], [BASE], "'baseline' cannot be the name"),
     (["../x=--n_layer=1"], [BASE], "cannot be the name"),
+    (["a=--name=it's"], [BASE], "cannot be read: No closing quotation"),
     (["qk_nrm"], [BASE], "qk_nrm.py"), (["a=--n_lyer=2"], [BASE], "n_lyer"),
     (["muon"], [BASE, "--optimizer=adamw"], "--optimizer would win over config/interventions/muon"),
 ])
@@ -138,6 +145,20 @@ def test_arms_that_do_not_fit_get_one_line(monkeypatch, arms, words, message):
     monkeypatch.chdir(HERE)
     with pytest.raises(UserError, match=message):
         planned(*arms, words=words)
+
+
+def test_epochs_are_steps(monkeypatch, tmp_path, tiny_data):
+    """As a run's config.json has them."""
+    words = [BASE, *tiny_data]
+    folder = tmp_path / "baseline/1"
+    folder.mkdir(parents=True)
+    n_steps = count_steps(find_start(load(Config, [*words, "--epochs=2"]), read_meta(
+        tiny_data[1].removeprefix("--data_dir="), "tiny")).config)
+    config = vars(load(Config, [*words, f"--max_steps={n_steps}", "--vocab_size=257"]))
+    (folder / "config.json").write_text(json.dumps(config))
+    assert planned(words=[*words, "--epochs=2"], seeds=1, out=tmp_path)
+    with pytest.raises(UserError, match=f"was made with max_steps={n_steps}, not"):
+        planned(words=[*words, "--epochs=3"], seeds=1, out=tmp_path)
 
 
 def test_each_job_has_a_gpu(monkeypatch):
@@ -164,7 +185,8 @@ def test_seeds(monkeypatch, text, seeds):
     (["config/lab.py", "out/study"], "give one of the two"),
     (["config/lab.py", "--jobs=0"], "must be at least 1"),
     (["config/lab.py", "--seeds=5-2"], "must be at least 1"),
-    (["config/lab.py", "--seeds=five"], "invalid seeds value: 'five'")])
+    (["config/lab.py", "--seeds=five"], "invalid seeds value: 'five'"),
+    (["config/lab.py", "--arms", "a=--n_lyer=2", "--arms", "b=--n_layer=3"], "n_lyer")])
 def test_commands_that_do_not_fit(monkeypatch, capsys, argv, message):
     monkeypatch.setattr(sys, "argv", ["study.py", *argv])
     with pytest.raises((SystemExit, UserError)) as error:

@@ -20,7 +20,7 @@ import prepare
 from conftest import SMALL, SPLITS, call, read_split, run_main, run_quickly
 from nanolab import corpus, dataset_writer
 from nanolab.checkpoint import read_checkpoint
-from nanolab.common import UserError
+from nanolab.common import UserError, run_script
 from nanolab.corpus import cut, file_ranges, own_files, undressed
 from nanolab.data import read_meta
 from nanolab.tokenizer import END_OF_TEXT
@@ -101,14 +101,16 @@ def test_names(tmp_path, monkeypatch):
     """A data set is named after its source. The shell leaves the ~ of --data_dir=~/x as it is."""
     def parse(*argv):
         monkeypatch.setattr("sys.argv", ["prepare.py", *argv])
-        return prepare.parse_arguments()
+        parsed = []
+        run_script(lambda: parsed.append(prepare.parse_arguments()))
+        return parsed[0]
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    args = parse("~/x", "--val=~/x", "--data_dir=~/x")
-    assert {args.source, args.val, args.data_dir} == {str(tmp_path / "x")}
+    args = parse("x", "--val=~/x", "--data_dir=~/x")
+    assert {args.val, args.data_dir} == {str(tmp_path / "x")}
     write(tmp_path, {"one-2.0/a.b.txt": "Text.", "loop": tmp_path / "loop"})
     for path, name in {"one-2.0": "one-2.0", "one-2.0/a.b.txt": "a.b", "loop": "loop"}.items():
-        assert parse(f"~/{path}").name == name
+        assert parse(str(tmp_path / path)).name == name
 
 
 # Equal texts
@@ -209,6 +211,9 @@ def test_ready_made_splits(tmp_path, monkeypatch, capsys):
     facts = json.loads((tmp_path / "both" / "made" / "meta.json").read_text())
     assert facts["documents_left_out"]["in val or test"] == 2
 
+    make(monkeypatch, tmp_path / "same", folder, given[1], given[1].replace("--test", "--val"))
+    assert "note: 9 documents of val are in test too" in capsys.readouterr().out
+
     made = make(monkeypatch, tmp_path / "one", folder, given[1], "--heldout=0.2")
     assert made["test"] == parts["test"] and 5 <= len(made["val"]) <= 8
     del parts["train"][7]
@@ -282,6 +287,7 @@ SPACES = "x" + " " * 1_100_000 + "x"  # too many for tiktoken
     ("mine.parquet", parquet({"id": [1], "body": ["x"]}), "no column 'text' but id, body; choose"),
     ("mine.parquet", parquet({"text": [b"x"]}), "row 1 has no text that can be encoded: \"b'x'\""),
     ("mine.parquet", parquet({"text": [None]}), "no text for train; documents left out: null or"),
+    ("mine.parquet", parquet({"text": array([b"\xe9"]).view("string")}), "mine.parquet is damaged"),
     ("mine.parquet", DAMAGED, "mine.parquet is damaged")], ids=itertools.count())
 def test_what_is_refused(tmp_path, monkeypatch, name, content, message):
     write(tmp_path, {name: content})

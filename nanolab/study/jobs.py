@@ -8,12 +8,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from config import OPTIONS, Config
 from nanolab.common import StopSignal, UserError
+from nanolab.data import read_meta
 from nanolab.options import load, read_config_file, split_command_line
 from nanolab.study.runs import read_json, read_run, relevant_options
 
@@ -45,7 +47,10 @@ def parse_arm(arm):
     """An arm: a name in config/interventions/, a config file, or NAME=WORDS. -> name, words"""
     name, equals, words = arm.partition("=")
     if equals:
-        return name, shlex.split(words)
+        try:
+            return name, shlex.split(words)
+        except ValueError as error:
+            raise UserError(f"the arm {arm!r} cannot be read: {error}", exit_code=2) from None
     if arm.endswith(".py"):
         return Path(arm).stem, [arm]
     return arm, [f"config/interventions/{arm}.py"]
@@ -65,9 +70,14 @@ def check_earlier(folder, config):
     path = Path(folder, "config.json")
     if not path.exists():
         return
-    then, now = (relevant_options({"config": each}) for each in (read_json(path), vars(config)))
-    resolved = {"vocab_size", "max_steps", "epochs"} if config.epochs else {"vocab_size"}
-    for key in now.keys() & then.keys() - resolved:
+    earlier = read_json(path)
+    if config.epochs:  # config.json has the steps that they come to
+        from nanolab.start import with_budget
+        size = config.block_size or earlier["block_size"]
+        config = with_budget(replace(config, block_size=size), read_meta(
+            config.data_dir, config.dataset, earlier["vocab_size"]))
+    then, now = (relevant_options({"config": each}) for each in (earlier, vars(config)))
+    for key in now.keys() & then.keys() - {"vocab_size"}:
         if now[key] != then[key] and now[key] is not None:  # None: init_from decides
             raise UserError(f"{folder} was made with {key}={then[key]!r}, not {now[key]!r}; choose "
                             "another --out, or delete that folder", exit_code=2)

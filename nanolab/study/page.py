@@ -4,6 +4,7 @@ import html
 import os
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from nanolab.charts import curves_chart, differences_chart
 from nanolab.common import code_name
@@ -39,7 +40,8 @@ def study_page(path, status, runs, rows, baseline, loss, more="", is_running=Fal
         sections["Curves"] = chart("curves", ZOOMING) + paragraphs(
             format_objectives(experiments, baseline))
     sections["Options that differ"] = html_table(
-        differing_options(experiments, baseline or next(iter(experiments), None)).items())
+        differing_options(experiments, baseline if baseline in experiments else
+                          next(iter(experiments), None)).items())
     sections["Samples"] = format_samples(last_samples(experiments, logs))
     sections["Runs"] = html_table(
         [cells_of_run(label, run, path) for label, runs in experiments.items() for run in runs],
@@ -105,7 +107,7 @@ def last_samples(experiments, logs):
 def cells_of_run(label, run, page):
     if "path" in run:  # which a file written by hand has not
         report = os.path.relpath(Path(run["path"]).with_name("report.html"), Path(page).parent)
-        label = f'<a href="{html.escape(report, quote=True)}">{html.escape(label)}</a>'
+        label = quote(report), label
     minutes = run["seconds"] / 60 if "seconds" in run else None
     numbers = ((run.get("test_loss"), ".4f"), (run.get("val_loss"), ".4f"), (minutes, ".1f"),
                (run.get("tokens_per_second"), ",.0f"))

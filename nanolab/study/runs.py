@@ -29,6 +29,7 @@ NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "o
                 "dollars_per_hour"}
 
 FACTS = ("seconds", "tokens_per_second", "cost", "machine", "versions", "started", "ended", "code")
+SIZES = ("max_steps", "max_tokens", "global_batch_size", "block_size")
 NUMBERS = ("test_loss", "val_loss", "seconds", "tokens_per_second", "parameters", "trained_tokens")
 
 
@@ -60,14 +61,21 @@ def read_runs(words, loss):
 
 def find_paths(word):
     """The checkpoints and results files that a word names. Raises UserError if there is none."""
-    matches = glob.glob(word, recursive=True) if glob.has_magic(word) else [word]
+    is_glob = glob.has_magic(word) and not os.path.exists(word)
+    matches = glob.glob(word, recursive=True) if is_glob else [word]
     paths = {path for match in matches for path in (
-        [str(config.with_name("best.pt")) for config in Path(match).rglob("config.json")
-         if not config.with_name("model.safetensors").exists()]  # our export is no run
+        [str(config.with_name("best.pt")) for config in configs_below(match)]
         if os.path.isdir(match) else [match]) if path.endswith((".pt", ".json"))}
     if not paths:
         raise UserError(f"there is no run in '{word}'")
     return sorted(paths)
+
+
+def configs_below(folder):
+    """The config.json of each run below a folder, also in linked folders."""
+    found = glob.glob("**/config.json", root_dir=folder, recursive=True)
+    return [path for path in (Path(folder, name) for name in found)
+            if not path.with_name("model.safetensors").exists()]  # our export is no run
 
 
 def is_unfinished(folder):
@@ -113,7 +121,11 @@ def read_file(path):
             key: run[key] for key in DEFAULTS if key in run})}} for run in content["runs"]]
         for run in runs:
             hash((run["name"], *run["config"].values()))  # a TypeError if one is a list
-            if not all(isinstance(run.get(key) or 0, (int, float)) for key in NUMBERS):
+            figures = [run.get(key) or 0 for key in NUMBERS]
+            figures += [settings(run)[key] for key in SIZES]
+            if not (isinstance(run["name"], str) and all(isinstance(state, dict) for state in
+                                                         run.get("code") or ())
+                    and all(isinstance(figure, (int, float)) for figure in figures)):
                 raise TypeError
         return runs
     except FileNotFoundError:
