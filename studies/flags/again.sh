@@ -11,10 +11,10 @@ flags=(
 again() {  # WIDTH TOKENS RATE SEEDS FLAGS
   python study.py config/modern.py config/ladder.py --batch_size=16 --weight_decay=0.0921 \
     --beta2=0.99 --warmup_fraction=0 --n_layer=2 --n_head=$(($1 / 32)) --n_embd=$1 \
-    --max_tokens=$2 --learning_rate=$3 --seeds=$4 --jobs="${JOBS:-2}" --validation \
-    --out="out/flags/again_2x$1" --json="out/flags_again_2x$1.json" --baseline=modern \
-    --arms "${@:5}"
+    --max_tokens=$2 --learning_rate=$3 --seeds=$4 --jobs="${JOBS:-2}" \
+    --out="out/flags/again_2x$1" --json="out/flags_again_2x$1.json" --baseline=modern "${@:5}"
 }
 
-again 32 916_480 0.0834 5 "${flags[@]:1}"  # which has one head
-again 64 2_816_000 0.0284 3 "${flags[@]}"
+again 32 916_480 0.0834 5 --validation --arms "${flags[@]:1}"  # which has one head
+again 64 2_816_000 0.0284 3 --validation --arms "${flags[@]}"
+again 96 5_698_560 0.0157 3 --arms stack="--value_embeddings --tail_average=0.05"  # the two chosen
