@@ -73,10 +73,8 @@ def with_new_name(name):
 
 
 def load_model(checkpoint):
-    """The GPT of a checkpoint, a path or what read_checkpoint or huggingface.read_any returned. It
-    is in eval mode, on the CPU. Raises UserError."""
-    if not isinstance(checkpoint, dict):
-        checkpoint = read_checkpoint(checkpoint)
+    """The GPT of what read_checkpoint or huggingface.read_any returned, in eval mode, on the CPU.
+    Raises UserError."""
     model = GPT(GPTConfig.from_options(checkpoint["config"]))
     load_weights(model, checkpoint)
     return model.eval()

@@ -93,8 +93,9 @@ def test_a_trial_changes_nothing(monkeypatch):
 
 def split_automatically(n_processes, global_batch_size):
     config = load(Config, ["--batch_size=auto", f"--global_batch_size={global_batch_size}"])
-    return train.split_batch(config, torch.nn.Linear(1, 1), None, types.SimpleNamespace(block_size=32),
-                             World(torch.device("cpu"), None, 0, n_processes))
+    world = World(torch.device("cpu"), None, 0, n_processes)
+    return train.split_batch(config, torch.nn.Linear(1, 1), None,
+                             types.SimpleNamespace(block_size=32), world)
 
 
 def test_auto_on_a_cpu():

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from conftest import equal_weights
 from model import GPT, GPTConfig
-from nanolab.checkpoint import load_model
+from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.head import HeadLoss
 from probes import flag_sets, small_gpt_config
 
@@ -80,7 +80,7 @@ def test_flags_in_any_combination(small_run, i):
     small_run("parts", *flags, "--max_steps=2")
     small_run("parts", *flags, "--resume")
     assert equal_weights(whole / "last.pt", whole.parent / "parts" / "last.pt")
-    gpt = load_model(whole / "last.pt")
+    gpt = load_model(read_checkpoint(whole / "last.pt"))
     start = GPT(gpt.config)
     for name, p in gpt.named_parameters():
         assert not p.equal(start.get_parameter(name)), name

@@ -157,6 +157,7 @@ def test_threads_follow_from_a_rule(monkeypatch, is_large, options, n_threads, i
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     model = torch.nn.Linear(2**12, 2**12, bias=is_large, device="meta")  # of 2**24 weights
     config = Config(**{"dropout": 0.0, "batch_size": 8, **options})
-    fast = train.make_fast(model, config, config.batch_size, distributed.World(torch.device("cpu"), None))
+    world = distributed.World(torch.device("cpu"), None)
+    fast = train.make_fast(model, config, config.batch_size, world)
     assert chosen == [(n_threads, is_shared)]
     assert isinstance(fast, distributed.SharedModel) == is_shared

@@ -35,12 +35,13 @@ RECORDED = {
     "lab": "lab/results", "noise": "noise/results", "batch_size": "batch_size/results",
     "ladder": "ladder/results", "quickstart": "quickstart/results",
     "ladder_prediction": "ladder/prediction",
-    **{f"flags_{name}": f"flags/{name}" for name in ("2x32", "2x48", "stack")},
+    **{f"flags_{name}": f"flags/{name}" for name in (
+        "2x32", "2x48", "stack", "again_2x32", "again_2x64", "again_2x96")},
     **{f"modern_{name}": f"modern/{name}" for name in (
         "alone", "core", "small_1x", "small_2x", "wide_half", "wide_1x", "wide_tuned",
         "wide_trials")},
     **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in (
-        "rates_32", "runs_32", "runs_64", "runs_96", "checks_96")}}
+        "rates_32", "runs_32", "runs_64", "runs_96", "checks_96", "fewer")}}
 
 # Instead of Python and torchrun: writes the command line down.
 FAKE = """#!/bin/sh
@@ -170,7 +171,8 @@ def ladder(widths=SIZES, groups=None):
                     loss = true_loss(SIZES[width], budget / (FRACTION if name == "better" else 1))
                     loss += 0.003 * rng.standard_normal()
                     config = {"seed": seed, "n_layer": 2, "n_embd": width, "max_tokens": tokens}
-                    found.append({"name": name, "test_loss": loss, "loss": loss, "trained_tokens": tokens,
+                    found.append({"name": name, "test_loss": loss, "loss": loss,
+                                  "trained_tokens": tokens,
                                   "parameters": SIZES[width] - 4 * (name == "better"),
                                   "config": config})
                     if groups:

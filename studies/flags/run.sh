@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # Each newer flag alone on the ladder's modern recipe at its two smallest sizes, by validation loss;
 # then what helped, together, at the third size, on the test split: `stack` with the recipe's
-# values, `stack_tuned` with those that the trials on record found (README.md). Needs `python
-# prepare.py pypi`, once. Writes out/flags/ and out/flags_*.json; prints the tables.
+# values, `stack_tuned` with those that the trials on record found (README.md). Then the chosen ones
+# again, on the recipe of studies/heads_of_32. Needs `python prepare.py pypi`, once. Writes
+# out/flags/ and out/flags_*.json; prints the tables.
 set -euo pipefail
 
 # these runs are older than the bound of attention logits (studies/qk_bound)
 modern="--qk_bound=0 --batch_size=16 --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0"
+decay_to_zero="--schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0"
 
 # The files in config/interventions/ have the values of models of another size. A rate that is a
 # multiple of the matrices' is tried at a third and at three times.
 flags=(
   cosine_to_zero=--min_lr_ratio=0
-  decay_to_zero="--schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0"
+  decay_to_zero="$decay_to_zero"
   embedding_lr_0.3=--embedding_lr=0.3 embedding_lr_3=--embedding_lr=3
   head_lr_0.3=--head_lr=0.3 head_lr_3=--head_lr=3
   scalar_lr_0.3=--scalar_lr=0.3 scalar_lr_3=--scalar_lr=3
@@ -32,8 +34,7 @@ alone 3 48 1_743_360 0.03338
 python -m studies.flags.flags choose out/flags_2x32.json out/flags_2x48.json
 
 stack="config/modern.py $modern --n_head=1 --embedding_lr=3 --activation=swiglu"
-stack+=" --value_residual --value_embeddings --tail_average=0.05"
-stack+=" --schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0"
+stack+=" --value_residual --value_embeddings --tail_average=0.05 $decay_to_zero"
 rope_qk_norm="config/interventions/rope.py config/interventions/qk_norm.py --qk_bound=0"
 rope_qk_norm+=" --weight_decay=0.1268 --beta2=0.95 --warmup_fraction=0"
 python study.py config/cloud.py config/ladder.py --weight_decay=0.0196 --beta2=0.9995 \
@@ -43,3 +44,17 @@ python study.py config/cloud.py config/ladder.py --weight_decay=0.0196 --beta2=0
   modern="config/modern.py $modern --learning_rate=0.02462" stack="$stack --learning_rate=0.02462" \
   stack_tuned="$stack --learning_rate=0.03994 --weight_decay=0.006047 --beta2=0.95"
 python study.py out/flags/2x64 --baseline=modern --json=out/flags_stack.json
+
+again() {  # WIDTH TOKENS RATE SEEDS, and words of study.py
+  python study.py config/modern.py config/ladder.py --batch_size=16 --weight_decay=0.0921 \
+    --beta2=0.99 --warmup_fraction=0 --n_layer=2 --n_head=$(($1 / 32)) --n_embd=$1 \
+    --max_tokens=$2 --learning_rate=$3 --seeds=$4 --jobs="${JOBS:-2}" \
+    --out="out/flags/again_2x$1" --json="out/flags_again_2x$1.json" --baseline=modern "${@:5}"
+}
+
+flags=(value_embeddings value_residual qkv_bias tail_average swiglu embedding_lr_3=--embedding_lr=3
+  decay_to_zero="$decay_to_zero")
+again 32 916_480 0.0834 5 --validation --arms "${flags[@]}"
+again 64 2_816_000 0.0284 3 --validation --arms "${flags[@]}" one_head=--n_head=1
+python -m studies.flags.flags choose out/flags_again_2x32.json out/flags_again_2x64.json
+again 96 5_698_560 0.0157 3 --arms stack="--value_embeddings --tail_average=0.05"  # the two chosen

@@ -48,3 +48,18 @@ study checks 96 5_698_560 --learning_rate=0.0041 --baseline=published_0.0041 --v
   rope_0.0039="$rope $second --learning_rate=0.0039" \
   rope_0.0156="$rope $second --learning_rate=0.0156" \
   modern_0.00785="$modern --learning_rate=0.00785" modern_0.0314="$modern --learning_rate=0.0314"
+
+fewer() {  # WIDTH TOKENS SEEDS, and the rates of rope and modern: a half and a quarter of the tokens
+  for part in 2 4; do
+    python study.py config/cloud.py config/ladder.py $second --n_layer=2 --n_embd=$1 \
+      --n_head=$(($1 / 32)) --max_tokens=$(($2 / part)) --jobs="${JOBS:-2}" --validation \
+      --seeds=$3 --position=rope --learning_rate=$4 --out="out/heads_of_32/fewer/$1_1_$part" \
+      --baseline=rope --arms modern="$modern --position=rope --learning_rate=$5"
+  done
+}
+
+fewer 32 916480 5 0.0306 0.0834
+fewer 64 2816000 3 0.0158 0.0284
+python study.py out/heads_of_32/fewer --validation --json=out/heads_of_32_fewer.json
+python -m studies.ladder.scaling out/heads_of_32_{runs_32,runs_64,runs_96,fewer}.json --validation \
+  --against published rope rope_qk_norm
