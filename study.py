@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.study import tables
 from nanolab.study.runs import (as_json, choose_baseline, group_by_experiment, has_loss, read_file,
-                                read_runs)
+                                read_runs, settings)
 
 
 def main():
@@ -79,8 +79,9 @@ def write_page(args, study, status, is_running=False):
 
 def check_data(runs, loss):
     """Raises UserError if the runs were tested, or validated, on different data."""
-    data = {loss == "test_loss" and run.get("test_sha256") or run.get("dataset")
-            or run["config"].get("dataset") for run in runs}
+    data = {(loss == "test_loss" and run.get("test_sha256") or run.get("dataset")
+             or run["config"].get("dataset"),
+             loss == "val_loss" and settings(run)["eval_tokens"]) for run in runs}
     if len(data) > 1:
         raise UserError("these runs were measured on different data, so their losses cannot be "
                         "compared; show another study's differences with --beside")
@@ -93,7 +94,7 @@ def print_table(args, study):
                                       if has_loss(run, args.loss)])
         path = Path(args.beside)
         title = path.parent.name if path.stem == "results" else path.stem
-        beside = title, tables.compare(others, choose_baseline(others, None), args.loss)
+        beside = title, tables.compare(others, choose_baseline(others, "baseline"), args.loss)
     cells = tables.comparison_cells(rows, args.all, beside)
     print(wrapped(tables.format_heading(rows, baseline, args.loss), args.markdown), "",
           tables.format_table(cells, args.markdown), sep="\n")

@@ -261,6 +261,9 @@ def test_a_noisy_cell_counts_with_its_own_sd(monkeypatch):
     sds, [warning] = scaling.noise(scaling.collect_cells(found))
     assert "published with 40,000 parameters" in warning
     assert sds["published", 40_000, 800_000] == (pytest.approx(0.1, rel=0.1), 2)
+    assert sds["published", 90_000, 1_800_000] == (pytest.approx(0.003, rel=0.5), 8)
+    with pytest.raises(UserError, match="one run of better in each cell shows no noise"):
+        scaling.analyse([run for run in found if run["config"]["seed"] == 1])
 
     monkeypatch.setattr(scaling, "N_SAMPLES", 20_000)
     pair = [{"name": "a", "loss": loss, "config": {"seed": loss}} for loss in (1.0, 1.2)]

@@ -157,6 +157,13 @@ def test_cautions(rows_of, compare, tmp_path):
         assert (high - low > 3 * (row["high"] - row["low"])) == wider and low <= row["low"]
         assert ("Not shown if the test set were resampled" in printed) == wider
         assert row["verdict"] == "better" and "if test set resampled" in printed
+    runs = json.loads(file.read_text())
+    file.write_text(json.dumps([{**run, "val_loss": run["test_loss"]} for run in runs]))
+    assert "resampled" not in compare(file, "--all", "--validation"), "its documents are others"
+    runs[0]["eval_tokens"] = 100
+    file.write_text(json.dumps([{**run, "val_loss": run["test_loss"]} for run in runs]))
+    with pytest.raises(UserError, match="on different data"):
+        compare(file, "--validation")
 
 
 def test_what_counts_as_one_experiment():

@@ -108,7 +108,7 @@ def cells_of_run(label, run, page):
     if "path" in run:  # which a file written by hand has not
         report = os.path.relpath(Path(run["path"]).with_name("report.html"), Path(page).parent)
         label = quote(report), label
-    minutes = run["seconds"] / 60 if "seconds" in run else None
+    minutes = run["seconds"] / 60 if run.get("seconds") is not None else None
     numbers = ((run.get("test_loss"), ".4f"), (run.get("val_loss"), ".4f"), (minutes, ".1f"),
                (run.get("tokens_per_second"), ",.0f"))
     return [label, settings(run)["seed"],

@@ -29,7 +29,8 @@ def compare(experiments, baseline, loss="test_loss", test=stats.compare_means):
         elif baseline:
             row.update(test(ours, losses_by_seed(experiments[baseline], loss)))
             row.update(verdict="not exercised" if "equal" in row["compared"] else "not shown",
-                       text_error=text_error(runs, experiments[baseline]),
+                       text_error=None if loss == "val_loss" else text_error(
+                           runs, experiments[baseline]),
                        n_groups=len(runs[0].get("group_losses", ())))
             if all(run.get("reference") for run in runs):
                 row.update(verdict="reference", p=None, compared="", gaps=[])

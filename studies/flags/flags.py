@@ -65,7 +65,8 @@ def main():
         raise UserError("name choose or agreement, and two results files", exit_code=2)
     sizes = [read_losses(path) for path in sys.argv[2:]]
     labels = [Path(path).stem.split("_")[-1] for path in sys.argv[2:]]
-    print(what({name: compare(name, sizes) for name in sizes[0] if name != BASELINE}, labels))
+    print(what({name: compare(name, sizes) for name in sizes[0]
+                if name in sizes[1] and name != BASELINE}, labels))
 
 
 if __name__ == "__main__":

@@ -97,16 +97,20 @@ def noise(cells):
         losses = {cell: values(cells[cell]) for cell in mine}
         squares = {cell: np.array([np.var(each) * len(each), len(each) - 1])
                    for cell, each in losses.items() if len(each) > 1}
+        if not squares:
+            raise UserError(f"one run of {recipe} in each cell shows no noise: run more seeds")
         total, df = sum(squares.values())
-        sds.update(dict.fromkeys(mine, (math.sqrt(total / df), df)))
+        own = {}
         for cell, (square, own_df) in squares.items():
             others = (total - square) / (df - own_df) if own_df < df else math.inf
             f = square / own_df / others
             if len(squares) * fdtrc(own_df, df - own_df, f) < 0.05:
-                sds[cell] = math.sqrt(square / own_df), own_df
+                own[cell] = sds[cell] = math.sqrt(square / own_df), own_df
                 warnings.append(f"{recipe} with {cell[1]:,} parameters and {cell[2]:,} tokens has "
                                 f"the SD {sds[cell][0]:.4f}, its other cells "
                                 f"{math.sqrt(others):.4f} (F = {f:.1f}). It counts with its own.")
+        total, df = sum(each for cell, each in squares.items() if cell not in own)
+        sds.update({cell: (math.sqrt(total / df), df) for cell in mine if cell not in own})
     return sds, warnings
 
 
@@ -233,7 +237,7 @@ def format_analysis(result):
         fractions.append([ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
                           format_interval(limits, ".3f")])
     tables = {
-        f"Laws over {len(result['fitted'])} sizes, {smallest} to {result['fitted'][-1]:,} "
+        f"Laws over {len(result['fitted'])} sizes, {smallest} to {max(result['fitted'], default=0):,} "
         f"parameters, and their predictions for {result['target']:,}. The line: through the last "
         "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
         "another form.": laws,

@@ -16,7 +16,7 @@ from scipy.linalg import null_space
 from scipy.optimize import Bounds, minimize
 from scipy.special import chdtri, stdtr
 
-from nanolab.common import argument_parser, run_script
+from nanolab.common import UserError, argument_parser, run_script
 from nanolab.study import stats
 from nanolab.study.runs import losses_by_seed, read_file, seeds_of, settings
 from nanolab.study.tables import format_interval, format_table
@@ -138,8 +138,10 @@ def format_noise(runs):
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS.json")
-    runs = read_file(parser.parse_args().results)
-    print(format_noise([run for run in runs if run["name"] in NAMES]))
+    runs = [run for run in read_file(parser.parse_args().results) if run["name"] in NAMES]
+    if not runs:
+        raise UserError(f"no run is named {', '.join(NAMES)}")
+    print(format_noise(runs))
 
 
 if __name__ == "__main__":
