@@ -61,7 +61,7 @@ def train(config, on_step=lambda step, model: None):
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
     state = start.restore(model, average, optimizer, scaler, world)  # steps done, seconds, ...
-    if state.step >= max_steps:
+    if state.step > max_steps or state.step == max_steps and has_ended(config, world):
         return print_finished(config, state, max_steps)
 
     # how a step is computed: compiled, in micro-steps, by processes or threads that share batches
@@ -77,9 +77,8 @@ def train(config, on_step=lambda step, model: None):
     # what it leaves: a log with samples and charts, and checkpoints
     clock = TrainingClock(state.seconds)
     log = RunLog(config, meta, state, max_steps, model, clock, world)
-    saver = CheckpointSaver(
-        config.out_dir, partial(pack, config, meta, state, model, average, optimizer, scaler),
-        start.best_val_loss, config.on_save, enabled=world.rank == 0 and config.save_weights)
+    saver = CheckpointSaver(config, partial(pack, config, meta, state, model, average, optimizer,
+                                            scaler), start.best_val_loss, world)
     stop = StopSignal()
     validate = lambda model: mean_loss(model, val_data, config.eval_tokens, batch_size, world)
     batches = micro_batches(train_data, config, batch_size, state.step, world)
@@ -98,8 +97,7 @@ def train(config, on_step=lambda step, model: None):
             for micro_step in range(grad_accum_steps):
                 if world.size > 1:  # DDP averages the gradients, in the last backward pass only
                     ddp_model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-                if config.dropout:
-                    seed_dropout(config.dropout_seed, step, micro_step * world.size + world.rank)
+                seed_dropout(config, step, micro_step * world.size + world.rank)
                 with world.autocast():
                     loss = ddp_model(inputs, targets, config.z_loss)
                 inputs, targets = next(batches)  # prefetched while the device computes
@@ -136,12 +134,14 @@ def train(config, on_step=lambda step, model: None):
                     log.validation(state.val_loss, is_best=saver.is_best(state.val_loss))
                     if saver.is_best(state.val_loss):
                         saver.save("best.pt", wait=last_step)
-                if last_step or not stopping and log.report_is_due():
-                    log.report(saver.best_val_loss)  # before last.pt, which ends the run
-                if last_step or stopping or is_due(config.save_every, state.step):
-                    saver.save("last.pt", wait=last_step or stopping)
-            if stopping:
-                break
+                if last_step or stopping:
+                    break
+                if log.report_is_due():
+                    log.report(saver.best_val_loss)
+                if is_due(config.save_every, state.step):
+                    saver.save("last.pt")
+        log.report(saver.best_val_loss)  # before last.pt, after which on_save copies all of it
+        saver.save("last.pt", wait=True)
         log.finish(saver.best_val_loss)
 
 
@@ -156,11 +156,12 @@ def micro_batches(data, config, batch_size, step, world):
         step += 1
 
 
-def seed_dropout(dropout_seed, step, micro_batch):
+def seed_dropout(config, step, micro_batch):
     """Seeds dropout by (step, micro-batch): the same masks after a resume, and on any number of
     processes with one micro-batch each."""
-    seed = np.random.SeedSequence([dropout_seed, step, micro_batch]).generate_state(1, np.uint64)[0]
-    torch.manual_seed(int(seed >> 1))  # which takes 63 bits
+    if config.dropout:
+        sequence = np.random.SeedSequence([config.dropout_seed, step, micro_batch])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))  # it takes 63 bits
 
 
 def average_over_ranks(loss, grad_norm, stop_requested):
@@ -258,6 +259,10 @@ def make_stdlib_if_missing(config, world):
             prepare_stdlib(config.data_dir)
         if world.size > 1:
             dist.barrier()
+
+
+def has_ended(config, world):
+    return world.all(Path(config.out_dir, "summary.json").exists())
 
 
 def print_finished(config, state, max_steps):

@@ -6,7 +6,7 @@
 #     torchrun --standalone --nproc_per_node=8 train.py config/cloud_hour.py      # training alone
 #
 # Time. 8 x 208,338 tokens/s, the card's limit, x 0.75 (docs/gpu.md) = 1,250,000 tokens/s: 43
-# minutes for 6,219 steps. Not counted: averaging gradients, 652 MB a step; Muon's products, 1.6
+# minutes for 6,219 steps. Not counted: averaging gradients, 649 MB a step; Muon's products, 1.6
 # TFLOP a step, which the GPUs share, and exchange; 25 validations and saves; compiling. The
 # environment, the data and the test take about 10 minutes more (runs/cloud.sh). So a step has 0.48
 # s where 0.42 are predicted. For other cards, --dry_run says; 8 H100s (limit 516,929) would take 18

@@ -60,4 +60,4 @@ cooldown_fraction = 0.7        # T3; the best share in marin's sweep at 130M was
 min_lr_ratio = 0.0             # T3
 
 eval_every = 125               # T3
-save_every = 50                # 11 minutes
+save_every = 50                # 9 minutes

@@ -1,10 +1,13 @@
 """Checkpoints: load one, and save atomically in the background. start.py resumes from them."""
 
+import fcntl
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
@@ -13,7 +16,7 @@ from tqdm import tqdm
 
 from config import OPTIONS, Config, GPTConfig
 from model import GPT
-from nanolab.common import UserError, describe, load_tensors, versions
+from nanolab.common import UserError, describe, load_tensors, versions, write_atomically
 from nanolab.distributed import print0
 from nanolab.options import check
 
@@ -142,17 +145,17 @@ class CheckpointSaver:
     """Saves last.pt and best.pt in the background: a thread writes one file after the other. Only
     rank 0 has one that is enabled. As a context manager it waits for the last file and command.
 
-    pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt;
-    on_save: a shell command to run after each file; '': none.
+    pack: a function that returns the checkpoint of this moment; best_val_loss: that of best.pt.
     """
 
-    def __init__(self, out_dir, pack, best_val_loss, on_save, enabled):
-        self.out_dir, self.pack, self.enabled = Path(out_dir), pack, enabled
+    def __init__(self, config, pack, best_val_loss, world):
+        self.out_dir, self.pack = Path(config.out_dir), pack
+        self.enabled = world.rank == 0 and config.save_weights
         self.best_val_loss = best_val_loss  # only a best.pt on disk counts
         self.writer = ThreadPoolExecutor(max_workers=1)
         self.pending_save = self.writer.submit(bool)  # a finished Future: nothing is pending
         self.buffers, self.snapshot = {}, {}
-        self.on_save, self.runner = on_save, ThreadPoolExecutor(max_workers=1)
+        self.on_save, self.runner = config.on_save, ThreadPoolExecutor(max_workers=1)
         self.last_command = self.runner.submit(bool)
 
     def __enter__(self):
@@ -186,49 +189,52 @@ class CheckpointSaver:
             checkpoint = self.snapshot
         self.pending_save = self.writer.submit(self.write, name, checkpoint)
         if wait and not self.pending_save.result() and name == "last.pt":
+            (self.out_dir / "summary.json").unlink(missing_ok=True)  # the run has not ended
             raise UserError(f"the last steps are lost: {self.out_dir / name} could not be saved")
 
     def write(self, name, checkpoint):
         """Writes a file, in the writer's thread. -> whether it could."""
+        with suppress(OSError), open(self.out_dir / "log.jsonl") as log:
+            os.fsync(log.fileno())  # a lost machine's log reaches as far as its checkpoint
         best = checkpoint["val_loss"] if name == "best.pt" else self.best_val_loss
         saved = save_checkpoint(self.out_dir / name, {**checkpoint, "best_val_loss": best})
         if saved:
             self.best_val_loss = best
             # a command that still waits for the one before it sees this file too
             if self.on_save and (self.last_command.running() or self.last_command.done()):
-                self.last_command = self.runner.submit(run_on_save, self.on_save)
+                self.last_command = self.runner.submit(run_on_save, self.on_save, self.out_dir)
         return saved
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint completely or not at all: to a temporary file, then to the disk, then
-    under its name. -> whether it could. If not, it prints why, and the file that was there is
-    unchanged."""
-    unfinished = Path(f"{path}.unfinished")
+    """Writes a checkpoint. -> whether it could. If not, it prints why, and the file that was there
+    is unchanged."""
     try:
-        with open(unfinished, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write_atomically(path, partial(torch.save, checkpoint))
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that became read-only, or is gone
+            Path(f"{path}.unfinished").unlink()
         tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept",
                    file=sys.stderr)
         return False
 
 
-def run_on_save(command):
+def run_on_save(command, out_dir):
     """Runs a shell command to its end. If it fails, one line says so and the run goes on."""
+    folder = os.open(out_dir, os.O_RDONLY)
+    with suppress(OSError):  # some disks have no locks
+        fcntl.flock(folder, fcntl.LOCK_EX)  # which the command has too: it may outlive a killed run
     try:
         # in a session of its own: Ctrl-C, which ends a run in good order, must not end the copy
         subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, text=True, check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, errors="replace",
-                       start_new_session=True)
+                       start_new_session=True, pass_fds=[folder])
     except (subprocess.CalledProcessError, OSError) as error:  # OSError: no memory for a process
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        said = ((getattr(error, "stderr", "") or "").strip() or str(error)).splitlines()[-1]
         tqdm.write(f"--on_save failed ({said[:500]}): {command}", file=sys.stderr)
+    finally:
+        os.close(folder)
 
 
 def snapshot_to_cpu(checkpoint, buffers):

@@ -229,10 +229,17 @@ def parse_json(text):
 
 
 def write_atomically(path, content):
-    """Writes a file of text (in UTF-8) or bytes, completely or not at all."""
+    """Writes a file completely or not at all: to a temporary file, then to the disk, then under its
+    name. content: text (in UTF-8), bytes, or a function that writes to the file it is given."""
     unfinished = Path(f"{path}.unfinished")
     try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        with open(unfinished, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:  # a full disk does not say which file
         raise OSError(error.errno, error.strerror, str(path)) from None

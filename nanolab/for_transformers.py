@@ -19,6 +19,7 @@ class NanolabConfig(PretrainedConfig):
 class NanolabForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NanolabConfig
     base_model_prefix = "gpt"
+    _supports_sdpa = True
     _tied_weights_keys = {"gpt.head.weight": "gpt.wte.weight"}  # if config.tie_word_embeddings
 
     def __init__(self, config):

@@ -46,8 +46,9 @@ class LanguageModel:
         """What generate adds to the text, in pieces, as it is made. -> an iterator over str"""
         prompt = self.batch(self.encode(text or END_OF_TEXT))
         generator = torch.Generator(self.device).manual_seed(seed)
-        top_k = top_k and min(top_k, self.model.config.vocab_size)
-        tokens = self.model.stream(prompt, max_new_tokens, temperature, top_k, top_p, generator)
+        top_k = min(top_k, self.model.config.vocab_size) if top_k else None
+        tokens = self.model.stream(prompt, max_new_tokens, temperature, top_k, top_p or None,
+                                   generator)
         # a character that has several tokens comes with the last one
         return codecs.iterdecode(text_of(map(int, tokens), self.tokenizer), "utf-8", "replace")
 
@@ -78,7 +79,8 @@ class LanguageModel:
     @torch.no_grad()
     def hidden_states(self, text):
         """What the blocks read and write, (n_layer + 1, T, n_embd): the embeddings, then each
-        block's output. model.logits(model.ln_f(it)) is what the model would say from there."""
+        block's output. model.logits(model.ln_f(it)) is what the model would say from there, on
+        the model's device."""
         window, states = self.batch(self.encode(text), check=True), []
         hooks = [module.register_forward_hook(
             lambda module, args, out: states.append(out[0] if isinstance(out, tuple) else out))

@@ -91,10 +91,11 @@ class RunLog:
         if self.config.save_weights:  # study.py recognises a run by its config.json
             options = {**vars(self.config), "code": self.state.code}
             write_atomically(self.out_dir / "config.json", json.dumps(options, indent=1) + "\n")
-            if code_state()["changed"]:
-                write_atomically(self.out_dir / "code.diff", code_diff())
-        (self.out_dir / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
+            if code_state()["changed"] and self.state.code[-1]["step"] == self.state.step:
+                of_step = f"_{self.state.step}" if self.state.step else ""
+                write_atomically(self.out_dir / f"code{of_step}.diff", code_diff())
         self.file = open_log(self.out_dir / "log.jsonl", self.state.step)
+        (self.out_dir / "summary.json").unlink(missing_ok=True)  # of the run before it is extended
 
     def __enter__(self):
         return self
@@ -251,7 +252,7 @@ class RunLog:
 def lock(path):
     """A lock that only one process can have; the system frees it however that process ends.
     Raises UserError."""
-    file_lock = FileLock(path, blocking=False)
+    file_lock = FileLock(path, blocking=False, fallback_to_soft=False)
     try:
         file_lock.acquire()
     except Timeout:

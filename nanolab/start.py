@@ -102,7 +102,10 @@ def checkpoint_to_resume(config, meta):
             raise config_error(f"{path} was trained on another data set of the name "
                                f"{config.dataset}")
         steps[path] = checkpoint["step"]
-    return read_run_checkpoint(max(steps, key=steps.get)) if steps else None
+    if not steps:
+        return None
+    best = checkpoint["best_val_loss"] if path.name == "best.pt" else math.inf  # of the file there
+    return {**read_run_checkpoint(max(steps, key=steps.get)), "best_val_loss": best}
 
 
 def read_run_checkpoint(path, mmap=False):
@@ -141,6 +144,9 @@ def check_init_from(weights, config, tokenizer):
             raise config_error(f"{key}={wanted!r} was asked for, but init_from="
                                f"'{config.init_from}' has {key}={there!r}; leave out one of the "
                                "two")
+    if config.tie_weights and config.head_lr != 1:
+        raise config_error(f"head_lr={config.head_lr} has no effect: the head of init_from="
+                           f"'{config.init_from}' is the embedding's matrix, see embedding_lr")
     if weights["tokenizer"] != tokenizer:
         raise config_error(f"init_from='{config.init_from}' reads {weights['tokenizer']} tokens, "
                            f"but the data set {config.dataset} has {tokenizer} tokens")

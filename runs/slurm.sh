@@ -19,5 +19,6 @@ if [ -f .venv/bin/activate ]; then source .venv/bin/activate; fi
 port=$((20000 + SLURM_JOB_ID % 10000))  # of this job alone
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 srun torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="$SLURM_GPUS_ON_NODE" \
+    --shutdown_timeout=80 \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$first:$port" \
     train.py config/cloud_hour.py --resume "$@"

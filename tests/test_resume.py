@@ -1,6 +1,8 @@
 """Stopped, killed, restarted: a resumed run is the run that would have been."""
 
 import errno
+import json
+import math
 import os
 import random
 import signal
@@ -296,3 +298,19 @@ def test_a_damaged_log(small_run, tiny_data):
     log.write_bytes(b"".join([lines[0], *garbage, *lines[1:]]))
     small_run("run", *flags, "--resume", "--max_steps=6")
     assert [entry["step"] for entry in read_log(log)[0]] == [0, 1, 2, 3, 4, 5]
+
+
+def test_what_is_gone_is_made_again(small_run):
+    """A best.pt that was lost, and the summary of a run that was killed before it."""
+    flags = ["--eval_every=5", "--max_steps=10"]
+    run = small_run("run", *flags, on_step=stop_at(7))
+    (run / "best.pt").unlink()
+    lost = read_checkpoint(run / "last.pt")["best_val_loss"]
+    small_run("run", *flags, "--resume")
+    best = read_checkpoint(run / "best.pt")
+    assert best["step"] == 10 and best["best_val_loss"] == best["val_loss"] and lost < math.inf
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    small_run("run", *flags, "--resume")
+    again = json.loads((run / "summary.json").read_text())
+    assert (again["steps"], again["final_val_loss"]) == (10, summary["final_val_loss"])

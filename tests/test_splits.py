@@ -70,7 +70,7 @@ def test_dropout_does_not_depend_on_the_split(small_run, small_flags, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
     masks = set()
     for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
-        train.seed_dropout(42, step, micro_batch)
+        train.seed_dropout(Config(dropout_seed=42), step, micro_batch)
         masks.add(tuple(torch.rand(100).tolist()))
     assert len(masks) == 3
 

@@ -275,6 +275,8 @@ def test_start_from_weights(tmp_path, data_dir):
     with pytest.raises(UserError, match="another run: init_from was '.*source', is 'gpt2'"):
         run("parts", "--resume", init_from="gpt2")
 
+    with pytest.raises(UserError, match="head_lr=2.0 has no effect: the head of init_from="):
+        run("tied", "--head_lr=2", init_from=whole / "last.pt")
     again = run("again", "--max_steps=1", "--learning_rate=1e-30", init_from=whole / "last.pt")
     before, after = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole, again))
     assert all(torch.equal(before[name], after[name]) for name in before)

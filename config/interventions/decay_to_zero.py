@@ -4,5 +4,6 @@
 
 name = "decay_to_zero"
 schedule = "wsd"
+warmup_fraction = 0.0
 cooldown_fraction = 0.7
 min_lr_ratio = 0.0
