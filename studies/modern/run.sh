@@ -33,15 +33,11 @@ study core lab_core $modern --batch_size=8 --max_tokens=307_200 --learning_rate=
 
 size small_1x --max_tokens=307_200
 size small_2x --max_tokens=614_400
-size wide_half --n_embd=192 --max_tokens=153_600
-size wide_1x --n_embd=192 --max_tokens=307_200
-# the larger ones next to a recipe with half the tokens, and to the lab's own run of the stack
+# the larger one next to the recipe with half the tokens, and to the lab's own run of the stack
 python study.py config/lab.py config/cloud.py --batch_size=8 --baseline=cloud --jobs="${JOBS:-2}" \
   --out=out/lab
 python study.py out/lab_scale/small_2x out/lab_scale/small_1x/modern out/lab/cloud \
   --baseline=published_stack --json=out/modern_small_2x.json
-python study.py out/lab_scale/wide_1x out/lab_scale/wide_half/modern \
-  --baseline=published_stack --json=out/modern_wide_1x.json
 
 trials=()
 for rate in 2e-3 4e-3; do trials+=(published_$rate=--learning_rate=$rate); done
