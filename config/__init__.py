@@ -279,14 +279,16 @@ class Config(GPTConfig):
         if self.tie_weights and self.head_lr != 1:
             return (f"{shown('head_lr')} has no effect with {shown('tie_weights')}: the head is "
                     "the embedding's matrix, whose rate is embedding_lr")
+        by_flag = lambda key: "(from --" in shown(key)  # in a file it may be for another stack
         for key, other, unused in (
-                ("max_tokens", "max_steps", self.max_steps), ("max_tokens", "epochs", self.epochs),
+                ("max_tokens", "max_steps", self.max_steps and not by_flag("max_steps")),
+                ("max_tokens", "epochs", self.epochs and not by_flag("epochs")),
                 ("min_lr_ratio", "schedule", self.schedule == "constant"),
                 ("cooldown_fraction", "schedule", self.schedule != "wsd"),
                 ("data_seed", "order", self.order == "sequential"),
                 ("dropout_seed", "dropout", not self.dropout),
                 ("on_save", "save_weights", not self.save_weights)):
-            if unused and "(from --" in shown(key):  # in a file it may be for another stack
+            if unused and by_flag(key):
                 return f"{shown(key)} has no effect with {shown(other)}"
         if self.extend and not self.resume:
             return "--extend continues a run: it goes with --resume"

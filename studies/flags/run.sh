@@ -6,8 +6,10 @@
 # out/flags/ and out/flags_*.json; prints the tables.
 set -euo pipefail
 
-# these runs are older than the bound of attention logits (studies/qk_bound)
-modern="--qk_bound=0 --batch_size=16 --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0"
+# these runs are older than the bound of attention logits, and all are older than what they found
+before="--value_embeddings=False --tail_average=0"
+modern="--qk_bound=0 $before --batch_size=16 --weight_decay=0.09209 --beta2=0.99"
+modern+=" --warmup_fraction=0"
 decay_to_zero="--schedule=wsd --cooldown_fraction=0.7 --min_lr_ratio=0"
 
 # The files in config/interventions/ have the values of models of another size. A rate that is a
@@ -20,8 +22,9 @@ flags=(
   scalar_lr_0.3=--scalar_lr=0.3 scalar_lr_3=--scalar_lr=3
   beta2_0.95=--beta2=0.95 adamw_weight_decay_0.001=--adamw_weight_decay=0.001
   one_head=--n_head=1 gpt2_init=--init=gpt2
-  cautious_decay embed_norm logit_softcap normuon qkv_bias relu2 rmsnorm swiglu tail_average
-  value_embeddings value_residual x0_lambdas zero_init)
+  tail_average=--tail_average=0.05 value_embeddings=--value_embeddings
+  cautious_decay embed_norm logit_softcap normuon qkv_bias relu2 rmsnorm swiglu
+  value_residual x0_lambdas zero_init)
 
 alone() {  # HEADS WIDTH TOKENS RATE
   python study.py config/modern.py config/ladder.py $modern --n_layer=2 --n_head=$1 --n_embd=$2 \
@@ -46,14 +49,14 @@ python study.py config/cloud.py config/ladder.py --weight_decay=0.0196 --beta2=0
 python study.py out/flags/2x64 --baseline=modern --json=out/flags_stack.json
 
 again() {  # WIDTH TOKENS RATE SEEDS, and words of study.py
-  python study.py config/modern.py config/ladder.py --batch_size=16 --weight_decay=0.0921 \
+  python study.py config/modern.py config/ladder.py $before --batch_size=16 --weight_decay=0.0921 \
     --beta2=0.99 --warmup_fraction=0 --n_layer=2 --n_head=$(($1 / 32)) --n_embd=$1 \
     --max_tokens=$2 --learning_rate=$3 --seeds=$4 --jobs="${JOBS:-2}" \
     --out="out/flags/again_2x$1" --json="out/flags_again_2x$1.json" --baseline=modern "${@:5}"
 }
 
-flags=(value_embeddings value_residual qkv_bias tail_average swiglu embedding_lr_3=--embedding_lr=3
-  decay_to_zero="$decay_to_zero")
+flags=(tail_average=--tail_average=0.05 value_embeddings=--value_embeddings
+  decay_to_zero="$decay_to_zero" embedding_lr_3=--embedding_lr=3 qkv_bias swiglu value_residual)
 again 32 916_480 0.0834 5 --validation --arms "${flags[@]}"
 again 64 2_816_000 0.0284 3 --validation --arms "${flags[@]}" one_head=--n_head=1
 python -m studies.flags.flags choose out/flags_again_2x32.json out/flags_again_2x64.json

@@ -17,8 +17,9 @@ study() {  # rate, tokens and the bound of attention logits: those of studies/la
   esac
   for seed in 1 2 3 4 5; do
     for precision in float16 fp16_sums; do
-      echo $precision config/modern.py config/ladder.py --qk_bound=0 $shape --weight_decay=0.09209 \
-        --beta2=0.99 --warmup_fraction=0 --name=$precision --seed=$seed --threads=1 \
+      echo $precision config/modern.py config/ladder.py --qk_bound=0 --value_embeddings=False \
+        --tail_average=0 $shape --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0 \
+        --name=$precision --seed=$seed --threads=1 \
         --out_dir=out/fp16_sums/$size/$precision/$seed --resume
     done
   done

@@ -9,6 +9,7 @@ set -euo pipefail
 
 size() {  # LAYERS WIDTH TOKENS SEEDS BATCH, and the rates of published, rope and modern
   modern="config/modern.py --batch_size=$5 --weight_decay=0.0921 --beta2=0.99 --warmup_fraction=0"
+  modern+=" --value_embeddings=False --tail_average=0"  # as in run.sh
   python study.py config/cloud.py config/ladder.py --weight_decay=0.0196 --beta2=0.9995 \
     --warmup_fraction=0 --n_layer=$1 --n_embd=$2 --n_head=$(($2 / 32)) --max_tokens=$3 \
     --seeds=$4 --batch_size=$5 --global_batch_size=$5 --learning_rate=$6 --amp=bfloat16 \

@@ -10,6 +10,7 @@ set -euo pipefail
 first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's
 second="--weight_decay=0.127 --beta2=0.95 --warmup_fraction=0"  # rope_qk_norm's, and rope's
 modern="config/modern.py --batch_size=16 --weight_decay=0.0921 --beta2=0.99 --warmup_fraction=0"
+modern+=" --value_embeddings=False --tail_average=0"  # which studies/flags has changed since
 rope=config/interventions/rope.py
 rope_qk_norm="$rope config/interventions/qk_norm.py"
 
@@ -49,7 +50,7 @@ study checks 96 5_698_560 --learning_rate=0.0041 --baseline=published_0.0041 --v
   rope_0.0156="$rope $second --learning_rate=0.0156" \
   modern_0.00785="$modern --learning_rate=0.00785" modern_0.0314="$modern --learning_rate=0.0314"
 
-fewer() {  # WIDTH TOKENS SEEDS, and the rates of rope and modern: a half and a quarter of the tokens
+fewer() {  # WIDTH TOKENS SEEDS, and the rates of rope and modern, on a half and a quarter of TOKENS
   for part in 2 4; do
     python study.py config/cloud.py config/ladder.py $second --n_layer=2 --n_embd=$1 \
       --n_head=$(($1 / 32)) --max_tokens=$(($2 / part)) --jobs="${JOBS:-2}" --validation \

@@ -6,10 +6,11 @@
 set -euo pipefail
 
 published="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"
-# these runs are older than the bound of attention logits (studies/qk_bound)
+# these runs are older than the bound of attention logits, and than what studies/flags found
 rope_qk_norm="config/interventions/rope.py config/interventions/qk_norm.py --qk_bound=0"
 rope_qk_norm+=" --weight_decay=0.1268 --beta2=0.95 --warmup_fraction=0"
-modern="--qk_bound=0 --batch_size=16 --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0"
+modern="--qk_bound=0 --value_embeddings=False --tail_average=0 --batch_size=16"
+modern+=" --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0"
 
 size() {  # LAYERS HEADS WIDTH TOKENS SEEDS, and the rates of published, rope_qk_norm and modern
   shape="--n_layer=$1 --n_head=$2 --n_embd=$3 --jobs=${JOBS:-2}"

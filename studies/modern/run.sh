@@ -4,10 +4,10 @@
 # recipe at its own rate, after trials with seed 100 that found these rates. About 70 minutes on 2
 # cores of an AMD EPYC, and the trials. Writes out/lab_*/ and out/modern_*.json; prints the tables.
 set -euo pipefail
-# these runs are older than the bound of attention logits (studies/qk_bound)
+# these runs are older than the bound of attention logits, and than what studies/flags found
 qk_norm="config/interventions/qk_norm.py --qk_bound=0"
 rope_qk_norm="config/interventions/rope.py $qk_norm"
-modern="config/modern.py --qk_bound=0"
+modern="config/modern.py --qk_bound=0 --value_embeddings=False --tail_average=0"
 
 study() {  # NAME FOLDER WORDS...
   python study.py config/lab.py "${@:3}" --jobs="${JOBS:-2}" --out="out/$2" \

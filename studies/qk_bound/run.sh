@@ -9,7 +9,8 @@ compare() {  # FOLDER FILES AND FLAGS...
     --arms bound_8=--qk_bound=8 bound_12=--qk_bound=12 bound_16=--qk_bound=16
 }
 
-modern="config/modern.py --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0"
+modern="config/modern.py --weight_decay=0.09209 --beta2=0.99 --warmup_fraction=0
+  --value_embeddings=False --tail_average=0"
 rope_qk_norm="config/cloud.py config/interventions/rope.py config/interventions/qk_norm.py
   --weight_decay=0.1268 --beta2=0.95 --warmup_fraction=0"
 small="--n_layer=2 --n_embd=32 --max_tokens=916480"
