@@ -140,7 +140,7 @@ def train(config, on_step=lambda step, model: None):
                     log.report(saver.best_val_loss)
                 if is_due(config.save_every, state.step):
                     saver.save("last.pt")
-        log.report(saver.best_val_loss)  # before last.pt, after which on_save copies all of it
+        log.report_if_finished(saver.best_val_loss)  # before last.pt: on_save then copies it too
         saver.save("last.pt", wait=True)
         log.finish(saver.best_val_loss)
 

@@ -206,6 +206,10 @@ class RunLog:
         now = time.perf_counter()
         self.next_report = now + max(30, 100 * (now - start))
 
+    def report_if_finished(self, best_val_loss):
+        if self.state.step == self.max_steps:
+            self.report(best_val_loss)
+
     def finish(self, best_val_loss):
         """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
         if not self.enabled:
