@@ -38,7 +38,7 @@ RECORDED = {
     **{f"flags_{name}": f"flags/{name}" for name in (
         "2x32", "2x48", "stack", "again_2x32", "again_2x64", "again_2x96")},
     **{f"modern_{name}": f"modern/{name}" for name in (
-        "alone", "core", "small_1x", "small_2x", "wide_tuned",
+        "alone", "z_loss", "core", "small_1x", "small_2x", "wide_tuned",
         "wide_trials")},
     **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in (
         "rates_32", "runs_32", "runs_64", "runs_96", "checks_96", "fewer")}}

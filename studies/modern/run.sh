@@ -25,6 +25,9 @@ study alone lab_modern config/cloud.py --batch_size=8 --max_tokens=307_200 \
   wsd="config/interventions/wsd.py --learning_rate=4e-3" \
   muon="config/interventions/muon.py --learning_rate=8e-3"
 
+study z_loss lab_z_loss config/cloud.py --batch_size=8 --max_tokens=307_200 \
+  --learning_rate=4e-3 --baseline=tuned_stack --arms z_loss
+
 study core lab_core $modern --batch_size=8 --max_tokens=307_200 --learning_rate=8e-3 \
   --schedule=wsd --baseline=core --arms core_cosine=--schedule=cosine \
   core_without_qk_norm=--qk_norm=False core_relu2=--activation=relu2 \
