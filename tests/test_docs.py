@@ -10,7 +10,8 @@ from nanolab.options import load
 
 DOCS = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md")),
         *sorted((HERE / "studies").rglob("*.md"))]
-FOLDERS = [HERE / name for name in ("", "config", "config/interventions", "nanolab", "bench")]
+FOLDERS = [HERE, *(HERE / name for name in ("config", "config/interventions", "nanolab", "bench")),
+           *(path for path in (HERE / "studies").iterdir() if path.is_dir())]
 OF_OTHERS = {  # torchrun's, nanoGPT's, lm_eval's; and the one that stands for any
     "--standalone", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv_backend", "--rdzv_id",
     "--rdzv_endpoint", "--with", "--timeout", "--start", "--dtype", "--model",
