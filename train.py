@@ -61,8 +61,8 @@ def train(config, on_step=lambda step, model: None):
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
     state = start.restore(model, average, optimizer, scaler, world)  # steps done, seconds, ...
-    if state.step > max_steps or state.step == max_steps and has_ended(config, world):
-        return print_finished(config, state, max_steps)
+    if is_finished(config, state, max_steps, world):
+        return
 
     # how a step is computed: compiled, in micro-steps, by processes or threads that share batches
     batch_size, grad_accum_steps = split_batch(config, model, optimizer, train_data, world)
@@ -261,13 +261,14 @@ def make_stdlib_if_missing(config, world):
             dist.barrier()
 
 
-def has_ended(config, world):
-    return world.all(Path(config.out_dir, "summary.json").exists())
-
-
-def print_finished(config, state, max_steps):
+def is_finished(config, state, max_steps, world):
+    """Whether nothing is left to do, which it then prints."""
+    has_summary = world.all(Path(config.out_dir, "summary.json").exists())
+    if state.step < max_steps or state.step == max_steps and not has_summary:
+        return False
     print0(f"{config.out_dir} is finished: {state.step:,} steps are done, {max_steps:,} were asked "
            "for; --resume --extend --max_steps=MORE goes on")
+    return True
 
 
 def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_accum_steps, world):
