@@ -163,7 +163,7 @@ def new_dataset(folder, plan, tokenizer, source):
     with contextlib.ExitStack() as stack:
         if not is_made():
             try:
-                stack.enter_context(FileLock(f"{folder}.lock"))
+                stack.enter_context(FileLock(f"{folder}.lock", fallback_to_soft=False))
             except (OSError, NotImplementedError) as error:  # some network disks have no locks
                 print(f"note: {folder.parent} cannot be locked ({describe(error)})")
         if is_made():
