@@ -2,10 +2,10 @@
 
     python -m studies.flags.flags choose|agreement SMALLER.json LARGER.json
 
-A size is the end of its file's name, as in 2x32.json or again_2x32.json. The rule, written down before the runs at 2x48
-were made: a flag is chosen if its mean validation loss is lower than the baseline's at both sizes,
-and the mean of its differences, seed by seed at both sizes, is more than two standard errors below
-0. What is stacked was chosen when 2x48 had three seeds.
+A size is the end of its file's name, as in 2x32.json or again_2x32.json. The rule, written down
+before the runs at 2x48 were made: a flag is chosen if its mean validation loss is lower than the
+baseline's at both sizes, and the mean of its differences, seed by seed at both sizes, is more than
+two standard errors below 0. What is stacked was chosen when 2x48 had three seeds.
 """
 
 import sys
