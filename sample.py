@@ -82,11 +82,6 @@ def utf8_text(file):
         raise UserError(f"{file} is not UTF-8 text (byte {error.start:,})") from None
 
 
-def start_text(start):
-    """nanoGPT's --start: a text, or FILE:name of a file."""
-    return utf8_text(start.removeprefix("FILE:")) if start.startswith("FILE:") else start
-
-
 def parse_arguments():
     parser = argument_parser(__doc__)
     add = parser.add_argument
@@ -98,7 +93,8 @@ def parse_arguments():
         help="the prompt from a file, or - for standard input")
     add("--interactive", action="store_true", help="continue texts that you type")
     add("--init_from", help=SUPPRESS)  # nanoGPT's
-    add("--start", dest="prompt", type=start_text, help=SUPPRESS)
+    add("--start", dest="prompt", help=SUPPRESS, type=lambda start:  # nanoGPT's, or FILE:name
+        utf8_text(start.removeprefix("FILE:")) if start.startswith("FILE:") else start)
     add("--tokenizer", choices=("gpt2", "bytes"),
         help="for weights that name none, such as byte-level ones (default: the model's own)")
     add("--num_samples", type=int, default=1,

@@ -136,11 +136,10 @@ def train(config, on_step=lambda step, model: None):
                         saver.save("best.pt", wait=last_step)
                 if last_step or stopping:
                     break
-                if log.report_is_due():
-                    log.report(saver.best_val_loss)
+                log.report(saver.best_val_loss)
                 if is_due(config.save_every, state.step):
                     saver.save("last.pt")
-        log.report_if_finished(saver.best_val_loss)  # before last.pt: on_save then copies it too
+        log.report(saver.best_val_loss)  # before last.pt: on_save then copies it too
         saver.save("last.pt", wait=True)
         log.finish(saver.best_val_loss)
 

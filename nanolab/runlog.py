@@ -178,17 +178,15 @@ class RunLog:
                 "cost": round(self.cost(), 2), "started": state.started, "ended": utc_now(),
                 "machine": machine(self.world), "versions": versions(), "code": state.code}
 
-    def report_is_due(self):
-        """Every 30 seconds; less often if drawing takes more than 1 % of the time."""
-        return time.perf_counter() > self.next_report
-
     def report(self, best_val_loss, stopped=False):
-        """Writes report.html, but for a timing run; when it ends loss.png too, and summary.json."""
-        if not self.enabled:
-            return
-        start, state, summary = time.perf_counter(), self.state, self.summary(best_val_loss)
+        """Writes report.html, but for a timing run: every 30 seconds, or less often if drawing takes
+        more than 1 % of the time; when the run ends loss.png too, and summary.json."""
+        start, state = time.perf_counter(), self.state
         is_last = state.step == self.max_steps
         is_running = not (is_last or stopped)
+        if not self.enabled or is_running and start <= self.next_report:
+            return
+        summary = self.summary(best_val_loss)
         if is_last:
             write_atomically(self.out_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         if not self.config.save_weights:
@@ -205,10 +203,6 @@ class RunLog:
                        file=sys.stderr)
         now = time.perf_counter()
         self.next_report = now + max(30, 100 * (now - start))
-
-    def report_if_finished(self, best_val_loss):
-        if self.state.step == self.max_steps:
-            self.report(best_val_loss)
 
     def finish(self, best_val_loss):
         """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
