@@ -39,7 +39,7 @@ from nanolab.data import read_meta
 from nanolab.dataset_writer import prepare_stdlib, prepare_text
 from nanolab.distributed import end_distributed
 from nanolab.options import load
-from nanolab.log import read_entries, read_log
+from nanolab.log import having, read_entries
 from nanolab.tokenizer import GPT2_VOCABULARY, get_tokenizer
 
 SPLITS = ("train", "val", "test")
@@ -50,8 +50,10 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A test and the processes that it starts find no GPU, unless it is marked gpu."""
+    """A test is in the repository. It and the processes that it starts find no GPU, unless it is
+    marked gpu."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(HERE)
         if not item.get_closest_marker("gpu"):
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # CUDA reads it once: not for this process
             patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -216,15 +218,17 @@ def run_main(monkeypatch, script, *argv):
     importlib.import_module(script).main()
 
 
-def evaluate(monkeypatch, capsys, *argv):
-    """eval.py in this process. -> what it prints."""
-    capsys.readouterr()
-    run_main(monkeypatch, "eval", *argv)
-    return capsys.readouterr().out
-
-
 def losses(folder):
-    return [entry["loss"] for entry in read_log(folder / "log.jsonl")[0]]
+    return logged("loss", folder)
+
+
+def logged(key, folder):
+    """What a run's log has of this key."""
+    return [entry[key] for entry in having(key, read_entries(folder / "log.jsonl"))]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def equal_weights(one, other):
@@ -244,8 +248,7 @@ def assert_same_run(whole, parts):
                    if "sample" not in entry]  # a run that was extended has one at its first end
                   for folder in (whole, parts))
     assert one == other
-    seconds = [entry["seconds"] for entry in read_log(parts / "log.jsonl")[0]]
-    assert seconds == sorted(seconds)
+    assert (seconds := logged("seconds", parts)) == sorted(seconds)
 
 
 def assert_same_logits(ours, theirs):

@@ -2,7 +2,6 @@
 independent reference: the paper's formula in float64, or a class of torch or transformers. Also
 the initial weights, and what each seed changes."""
 
-import json
 import math
 from collections import defaultdict
 from fractions import Fraction
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import Config
+from conftest import read_json
 from model import GPT, GPTConfig
 from nanolab.checkpoint import read_checkpoint
 from nanolab.optim import learning_rate_at, make_optimizer, set_learning_rate
@@ -98,10 +98,6 @@ def expected_options(**options):
 
 def new_model(options):
     return GPT(GPTConfig.from_options(vars(options)), seed=options.init_seed)
-
-
-def last_weights(folder):
-    return read_checkpoint(folder / "last.pt")["model"]
 
 
 # --- the reference
@@ -491,10 +487,10 @@ def test_a_run_is_the_references(small_run, data_dir, name, options):
     enlarging rounding errors."""
     options |= {"n_layer": 1, "n_head": 2, "block_size": 16, "batch_size": 2, "dropout": 0.0}
     folder = small_run("run", f"config/interventions/{name}.py", *as_flags(options))
-    gpt = new_model(SimpleNamespace(**json.loads((folder / "config.json").read_text())))
+    gpt = new_model(SimpleNamespace(**read_json(folder / "config.json")))
     options = expected_options(**INTERVENTIONS[name] | options, global_batch_size=8)
     start = separate(dict(gpt.named_parameters()), options)
-    gpt.load_state_dict(last_weights(folder))
+    gpt.load_state_dict(read_checkpoint(folder / "last.pt")["model"])
     got = separate(dict(gpt.named_parameters()), options)
     tokens = np.fromfile(data_dir / "stdlib" / "train.bin", np.uint16, 10_000)
     expected, norms = reference_run(start, tokens, options)
@@ -581,15 +577,20 @@ def test_gpt2_initial_weights():
 @pytest.mark.parametrize("init, bias, embedding", [
     ("pytorch", scipy.stats.uniform(-48**-0.5, 2 * 48**-0.5), scipy.stats.norm(0, 1)),
     ("gpt2", 0, scipy.stats.norm(0, 0.02))])
-def test_new_parameters_start(init, bias, embedding):
-    """A flag's own parameters start as its file says, and leave all others as they were."""
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_new_parameters_start(init, bias, embedding, zero_init):
+    """A flag's own parameters start as its file says, and leave all others as they were; zero_init
+    makes the blocks' projections 0."""
     starts = {"qkv.bias": bias, "value_embedding.weight": embedding, "v0_lambda": 0.5,
               "ve_lambda": 0.5, "x_lambdas": 1, "x0_lambdas": 0}
-    before = dict(new_model(tiny(init=init)).named_parameters())
-    gpt = new_model(tiny(init=init, qkv_bias=True, value_embeddings=True, value_residual=True,
-                         x0_lambdas=True))
+    options = {"init": init, "activation": "swiglu"}
+    before = dict(new_model(tiny(**options)).named_parameters())
+    gpt = new_model(tiny(**options, qkv_bias=True, value_embeddings=True, value_residual=True,
+                         x0_lambdas=True, zero_init=zero_init))
     new = {name: p.detach().flatten() for name, p in gpt.named_parameters() if name not in before}
-    assert all(torch.equal(p, gpt.get_parameter(name)) for name, p in before.items())
+    for name, p in before.items():
+        expected = p * 0 if zero_init and ".proj." in name else p
+        assert torch.equal(gpt.get_parameter(name), expected), name
     assert len(new) == 3 + 2 + 3 + 2 + 2
     for name, p in new.items():
         start, = (start for end, start in starts.items() if f".{name}".endswith(f".{end}"))
@@ -597,16 +598,6 @@ def test_new_parameters_start(init, bias, embedding):
             assert (p == start).all(), name
         else:
             assert scipy.stats.kstest(p, start.cdf).pvalue > 1e-3, name
-
-
-@pytest.mark.parametrize("init", ["pytorch", "gpt2"])
-def test_zero_init(init):
-    """The blocks' projections start at 0, all else as without the flag."""
-    options = {"init": init, "qkv_bias": True, "activation": "swiglu"}
-    plain, zeroed = new_model(tiny(**options)), new_model(tiny(**options, zero_init=True))
-    for name, p in zeroed.named_parameters():
-        expected = plain.get_parameter(name)
-        assert torch.equal(p, expected * 0 if ".proj." in name else expected), name
 
 
 @pytest.mark.parametrize("width, hidden", [(768, 2048), (48, 128), (20, 56), (2, 8)])
