@@ -8,11 +8,13 @@ import json
 import multiprocessing
 import os
 import pathlib
+import random
 import resource
 import signal
 import socket
 import subprocess
 import sys
+from dataclasses import fields
 
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
 
@@ -28,6 +30,7 @@ from pyarrow.parquet import write_table
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+import nanolab.head
 import nanolab.runlog
 import train
 from config import Config
@@ -130,9 +133,14 @@ def small_flags(data_dir, tmp_path):
 
 @pytest.fixture
 def small_run(small_flags, tmp_path):
-    """small_run(name, *flags, on_step=...): a small run in this process. -> its folder"""
-    def run(name, *flags, on_step=no_watch):
-        run_quickly(small_flags(name, *flags), on_step)
+    """small_run(name, *flags): a small run in this process, with on_step, or on so many ranks. ->
+    its folder"""
+    def run(name, *flags, on_step=no_watch, ranks=0, n_machines=1):
+        if ranks:
+            run_ranks(ranks, run_quickly, small_flags(name, *flags), output=tmp_path / "output",
+                      n_machines=n_machines)
+        else:
+            run_quickly(small_flags(name, *flags), on_step)
         return tmp_path / name
     return run
 
@@ -283,6 +291,12 @@ def write_texts(folder, names):
     return rows
 
 
+class Code:
+    """What a malicious file holds: unpickled, it would make a file."""
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
 @contextlib.contextmanager
 def no_file_larger_than(n_bytes):
     """A full disk, as far as a process can tell: a write beyond the limit fails."""
@@ -294,11 +308,39 @@ def no_file_larger_than(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def flag_sets(n):
+    """n dicts of GPTConfig's switches. Together they have each value of each switch, so a new one
+    is covered without a change here; the first has the defaults."""
+    draw, sets = random.Random(0), [{} for _ in range(n)]
+    for field in fields(GPTConfig):
+        values = {bool: [False, True], str: list(field.metadata["choices"]),
+                  float: [0.0, 0.1 if field.name == "dropout" else 9.0]}.get(field.type)
+        if not values:
+            continue  # a size
+        column = (values * n)[:n - 1]
+        draw.shuffle(column)
+        for flags, value in zip(sets[1:], column):
+            flags[field.name] = value
+    for flags in sets[1:]:
+        flags["qk_norm"] |= flags["qk_bound"] > 0  # without it, a bound has no effect
+    return sets
+
+
+def small_gpt_config(**flags):
+    return GPTConfig(**{"vocab_size": 301, "block_size": 16, "n_layer": 2, "n_head": 2,
+                        "n_embd": 32, "dropout": 0.0, **flags})
+
+
+def force_gpu_head(monkeypatch):
+    """The head takes the GPU's branch on a CPU."""
+    monkeypatch.setattr(nanolab.head, "cpu_head_loss", nanolab.head.HeadLoss.apply)
+
+
 def small_model_batch(flags):
     """A model with these options, whose attention and head matter as they do after training; and
     tokens for it: inputs, targets."""
-    gpt = GPT(GPTConfig(**{"vocab_size": 301, "block_size": 64, "n_layer": 3, "n_head": 2,
-                           "n_embd": 64, "dropout": 0.0, "init": "gpt2", **flags}))
+    gpt = GPT(small_gpt_config(**{"block_size": 64, "n_layer": 3, "n_embd": 64, "init": "gpt2",
+                                  **flags}))
     draw = torch.Generator().manual_seed(1)
     for matrix in (gpt.head.weight, *(block.attn.qkv.weight for block in gpt.blocks)):
         torch.nn.init.normal_(matrix, std=0.2, generator=draw)

@@ -11,16 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import HERE, SMALL, call, run_quickly, write_texts
+from conftest import HERE, SMALL, Code, call, run_quickly, write_texts
 from nanolab.common import run_script
 from nanolab.corpus import own_files
 from nanolab.dataset_writer import prepare_text
-
-
-class Code:
-    """What a malicious checkpoint holds: unpickled, it would make a file."""
-    def __reduce__(self):
-        return open, ("executed", "w")
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 import model
 import nanolab.head
-from conftest import call
+from conftest import call, flag_sets, force_gpu_head, logged, losses, small_gpt_config
 from model import GPT
 from nanolab.head import (CPUHeadLoss, HeadLoss, head_loss, loss_and_gradient,
                           product_of_gradients, softcap)
-from nanolab.log import read_log
-from probes import flag_sets, force_gpu_head, small_gpt_config
 
 N, C, V = 47, 32, 301
 FLAG_SETS = flag_sets(5)
@@ -169,8 +167,7 @@ def test_bytes_kernels_and_memory():
 
 def test_z_loss_changes_the_training_loss_alone(small_run):
     """Validations have the cross-entropy: that of the initial weights is the same."""
-    logs = [read_log(small_run(z, "--max_steps=1", "--eval_every=1", f"--z_loss={z}") / "log.jsonl")
-            for z in ("0", "0.1")]
-    (plain, plain_validations), (with_z, validations) = logs
-    assert validations[0]["val_loss"] == plain_validations[0]["val_loss"]
-    assert 2 < with_z[0]["loss"] - plain[0]["loss"] < 5  # 0.1 log(Z)^2, and Z is about 257
+    plain, with_z = (small_run(z, "--max_steps=1", "--eval_every=1", f"--z_loss={z}")
+                     for z in ("0", "0.1"))
+    assert logged("val_loss", with_z)[0] == logged("val_loss", plain)[0]
+    assert 2 < losses(with_z)[0] - losses(plain)[0] < 5  # 0.1 log(Z)^2, and Z is about 257

@@ -10,11 +10,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from conftest import equal_weights
+from conftest import equal_weights, flag_sets, small_gpt_config
 from model import GPT, GPTConfig
 from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.head import HeadLoss
-from probes import flag_sets, small_gpt_config
 
 FLAG_SETS = flag_sets(4)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import nanolab.optim
 from config import Config
-from conftest import equal_weights, evaluate
+from conftest import equal_weights
 from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.data import TokenDataset
 from nanolab.optim import Muon, count_steps
@@ -35,7 +35,7 @@ def test_muon_in_16_bits_is_torchs(monkeypatch):
         assert torch.allclose(our, their, rtol=0, atol=1e-2)
 
 
-def test_tail_average(small_run, monkeypatch, capsys, tiny_data):
+def test_tail_average(small_run, output_of, tiny_data):
     """The last validation measured the average of the last 4 of 10 steps' weights, best.pt has it,
     and eval.py says so. The training is as without it."""
     flags = [*tiny_data, "--tie_weights", "--init=gpt2", "--learning_rate=1e-2"]
@@ -47,5 +47,4 @@ def test_tail_average(small_run, monkeypatch, capsys, tiny_data):
     data = TokenDataset(best["config"]["data_dir"], "tiny", "val", 16)
     loss = load_model(best)(*data.batch(range(len(data)))).item()
     assert loss == pytest.approx(best["val_loss"], abs=1e-5)
-    assert "average of the last 4 steps' weights" in evaluate(monkeypatch, capsys, "--ckpt",
-                                                              run / "best.pt")
+    assert "average of the last 4 steps' weights" in output_of("eval", "--ckpt", run / "best.pt")

@@ -1,7 +1,6 @@
 """Stopped, killed, restarted: a resumed run is the run that would have been."""
 
 import errno
-import json
 import math
 import os
 import random
@@ -12,8 +11,8 @@ import time
 
 import pytest
 
-from conftest import (HERE, assert_same_run, equal_weights, losses, no_watch, run_quickly,
-                      run_ranks, start, stop_at)
+from conftest import (HERE, assert_same_run, equal_weights, logged, losses, no_watch, read_json,
+                      run_quickly, run_ranks, start, stop_at)
 from nanolab.checkpoint import CheckpointSaver, read_checkpoint
 from nanolab.common import UserError
 from nanolab.log import read_log
@@ -44,23 +43,17 @@ def test_resume_is_exact(small_run, tiny_data, options):
         assert_same_run(whole, parts)
 
 
-def test_resume_on_two_processes(small_run, small_flags, tiny_data, tmp_path):
+def test_resume_on_two_processes(small_run, tiny_data):
     """Two processes resume exactly. A run may go from one process to two and back, on one curve."""
-    flags = [*tiny_data, "--batch_size=4", "--resume"]
-
-    def two(name, steps):
-        run_ranks(2, run_quickly, small_flags(name, *flags, f"--max_steps={steps}"),
-                  output=tmp_path / "output")
-
-    two("whole", 12)
-    two("parts", 5)
-    two("parts", 12)
-    assert equal_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    flags = [*tiny_data, "--batch_size=4", "--max_steps=12", "--resume"]
+    whole = small_run("whole", *flags, ranks=2)
+    small_run("parts", *flags, "--max_steps=5", ranks=2)
+    parts = small_run("parts", *flags, ranks=2)
+    assert equal_weights(whole / "last.pt", parts / "last.pt") and losses(whole) == losses(parts)
     small_run("moved", *flags, "--max_steps=4")
-    two("moved", 8)
-    small_run("moved", *flags, "--max_steps=12")
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    small_run("moved", *flags, "--max_steps=8", ranks=2)
+    moved = small_run("moved", *flags)
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
 
 
 def interrupt(step, model):
@@ -246,8 +239,7 @@ def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
     small_run("parts", *flags, "--resume", "--extend", "--max_steps=12")
     small_run("parts", *flags, "--max_steps=12", "--resume")
     assert f"{parts} is finished: 12 steps" in capsys.readouterr().out
-    rates, longer = ([entry["lr"] for entry in read_log(folder / "log.jsonl")[0]]
-                     for folder in (parts, whole))
+    rates, longer = (logged("lr", folder) for folder in (parts, whole))
     assert rates[10:] == longer[10:] and rates[2:8] != longer[2:8]
     name = read_checkpoint(parts / "last.pt")["config"]["name"]
     assert name == "short (extended at step 8) (extended at step 10)"
@@ -309,8 +301,8 @@ def test_what_is_gone_is_made_again(small_run):
     small_run("run", *flags, "--resume")
     best = read_checkpoint(run / "best.pt")
     assert best["step"] == 10 and best["best_val_loss"] == best["val_loss"] and lost < math.inf
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     (run / "summary.json").unlink()
     small_run("run", *flags, "--resume")
-    again = json.loads((run / "summary.json").read_text())
+    again = read_json(run / "summary.json")
     assert (again["steps"], again["final_val_loss"]) == (10, summary["final_val_loss"])

@@ -14,9 +14,9 @@ import eval as eval_script
 import nanolab.optim
 import train
 from config import Config
-from conftest import assert_same_run, losses, run_quickly, run_ranks, start
+from conftest import (assert_same_run, logged, losses, read_json, run_quickly, run_ranks,
+                      start)
 from nanolab import distributed
-from nanolab.log import read_log
 
 NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambdas",
        "--value_embeddings", "--embed_norm", "--embedding_lr=9", "--head_lr=2", "--scalar_lr=3"]
@@ -24,25 +24,20 @@ NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambd
 
 @pytest.mark.parametrize("order, optimizer, sizes, n_ranks, n_machines", [
     ("sequential", "adamw", (4, 1), 2, 2), ("shuffled", "normuon", (2,), 4, 1)])
-def test_any_split_is_the_same_run(small_run, small_flags, tmp_path, order, optimizer, sizes,
-                                   n_ranks, n_machines):
+def test_any_split_is_the_same_run(small_run, order, optimizer, sizes, n_ranks, n_machines):
     """1, 2 or 4 processes, two machines, 1 to 8 micro-steps: one loss curve over 20 steps."""
     flags = ["--max_steps=20", "--eval_every=10", f"--order={order}", f"--optimizer={optimizer}",
              *NEW * (optimizer == "normuon")]
     whole = small_run("whole", *flags)
     others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in sizes]
-    run_ranks(n_ranks, run_quickly, small_flags("ranks", *flags, "--batch_size=2"),
-              output=tmp_path / "output", n_machines=n_machines)
-    expected = numbers(whole)
-    for folder in [*others, tmp_path / "ranks"]:
-        assert numbers(folder) == pytest.approx(expected, rel=1e-5)
+    others.append(small_run("ranks", *flags, "--batch_size=2", ranks=n_ranks,
+                            n_machines=n_machines))
+    for folder in others:
+        assert numbers(folder) == pytest.approx(numbers(whole), rel=1e-5)
 
 
 def numbers(run):
-    """Losses, gradient norms and validation losses."""
-    steps, validations = read_log(run / "log.jsonl")
-    return [*(entry[key] for entry in steps for key in ("loss", "grad_norm")),
-            *(entry["val_loss"] for entry in validations)]
+    return [*losses(run), *logged("grad_norm", run), *logged("val_loss", run)]
 
 
 def evaluate_on_a_rank(*argv):
@@ -56,18 +51,17 @@ def test_test_loss_on_two_processes(small_run, tiny_data, tmp_path):
     for n in (1, 2):
         run_ranks(n, evaluate_on_a_rank, "--ckpt", str(run), "--device=cpu", f"--batch_size={n}",
                   output=tmp_path / "output")
-        results.append(json.loads((run / "best.test.json").read_text())["results"])
+        results.append(read_json(run / "best.test.json")["results"])
         (run / "best.test.json").unlink()  # or it would not be measured again
     [one], [two] = results
     assert one["test_loss"] == pytest.approx(two["test_loss"], abs=1e-6)
 
 
-def test_dropout_does_not_depend_on_the_split(small_run, small_flags, tmp_path):
+def test_dropout_does_not_depend_on_the_split(small_run):
     """Two micro-steps on two processes draw the masks of four on one; no mask is drawn twice."""
     flags = ["--dropout=0.5", "--batch_size=2"]
-    one = small_run("one", *flags)
-    run_ranks(2, run_quickly, small_flags("two", *flags), output=tmp_path / "output")
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    one, two = small_run("one", *flags), small_run("two", *flags, ranks=2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     masks = set()
     for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
         train.seed_dropout(Config(dropout_seed=42), step, micro_batch)
@@ -84,7 +78,7 @@ def test_ranks_share_muon_and_gradients(small_run, small_flags, tmp_path):
     run_ranks(2, watch_ranks, small_flags("two", *flags, "--batch_size=1"),
               tmp_path / "seen.json", output=tmp_path / "output")
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
-    seen = json.loads((tmp_path / "seen.json").read_text())
+    seen = read_json(tmp_path / "seen.json")
     # Q, K and V are one stack of 3 matrices; the MLP's two and attention's projection one each
     assert sorted(seen["matrices"]) == sorted(4 * [2, 1, 1, 1])
     assert len(seen["storages"]) == 4 * 4, "four steps of four micro-steps"

@@ -7,24 +7,21 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import scipy
 
-from conftest import HERE, run_main
+from conftest import HERE, read_json
 from nanolab.common import UserError
 from nanolab.study import runs, stats
 
 
 @pytest.fixture
-def compare(monkeypatch, capsys):
-    """study.py in this process: compare(*arguments) -> what it prints."""
-    def call(*argv):
-        capsys.readouterr()
-        run_main(monkeypatch, "study", *argv)
-        return capsys.readouterr().out
-    return call
+def compare(output_of):
+    """compare(*arguments): what study.py prints."""
+    return partial(output_of, "study")
 
 
 @pytest.fixture
@@ -36,7 +33,7 @@ def rows_of(compare, tmp_path):
         file.write_text(json.dumps([{"name": name, "seed": seed, "test_loss": loss, **options}
                                     for name in losses for seed, loss in losses[name].items()]))
         printed = compare(file, "--json", out)
-        return {row["experiment"]: row for row in json.loads(out.read_text())["rows"]}, printed
+        return {row["experiment"]: row for row in read_json(out)["rows"]}, printed
     return call
 
 
@@ -152,12 +149,12 @@ def test_cautions(rows_of, compare, tmp_path):
             for name, loss, groups in (("baseline", 3.0, text), ("a", 2.95, uneven))
             for seed in seeds]))
         printed = compare(file, "--all", "--json", tmp_path / "out.json")
-        row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
+        row = read_json(tmp_path / "out.json")["rows"][0]
         low, high = row["resampled"]
         assert (high - low > 3 * (row["high"] - row["low"])) == wider and low <= row["low"]
         assert ("Not shown if the test set were resampled" in printed) == wider
         assert row["verdict"] == "better" and "if test set resampled" in printed
-    runs = json.loads(file.read_text())
+    runs = read_json(file)
     file.write_text(json.dumps([{**run, "val_loss": run["test_loss"]} for run in runs]))
     assert "resampled" not in compare(file, "--all", "--validation"), "its documents are others"
     runs[0]["eval_tokens"] = 100
@@ -183,7 +180,7 @@ def test_what_counts_as_one_experiment():
 
 def test_a_changed_default_does_not_relabel(compare, monkeypatch, tmp_path):
     """Results on record and new ones keep their options, whatever the defaults become."""
-    recorded = HERE / "studies/lab/results.json"
+    recorded = "studies/lab/results.json"
     before = compare(recorded)
     for key, value in {"dropout": 0.0, "norm": "rmsnorm", "new_option": 1}.items():
         monkeypatch.setitem(runs.DEFAULTS, key, value)
@@ -242,7 +239,7 @@ def test_runs_in_every_state(compare, tmp_path):
     assert (float(baseline["loss"]), baseline["n"]) == (pytest.approx(3.2), "3")
     assert float(baseline["hours"]) == 7 / 3600
 
-    content = json.loads(out.read_text())  # the options of all runs once, at the top
+    content = read_json(out)  # the options of all runs once, at the top
     assert content["options"]["dataset"] == "stdlib" and "out_dir" not in out.read_text()
     assert content["runs"][0]["ended"]
     assert content["runs"][-1]["config"] == {"seed": 3, "n_layer": 2}
@@ -271,7 +268,7 @@ def test_validation_needs_no_test_result(compare, tmp_path):
     assert "Validation loss" in table and "baseline    2  5.0000" in table
     assert "runs/3/best.pt has no val_loss that is a number" in table
     assert compare(tmp_path / "out.json", "--validation") == table
-    content = json.loads((tmp_path / "out.json").read_text())
+    content = read_json(tmp_path / "out.json")
     assert content["runs"][0]["code"] and "code" not in content["options"]
     with pytest.raises(UserError, match="has no test_loss"):
         compare(tmp_path / "out.json")
@@ -280,13 +277,13 @@ def test_validation_needs_no_test_result(compare, tmp_path):
 def test_tables_fit_100_columns(compare):
     for name in ("published/results", "lab/results", "modern/alone", "modern/small_2x",
                  "heads_of_32/runs_32", "flags/stack", "batch_size/results"):
-        printed = compare(HERE / f"studies/{name}.json")
+        printed = compare(f"studies/{name}.json")
         assert max(map(len, printed.splitlines())) <= 100, name
 
 
 def test_columns_and_markdown(compare):
-    table = compare(HERE / "studies/lab/results.json", "--markdown", "--all", "--beside",
-                    HERE / "studies/published/results.json")
+    table = compare("studies/lab/results.json", "--markdown", "--all", "--beside",
+                    "studies/published/results.json")
     [line] = [line for line in table.splitlines() if line.startswith("| qkv_bias")]
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[2:6] == ["5", "2.114703", "0.007601", "-0.0022"] and cells[8] == "not shown"
@@ -336,7 +333,7 @@ def test_no_run_and_damaged_records(compare, tmp_path):
     with pytest.raises(UserError, match="summary.json is missing or damaged"):
         compare(tmp_path / "a")
     with pytest.raises(UserError, match="log.jsonl, which is missing"):
-        compare(HERE / "studies/lab/results.json", "--curves", tmp_path / "curves.png")
+        compare("studies/lab/results.json", "--curves", tmp_path / "curves.png")
 
 
 def test_study_needs_neither_torch_nor_scipy_stats():

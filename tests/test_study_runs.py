@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import study
 from config import Config
+from conftest import HERE
 from nanolab.common import UserError
 from nanolab.data import read_meta
 from nanolab.optim import count_steps
@@ -20,7 +20,6 @@ from nanolab.options import load
 from nanolab.start import find_start
 from nanolab.study import jobs
 
-HERE = Path(study.__file__).parent
 BASE = str(HERE / "config/lab.py")
 
 # Instead of train.py: it notes that it was called, is stopped by SIGTERM while there is a file
@@ -116,12 +115,11 @@ def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
 
 
 def planned(*arms, words=(BASE,), seeds=2, out="nowhere"):
-    return jobs.plan(SimpleNamespace(words=list(words), arms=arms, seeds=range(1, seeds + 1), out=out,
-                                     baseline="baseline", loss="test_loss"))
+    return jobs.plan(SimpleNamespace(words=list(words), arms=arms, seeds=range(1, seeds + 1),
+                                     out=out, baseline="baseline", loss="test_loss"))
 
 
-def test_what_an_arm_is(monkeypatch):
-    monkeypatch.chdir(HERE)
+def test_what_an_arm_is():
     plan = planned("qk_norm", "config/interventions/rope.py",
                    "mine=config/modern.py --batch_size='8' --beta2=0.9")
     assert [*plan] == [f"nowhere/{name}/{seed}" for seed in (1, 2)
@@ -130,21 +128,6 @@ def test_what_an_arm_is(monkeypatch):
     assert words[1] == [BASE, "config/interventions/qk_norm.py", "--name=qk_norm", "--seed=1",
                         "--out_dir=nowhere/qk_norm/1", "--resume"]
     assert words[3][1:4] == ["config/modern.py", "--batch_size=8", "--beta2=0.9"]
-
-
-@pytest.mark.parametrize("arms, words, message", [
-    (["qk_norm", "qk_norm=--n_layer=1"], [BASE], "'qk_norm' cannot be the name of an arm"),
-    (["baseline=--n_layer=1"], [BASE], "'baseline' cannot be the name"),
-    (["../x=--n_layer=1"], [BASE], "cannot be the name"),
-    (["a=--name=it's"], [BASE], "cannot be read: No closing quotation"),
-    (["qk_nrm"], [BASE], "qk_nrm.py"), (["a=--n_lyer=2"], [BASE], "n_lyer"),
-    (["muon"], [BASE, "--optimizer=adamw"], "--optimizer would win over config/interventions/muon"),
-])
-def test_arms_that_do_not_fit_get_one_line(monkeypatch, arms, words, message):
-    """Before anything runs."""
-    monkeypatch.chdir(HERE)
-    with pytest.raises(UserError, match=message):
-        planned(*arms, words=words)
 
 
 def test_epochs_are_steps(monkeypatch, tmp_path, tiny_data):
@@ -186,8 +169,16 @@ def test_seeds(monkeypatch, text, seeds):
     (["config/lab.py", "--jobs=0"], "must be at least 1"),
     (["config/lab.py", "--seeds=5-2"], "must be at least 1"),
     (["config/lab.py", "--seeds=five"], "invalid seeds value: 'five'"),
-    (["config/lab.py", "--arms", "a=--n_lyer=2", "--arms", "b=--n_layer=3"], "n_lyer")])
+    (["config/lab.py", "--arms", "a=--n_lyer=2", "--arms", "b=--n_layer=3"], "n_lyer"),
+    ([BASE, "--arms", "qk_norm", "qk_norm=--n_layer=1"], "'qk_norm' cannot be the name of an arm"),
+    ([BASE, "--arms", "baseline=--n_layer=1"], "'baseline' cannot be the name"),
+    ([BASE, "--arms", "../x=--n_layer=1"], "cannot be the name"),
+    ([BASE, "--arms", "a=--name=it's"], "cannot be read: No closing quotation"),
+    ([BASE, "--arms", "qk_nrm"], "qk_nrm.py"), ([BASE, "--arms", "a=--n_lyer=2"], "n_lyer"),
+    ([BASE, "--optimizer=adamw", "--arms", "muon"],
+     "--optimizer would win over config/interventions/muon")])
 def test_commands_that_do_not_fit(monkeypatch, capsys, argv, message):
+    """They get one line, before anything runs."""
     monkeypatch.setattr(sys, "argv", ["study.py", *argv])
     with pytest.raises((SystemExit, UserError)) as error:
         study.main()

@@ -1,15 +1,12 @@
 """CPU threads that share batches compute what one thread does, with the same bits each time."""
 
-import json
-
 import pytest
 import torch
 
-from conftest import losses, run_main
+from conftest import flag_sets, losses, read_json, small_gpt_config
 from model import GPT
 from nanolab import distributed
 from nanolab.distributed import SharedModel, World, machine, use_threads
-from probes import flag_sets, small_gpt_config
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +44,7 @@ def test_shared_batches_compute_the_same(dtype, tolerance):
         assert torch.equal(SharedModel(gpt)(inputs, targets), first[0])
 
 
-def test_a_run_with_two_threads(small_run, tiny_data, monkeypatch, tmp_path):
+def test_a_run_with_two_threads(small_run, tiny_data, monkeypatch, tmp_path, output_of):
     """Training and eval.py have the losses of one thread, up to rounding."""
     runs, results = [], []
     for n in (1, 2):
@@ -56,8 +53,8 @@ def test_a_run_with_two_threads(small_run, tiny_data, monkeypatch, tmp_path):
         assert distributed.n_parts == n
         monkeypatch.setattr(distributed, "DEFAULT_THREADS", n)
         file = tmp_path / f"{n}.json"
-        run_main(monkeypatch, "eval", "--ckpt", runs[0] / "best.pt", "--json", file, "--device=cpu")
-        results.append(json.loads(file.read_text())["runs"][0]["test_loss"])
+        output_of("eval", "--ckpt", runs[0] / "best.pt", "--json", file, "--device=cpu")
+        results.append(read_json(file)["runs"][0]["test_loss"])
         (runs[0] / "best.test.json").unlink()  # or it would not be measured again
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
     assert results[0] == pytest.approx(results[1], rel=1e-6)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model
-from probes import force_gpu_head
+from conftest import force_gpu_head
 
 # What would make a program wait for a GPU: reading numbers, and results whose size depends on them.
 # On a CPU, tolist() and cpu() reach no operator, so Python's calls are watched; and for what torch
