@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
@@ -174,6 +175,14 @@ def call(*command, processes=0, timeout=120, stdin=None, **env):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run([*launcher, *map(str, command)], cwd=HERE, env={**os.environ, **env},
                           capture_output=True, text=True, timeout=timeout, stdin=stdin)
+
+
+def wait_for(condition, is_alive=lambda: True, seconds=240):
+    """Waits for what somebody does who lives until then."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert is_alive() and time.monotonic() < end, "it ended, or takes too long"
+        time.sleep(0.01)
 
 
 # Processes that start at once: they are forks of one that has loaded torch and this file.

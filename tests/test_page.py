@@ -8,7 +8,6 @@ import subprocess
 import pytest
 from test_study import make_run
 
-from conftest import run_main
 from nanolab import charts, report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -37,7 +36,7 @@ wait(() => box() && drawn() == 10, () => {
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
+def page(tmp_path, output_of):
     """The page of two ideas and a baseline, three seeds each, and a run that has not ended."""
     for seed in (1, 2, 3):
         make_run(tmp_path / f"baseline/{seed}", 3 + seed / 10, seed=seed)
@@ -47,7 +46,7 @@ def page(tmp_path, monkeypatch):
     log.write_text(log.read_text() + json.dumps(
         {"step": 60, "tokens": 6000, "sample": "a </script> b"}) + "\n")
     make_run(tmp_path / "mine/4", 3.0, "mine", 4, ended=False, measured=False, n_layer=2)
-    run_main(monkeypatch, "study", tmp_path, f"--page={tmp_path}/study.html")
+    output_of("study", tmp_path, f"--page={tmp_path}/study.html")
     return tmp_path / "study.html"
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from conftest import (HERE, assert_same_run, equal_weights, logged, losses, no_watch, read_json,
-                      run_quickly, run_ranks, start, stop_at)
+                      run_quickly, run_ranks, start, stop_at, wait_for)
 from nanolab.checkpoint import CheckpointSaver, read_checkpoint
 from nanolab.common import UserError
 from nanolab.log import read_log
@@ -132,14 +132,12 @@ def long_run(small_flags, tmp_path, *flags):
     """A run that has made its first step. -> Process"""
     process = start(run_quickly, small_flags("out", "--max_steps=100000", *flags),
                     output=tmp_path / "output")
-    wait_for(tmp_path / "out" / "log.jsonl", process.is_alive)
+    wait_for(lambda: has_text(tmp_path / "out/log.jsonl"), process.is_alive)
     return process
 
 
-def wait_for(log, is_alive):
-    while not (log.exists() and log.read_text()):
-        time.sleep(0.01)
-        assert is_alive()
+def has_text(path):
+    return path.exists() and path.stat().st_size > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -171,7 +169,7 @@ def test_torchrun_is_stopped(small_flags, tmp_path, number):
          "train.py", *small_flags("out", "--batch_size=4", "--max_steps=100000")],
         cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out = tmp_path / "out"
-    wait_for(out / "log.jsonl", lambda: torchrun.poll() is None)
+    wait_for(lambda: has_text(out / "log.jsonl"), lambda: torchrun.poll() is None)
     torchrun.send_signal(number)
     _, stderr = torchrun.communicate(timeout=60)  # ends when no process has its pipes any more
     assert step_of(out / "last.pt") == len(losses(out)) and not (out / "run.lock").exists()
@@ -258,8 +256,7 @@ def test_two_runs_in_one_folder(small_flags, small_run, tmp_path):
     """The second is one line and changes nothing; after a kill of the first the folder is free."""
     folder, flags = tmp_path / "out", ["--resume", "--name=second", "--max_steps=100000"]
     first = long_run(small_flags, tmp_path, "--save_every=5")
-    while not (folder / "last.pt").exists():
-        time.sleep(0.01)
+    wait_for((folder / "last.pt").exists)
     config_json = (folder / "config.json").read_text()
     with pytest.raises(UserError, match=f"^another run is writing to {folder}; "):
         small_run("out", *flags)

@@ -1,4 +1,5 @@
-"""One process or many, one micro-step or many, one machine or two, quiet or busy: the same run."""
+"""One process or many, one micro-step or many, one machine or two, one CPU thread or many, quiet or
+busy: the same run."""
 
 import json
 import os
@@ -14,12 +15,22 @@ import eval as eval_script
 import nanolab.optim
 import train
 from config import Config
-from conftest import (assert_same_run, logged, losses, read_json, run_quickly, run_ranks,
-                      start)
+from conftest import (assert_same_run, flag_sets, logged, losses, read_json, run_quickly,
+                      run_ranks, small_gpt_config, start)
+from model import GPT
 from nanolab import distributed
+from nanolab.distributed import SharedModel, World, machine, use_threads
 
 NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambdas",
        "--value_embeddings", "--embed_norm", "--embedding_lr=9", "--head_lr=2", "--scalar_lr=3"]
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    n_parts, n_threads = distributed.n_parts, torch.get_num_threads()
+    yield
+    distributed.n_parts = n_parts
+    torch.set_num_threads(n_threads)
 
 
 @pytest.mark.parametrize("order, optimizer, sizes, n_ranks, n_machines", [
@@ -151,7 +162,58 @@ def test_threads_follow_from_a_rule(monkeypatch, is_large, options, n_threads, i
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     model = torch.nn.Linear(2**12, 2**12, bias=is_large, device="meta")  # of 2**24 weights
     config = Config(**{"dropout": 0.0, "batch_size": 8, **options})
-    world = distributed.World(torch.device("cpu"), None)
+    world = World(torch.device("cpu"), None)
     fast = train.make_fast(model, config, config.batch_size, world)
     assert chosen == [(n_threads, is_shared)]
-    assert isinstance(fast, distributed.SharedModel) == is_shared
+    assert isinstance(fast, SharedModel) == is_shared
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 0.02)])
+def test_shared_batches_compute_the_same(dtype, tolerance):
+    """Loss and gradients of unequal parts; with accumulated and scaled gradients, and without."""
+    gpt = GPT(small_gpt_config(**flag_sets(6)[1] | {"dropout": 0.0}))
+    inputs, targets = torch.randint(301, (2, 5, 16), generator=torch.Generator().manual_seed(1))
+    world, dtypes = World(torch.device("cpu"), dtype), set()
+    gpt.blocks[0].attn.qkv.register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+
+    def loss_and_gradients(model):
+        gpt.zero_grad()
+        for _ in range(2):
+            with world.autocast():
+                loss = model(inputs, targets)
+            (loss / 3).backward()
+        return [loss.detach(), *(p.grad.clone() for p in gpt.parameters())]
+    plain = loss_and_gradients(gpt)
+    use_threads(2, shared=True)
+    first, *others = [loss_and_gradients(SharedModel(gpt)) for _ in range(4)]
+    for ours, expected in zip(first, plain, strict=True):
+        assert (ours - expected).norm() <= tolerance * (expected.norm() + 1e-3)
+    for again in others:
+        assert all(map(torch.equal, first, again))
+    assert dtypes == {dtype or torch.float32}
+    with torch.no_grad(), world.autocast():
+        assert torch.equal(SharedModel(gpt)(inputs, targets), first[0])
+
+
+def test_a_run_with_two_threads(small_run, tiny_data, monkeypatch, tmp_path, output_of):
+    """Training and eval.py have the losses of one thread, up to rounding."""
+    runs, results = [], []
+    for n in (1, 2):
+        runs.append(small_run(f"run{n}", *tiny_data, "--dropout=0", f"--threads={n}",
+                              "--optimizer=muon"))
+        assert distributed.n_parts == n
+        monkeypatch.setattr(distributed, "DEFAULT_THREADS", n)
+        file = tmp_path / f"{n}.json"
+        output_of("eval", "--ckpt", runs[0] / "best.pt", "--json", file, "--device=cpu")
+        results.append(read_json(file)["runs"][0]["test_loss"])
+        (runs[0] / "best.test.json").unlink()  # or it would not be measured again
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_machine_is_what_the_run_used(monkeypatch):
+    """A CPU's name for a run on the CPU, also where there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    on_cpu = machine(World(torch.device("cpu"), None))
+    assert "cores" in on_cpu and "NVIDIA" not in on_cpu
+    assert machine(World(torch.device("cuda", 0), None, 1, 8)) == "8 x NVIDIA A100"
