@@ -1,7 +1,6 @@
 """CUDA graphs on a CPU, as inductor makes them without trees, but for its kernels: torch's own code
 for static inputs and outputs (cudagraphify_impl), and graphs that record operators instead."""
 
-import contextlib
 from functools import partial
 from unittest.mock import MagicMock
 
@@ -36,14 +35,10 @@ class Recording(TorchDispatchMode):
 def use_fake_graphs(monkeypatch):
     """-> a list that gets every graph"""
     graphs = []
-
-    def new_graph():
-        graphs.append(Recording())
-        return graphs[-1]
-    for name, fake in {"CUDAGraph": new_graph, "graph": lambda graph, **options: graph,
-                       "Stream": MagicMock, "stream": lambda stream: contextlib.nullcontext(),
-                       "current_stream": MagicMock, "synchronize": lambda: None}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("Stream", "stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Recording()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
     return graphs
 
 
