@@ -179,6 +179,7 @@ def test_seeds(monkeypatch, text, seeds):
      "--optimizer would win over config/interventions/muon")])
 def test_commands_that_do_not_fit(monkeypatch, capsys, argv, message):
     """They get one line, before anything runs."""
+    monkeypatch.setattr(subprocess, "Popen", None)
     monkeypatch.setattr(sys, "argv", ["study.py", *argv])
     with pytest.raises((SystemExit, UserError)) as error:
         study.main()
