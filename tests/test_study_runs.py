@@ -162,6 +162,9 @@ def test_seeds(monkeypatch, text, seeds):
     assert [*jobs.plan(study.parse_arguments())] == [f"nowhere/baseline/{seed}" for seed in seeds]
 
 
+NEW = [BASE, "--out=nowhere", "--arms"]
+
+
 @pytest.mark.parametrize("argv, message", [
     (["out/study", "--arms", "x"], "--arms needs a config file"),
     (["out/study", "--n_layer=2"], "--n_layer=2 needs a config file"),
@@ -170,12 +173,12 @@ def test_seeds(monkeypatch, text, seeds):
     (["config/lab.py", "--seeds=5-2"], "must be at least 1"),
     (["config/lab.py", "--seeds=five"], "invalid seeds value: 'five'"),
     (["config/lab.py", "--arms", "a=--n_lyer=2", "--arms", "b=--n_layer=3"], "n_lyer"),
-    ([BASE, "--arms", "qk_norm", "qk_norm=--n_layer=1"], "'qk_norm' cannot be the name of an arm"),
-    ([BASE, "--arms", "baseline=--n_layer=1"], "'baseline' cannot be the name"),
-    ([BASE, "--arms", "../x=--n_layer=1"], "cannot be the name"),
-    ([BASE, "--arms", "a=--name=it's"], "cannot be read: No closing quotation"),
-    ([BASE, "--arms", "qk_nrm"], "qk_nrm.py"), ([BASE, "--arms", "a=--n_lyer=2"], "n_lyer"),
-    ([BASE, "--optimizer=adamw", "--arms", "muon"],
+    ([*NEW, "qk_norm", "qk_norm=--n_layer=1"], "'qk_norm' cannot be the name of an arm"),
+    ([*NEW, "baseline=--n_layer=1"], "'baseline' cannot be the name"),
+    ([*NEW, "../x=--n_layer=1"], "cannot be the name"),
+    ([*NEW, "a=--name=it's"], "cannot be read: No closing quotation"),
+    ([*NEW, "qk_nrm"], "qk_nrm.py"), ([*NEW, "a=--n_lyer=2"], "n_lyer"),
+    ([*NEW, "muon", "--optimizer=adamw"],
      "--optimizer would win over config/interventions/muon")])
 def test_commands_that_do_not_fit(monkeypatch, capsys, argv, message):
     """They get one line, before anything runs."""
