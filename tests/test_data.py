@@ -34,26 +34,20 @@ def read_bytes(folder):
     return {split: (folder / f"{split}.bin").read_bytes() for split in SPLITS}
 
 
-def stop_after(function, calls):
-    """The function, interrupted as by Ctrl-C after so many calls."""
-    done = iter(range(calls))
-
-    def stopping(*args):
-        if next(done, None) is None:
-            raise KeyboardInterrupt
-        return function(*args)
-    return stopping
-
-
 def assert_continues_after_a_kill(monkeypatch, tmp_path, make, *functions):
     """make(folder) makes the same bytes after an interruption at any call of these functions."""
     make(tmp_path / "whole")
     for function in functions:
         owner = DatasetWriter if hasattr(DatasetWriter, function) else dataset_writer
+        real = getattr(owner, function)
         for calls in (0, 1, 5):
+            def interrupted(*args, left=iter(range(calls))):
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return real(*args)
             folder = tmp_path / f"{function}{calls}"
             with monkeypatch.context() as patch:
-                patch.setattr(owner, function, stop_after(getattr(owner, function), calls))
+                patch.setattr(owner, function, interrupted)
                 try:
                     make(folder)
                     break
