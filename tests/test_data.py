@@ -1,5 +1,6 @@
 """Data sets: what prepare.py makes of text, and the batches that training reads from it."""
 
+import errno
 import hashlib
 import math
 import os
@@ -9,6 +10,7 @@ import time
 import types
 import zipfile
 from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -126,9 +128,8 @@ def test_two_at_once_make_one_data_set(tmp_path, texts, capsys):
 
 
 def test_a_disk_without_locks(tmp_path, texts, monkeypatch, capsys):
-    def flock(file, operation):
-        raise OSError(37, "No locks available")
-    monkeypatch.setattr("fcntl.flock", flock)
+    no_lock = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=no_lock))
     prepare_mine(texts, tmp_path / "made")
     assert "cannot be locked (No locks available" in capsys.readouterr().out
     assert (tmp_path / "made/meta.json").exists()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -56,18 +57,13 @@ def test_resume_on_two_processes(small_run, tiny_data):
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
 
 
-def interrupt(step, model):
-    if step == 9:
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("last", ["older", "missing"])
 def test_resume_is_exact_from_best(small_run, tiny_data, tmp_path, capsys, last):
     """Where best.pt has more steps than last.pt, or is alone, the run continues from it."""
     flags = [*tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=5", "--tail_average=0.5"]
     parts = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt):
-        small_run("parts", *flags, on_step=interrupt)
+    with pytest.raises(KeyboardInterrupt):  # before step 9
+        small_run("parts", *flags, on_step=Mock(side_effect=[*range(9), KeyboardInterrupt]))
     assert (step_of(parts / "last.pt"), step_of(parts / "best.pt")) == (5, 8)
     if last == "missing":
         (parts / "last.pt").unlink()
@@ -269,9 +265,8 @@ def test_two_runs_in_one_folder(small_flags, small_run, tmp_path):
 
 def test_a_disk_without_locks(small_run, tiny_data, monkeypatch, capsys):
     """Some network disks have none: a note, and the run goes on."""
-    def no_lock(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr("fcntl.flock", no_lock)
+    no_lock = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=no_lock))
     folder = small_run("run", *tiny_data, "--max_steps=2")
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
     assert (folder / "summary.json").exists()

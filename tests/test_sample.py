@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -64,12 +65,7 @@ def test_nanogpt_flags(text, run, tmp_path):
 def test_typed_prompts(monkeypatch, capsys):
     """A text is continued; an empty line goes on with what was printed, also after Ctrl-C; a prompt
     that the model cannot read is told."""
-    asked, typed = [], ["x", "", "é", "", "ab", ""]
-
-    def ask(prompt):
-        if not typed:
-            raise EOFError
-        return typed.pop()
+    asked, typed = [], ["", "ab", "", "é", "", "x", EOFError]
 
     def stream(text):
         asked.append(text)
@@ -79,7 +75,7 @@ def test_typed_prompts(monkeypatch, capsys):
         if text != "x":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(builtins, "input", ask)
+    monkeypatch.setattr(builtins, "input", Mock(side_effect=typed))
     sample.continue_prompts(stream)
     assert asked == ["ab", "ab-1", "é", "x"]
     assert "-1\n-2\nno tokens for é\n\n-2\n\n" in capsys.readouterr().out
