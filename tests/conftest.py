@@ -28,6 +28,7 @@ import pytest
 import torch
 from pyarrow import table
 from pyarrow.parquet import write_table
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -343,6 +344,19 @@ def small_gpt_config(**flags):
 def force_gpu_head(monkeypatch):
     """The head takes the GPU's branch on a CPU."""
     monkeypatch.setattr(nanolab.head, "cpu_head_loss", nanolab.head.HeadLoss.apply)
+
+
+class Operators(TorchDispatchMode):
+    """Tells `note` each of torch's operators, with its arguments and its result."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.note(function, args, kwargs or {}, result)
+        return result
 
 
 def small_model_batch(flags):

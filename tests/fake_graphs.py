@@ -9,21 +9,17 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import cudagraphify_impl, get_static_input_idxs
 from torch._inductor.utils import count_tangents
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import Operators
 
-class Recording(TorchDispatchMode):
+
+class Recording(Operators):
     """Keeps every operator with its tensors. A replay writes to the same memory."""
 
     def __init__(self):
-        super().__init__()
         self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
+        super().__init__(lambda *call: self.calls.append(call))
 
     def replay(self):
         for function, args, kwargs, result in self.calls:

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model
 import nanolab.head
-from conftest import call, flag_sets, force_gpu_head, logged, losses, small_gpt_config
+from conftest import (Operators, call, flag_sets, force_gpu_head, logged, losses,
+                      small_gpt_config)
 from model import GPT
 from nanolab.head import (CPUHeadLoss, HeadLoss, head_loss, loss_and_gradient,
                           product_of_gradients, softcap)
@@ -131,24 +131,15 @@ def test_the_model_is_one_graph(monkeypatch, i):
     assert len(graphs) == 1
 
 
-class LargeTensors(TorchDispatchMode):
-    """Counts the operators that make a tensor of at least the logits' size."""
-    n = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        self.n += any(isinstance(x, torch.Tensor) and x.numel() >= 64 * V
-                      for x in tree_leaves(results))
-        return results
-
-
 def test_no_copy_of_the_logits(monkeypatch):
-    """In eager code, these 12 are HeadLoss's, of which the next test counts the bytes."""
+    """In eager code, 12 operators make a tensor of at least the logits' size: they are HeadLoss's,
+    of which the next test counts the bytes."""
     force_gpu_head(monkeypatch)
-    gpt = GPT(small_gpt_config(n_layer=1))
-    with LargeTensors() as large:
+    gpt, are_large = GPT(small_gpt_config(n_layer=1)), []
+    with Operators(lambda function, args, kwargs, results: are_large.append(any(
+            isinstance(x, torch.Tensor) and x.numel() >= 64 * V for x in tree_leaves(results)))):
         gpt(*small_batch()).backward()
-    assert large.n == 12
+    assert sum(are_large) == 12
 
 
 def test_bytes_kernels_and_memory():
