@@ -17,22 +17,6 @@ from nanolab.common import UserError
 from nanolab.evaluation import paired_difference
 
 
-@pytest.fixture
-def next_commands(small_run, output_of, capsys):
-    """next_commands(name, *flags): makes a run, runs the commands that it prints. -> [(command,
-    what it prints)]"""
-    def run(name, *flags):
-        small_run(name, *flags)
-        results = []
-        for line in capsys.readouterr().out.partition("\nnext:")[2].splitlines():
-            python, script, *words = shlex.split(line)
-            assert python == "python"
-            output = output_of(script.removesuffix(".py"), *words, "--device=cpu")
-            results.append((line.strip(), output))
-        return results
-    return run
-
-
 def without_test_split(tiny_data, folder):
     """The same data set as nanoGPT's prepare.py would leave it. -> flags"""
     source = tiny_data[1].removeprefix("--data_dir=")
@@ -42,9 +26,19 @@ def without_test_split(tiny_data, folder):
     return [*tiny_data, "--dataset=plain", f"--data_dir={folder}", "--vocab_size=257"]
 
 
-def test_the_next_commands_work(next_commands, tiny_data, tmp_path, monkeypatch):
+def test_the_next_commands_work(small_run, output_of, capsys, tiny_data, tmp_path, monkeypatch):
     """Of a plain run; of one that has neither a test split nor a tokenizer; of one from weights
     with a longer context, where the loss is measured before and after."""
+    def next_commands(name, *flags):
+        """Makes a run, runs the commands that it prints. -> [(command, what it prints)]"""
+        small_run(name, *flags)
+        results = []
+        for line in capsys.readouterr().out.partition("\nnext:")[2].splitlines():
+            python, script, *words = shlex.split(line)
+            assert python == "python"
+            output = output_of(script.removesuffix(".py"), *words, "--device=cpu")
+            results.append((line.strip(), output))
+        return results
     (evaluating, result), (sampling, text) = next_commands("a run", *tiny_data)
     assert "'" in evaluating and "test loss" in result and sampling.startswith("python sample.py")
     assert text.startswith("Every effort moves you")

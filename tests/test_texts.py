@@ -381,11 +381,10 @@ def nanogpt_folder(folder, characters, **meta):
                    "meta.pkl": pickle.dumps(meta)})
 
 
-def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
+def test_nanogpt_characters(tmp_path, output_of, capsys):
     """A character-level data set of nanoGPT's has its own characters everywhere."""
     nanogpt_folder(tmp_path / "chars", "\n abcdeé“漢")
-    run_main(monkeypatch, "prepare", "info", "chars", f"--data_dir={tmp_path}")
-    output = capsys.readouterr().out
+    output = output_of("prepare", "info", "chars", f"--data_dir={tmp_path}")
     assert 'character:"\\n abcdeé“漢" tokens of 10 kinds' in output
     assert "\n\n abcdeé“漢\n abc" in output
     run_quickly([*SMALL, "--dataset=chars", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out",
@@ -394,14 +393,12 @@ def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
     assert 'tokenizer character:"\\n abc' in capsys.readouterr().out
     assert logged("sample", tmp_path / "out")[0].startswith("abcdeé“漢\n abcd")
     assert read_checkpoint(tmp_path / "out/best.pt")["config"]["vocab_size"] == 10
-    run_main(monkeypatch, "sample", f"--ckpt={tmp_path}/out", "--prompt=abc", "--temperature=0",
-             "--max_new_tokens=8", "--device=cpu")
-    assert capsys.readouterr().out == "abcdeé“漢\n a\n"
+    assert output_of("sample", f"--ckpt={tmp_path}/out", "--prompt=abc", "--temperature=0",
+                     "--max_new_tokens=8", "--device=cpu") == "abcdeé“漢\n a\n"
     for prompt in ("abz", "ü", END_OF_TEXT):
         with pytest.raises(UserError, match="has characters that the model has no tokens for"):
-            run_main(monkeypatch, "sample", f"--ckpt={tmp_path}/out", f"--prompt={prompt}")
-    run_main(monkeypatch, "nanolab.huggingface", "export", tmp_path / "out/best.pt",
-             tmp_path / "hf")
+            output_of("sample", f"--ckpt={tmp_path}/out", f"--prompt={prompt}")
+    output_of("nanolab.huggingface", "export", tmp_path / "out/best.pt", tmp_path / "hf")
     files = {path.name for path in (tmp_path / "hf").iterdir()}
     assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
     assert read_json(tmp_path / "hf/config.json")["eos_token_id"] is None
