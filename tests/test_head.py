@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import model
 import nanolab.head
-from conftest import (Operators, call, flag_sets, force_gpu_head, logged, losses,
-                      small_gpt_config)
+from conftest import Operators, call, flag_sets, force_gpu_head, logged, losses, small_gpt_config
 from model import GPT
 from nanolab.head import (CPUHeadLoss, HeadLoss, head_loss, loss_and_gradient,
                           product_of_gradients, softcap)

@@ -21,8 +21,7 @@ from conftest import equal_weights, read_json
 from model import GPT, GPTConfig
 from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.data import TokenDataset
-from nanolab.optim import (Muon, count_steps, learning_rate_at, make_optimizer,
-                           set_learning_rate)
+from nanolab.optim import Muon, count_steps, learning_rate_at, make_optimizer, set_learning_rate
 from nanolab.options import load
 
 # What each file of config/interventions/ changes. A file of your own need not be here.

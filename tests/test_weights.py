@@ -300,8 +300,7 @@ def test_run_without_best(tmp_path, gpt2_data, small_run, monkeypatch, capsys):
 
 # --- nanoGPT
 
-def make_nanogpt(folder, has_bias=False, prefix="", extra=(), untied=False, vocab_size=65,
-                 **args):
+def make_nanogpt(folder, has_bias=False, prefix="", extra=(), untied=False, vocab_size=65, **args):
     """Writes a ckpt.pt as nanoGPT's, with matrices as (out, in). -> transformers' GPT-2 with the
     same weights"""
     theirs = make_hf_model(folder / "theirs", vocab_size=vocab_size, n_positions=24,
