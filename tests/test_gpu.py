@@ -81,7 +81,7 @@ def test_loss_and_gradients_are_the_cpus(i, dtype, scale, tolerance):
 
 @pytest.mark.parametrize("amp, optimizer", [("off", "normuon"), ("bfloat16", "muon"),
                                             ("float16", "adamw")])
-def test_a_step_waits_once(small_run, monkeypatch, amp, optimizer):
+def test_a_step_waits_once(small_run, amp, optimizer):
     """With micro-steps, dropout, clipping and averaged weights: once all is compiled, a step waits
     as often as one tolist() does."""
     starts = []

@@ -127,7 +127,7 @@ def test_cloud_asks_first(data_dir, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["cloud.lock"]
 
 
-def test_slurm(small_flags, small_run, tmp_path):
+def test_slurm(small_flags, tmp_path):
     """Two nodes of one process each, by stand-ins for SLURM's two commands: the losses of one."""
     for name, text in (("scontrol", "echo localhost; echo elsewhere"),
                        ("srun", '"$@" & first=$!; "$@" || exit 1; wait $first')):

@@ -130,7 +130,7 @@ def test_one_more_run(rows_of):
     assert f"would fall between {low:.4f} and {high:.4f}" in rows_of({"baseline": losses})[1]
 
 
-def test_cautions(rows_of, compare, tmp_path):
+def test_cautions(compare, tmp_path):
     """Seeds that cross make runs dependent; budgets may differ; another test set may differ."""
     file = tmp_path / "runs.json"
     crossed = [{"name": name, "test_loss": 3 + loss, "seed": seed, "init_seed": init}
@@ -181,7 +181,7 @@ def test_what_counts_as_one_experiment():
     assert list(losses.values()) == pytest.approx([3.1, 3.3])
 
 
-def test_a_changed_default_does_not_relabel(compare, monkeypatch, tmp_path):
+def test_a_changed_default_does_not_relabel(compare, monkeypatch):
     """Results on record and new ones keep their options, whatever the defaults become."""
     recorded = "studies/lab/results.json"
     before = compare(recorded)
