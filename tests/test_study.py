@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
@@ -22,9 +21,14 @@ from nanolab.study import runs, stats
 
 
 @pytest.fixture
-def compare(output_of):
-    """compare(*arguments): what study.py prints."""
-    return partial(output_of, "study")
+def compare(output_of, tmp_path):
+    """compare(runs, *arguments): what study.py prints of these runs, or of a path."""
+    def call(runs, *argv):
+        if isinstance(runs, list):
+            (tmp_path / "runs.json").write_text(json.dumps(runs))
+            runs = tmp_path / "runs.json"
+        return output_of("study", runs, *argv)
+    return call
 
 
 @pytest.fixture
@@ -32,10 +36,10 @@ def rows_of(compare, tmp_path):
     """rows_of({name: {seed: loss}}, **what all runs share) -> {label: row}, what study.py
     prints."""
     def call(losses, **options):
-        file, out = tmp_path / "rows_of.json", tmp_path / "out.json"
-        file.write_text(json.dumps([{"name": name, "seed": seed, "test_loss": loss, **options}
-                                    for name in losses for seed, loss in losses[name].items()]))
-        printed = compare(file, "--json", out)
+        out = tmp_path / "out.json"
+        printed = compare([{"name": name, "seed": seed, "test_loss": loss, **options}
+                           for name in losses for seed, loss in losses[name].items()],
+                          "--json", out)
         return {row["experiment"]: row for row in read_json(out)["rows"]}, printed
     return call
 
@@ -132,38 +136,33 @@ def test_one_more_run(rows_of):
 
 def test_cautions(compare, tmp_path):
     """Seeds that cross make runs dependent; budgets may differ; another test set may differ."""
-    file = tmp_path / "runs.json"
     crossed = [{"name": name, "test_loss": 3 + loss, "seed": seed, "init_seed": init}
                for seed, init, loss in ((1, 1, 0), (1, 2, 0.1), (2, 1, 0.2))
                for name, loss in (("baseline", loss), ("a", 2 * loss - 0.1))]
-    file.write_text(json.dumps(crossed))
-    assert "Some runs of baseline; a have a seed in common" in compare(file)
-    file.write_text(json.dumps([{"name": "baseline", "test_loss": 3.0, "max_steps": 100},
-                                {"name": "a", "test_loss": 2.9, "max_steps": 200}]))
-    assert "baseline's 9,830,400 tokens" in compare(file) and "a: 19,660,800" in compare(file)
+    assert "Some runs of baseline; a have a seed in common" in compare(crossed)
+    printed = compare([{"name": "baseline", "test_loss": 3.0, "max_steps": 100},
+                       {"name": "a", "test_loss": 2.9, "max_steps": 200}])
+    assert "baseline's 9,830,400 tokens" in printed and "a: 19,660,800" in printed
 
     rng = np.random.default_rng(0)
     text, sizes = rng.normal(0, 0.3, 100), [5] * 100
     for spread, wider, seeds in ((0.5, True, (1, 2, 3)), (0.02, False, (1, 2))):  # helps some
         uneven = text + spread * rng.standard_normal(100)
-        file.write_text(json.dumps([
-            {"name": name, "seed": seed, "test_loss": loss + 0.002 * rng.standard_normal(),
-             "group_windows": sizes, "group_losses": (loss + groups).tolist()}
-            for name, loss, groups in (("baseline", 3.0, text), ("a", 2.95, uneven))
-            for seed in seeds]))
-        printed = compare(file, "--all", "--json", tmp_path / "out.json")
+        made = [{"name": name, "seed": seed, "test_loss": loss + 0.002 * rng.standard_normal(),
+                 "group_windows": sizes, "group_losses": (loss + groups).tolist()}
+                for name, loss, groups in (("baseline", 3.0, text), ("a", 2.95, uneven))
+                for seed in seeds]
+        printed = compare(made, "--all", "--json", tmp_path / "out.json")
         row = read_json(tmp_path / "out.json")["rows"][0]
         low, high = row["resampled"]
         assert (high - low > 3 * (row["high"] - row["low"])) == wider and low <= row["low"]
         assert ("Not shown if the test set were resampled" in printed) == wider
         assert row["verdict"] == "better" and "if test set resampled" in printed
-    runs = read_json(file)
-    file.write_text(json.dumps([{**run, "val_loss": run["test_loss"]} for run in runs]))
-    assert "resampled" not in compare(file, "--all", "--validation"), "its documents are others"
-    runs[0]["eval_tokens"] = 100
-    file.write_text(json.dumps([{**run, "val_loss": run["test_loss"]} for run in runs]))
+    made = [{**run, "val_loss": run["test_loss"]} for run in made]
+    assert "resampled" not in compare(made, "--all", "--validation"), "its documents are others"
+    made[0]["eval_tokens"] = 100
     with pytest.raises(UserError, match="on different data"):
-        compare(file, "--validation")
+        compare(made, "--validation")
 
 
 def test_what_counts_as_one_experiment():
@@ -295,17 +294,16 @@ def test_columns_and_markdown(compare):
 
 
 def test_the_baseline_that_was_asked_for(compare, tmp_path):
-    file = tmp_path / "runs.json"
-    file.write_text(json.dumps([{"name": "a", "test_loss": 3.0, "dropout": 0.1},
-                                {"name": "a", "test_loss": 2.0, "dropout": 0.0},
-                                {"name": "b", "test_loss": 1.0, "dropout": 0.3}]))
-    assert "Differences are to a, dropout=0.0" in compare(file, "--baseline=a, dropout=0.0")
-    assert "Differences are to b" in compare(file, "--baseline=b")
-    assert "Nothing is compared" in compare(file, "--page", tmp_path / "a.html")
+    made = [{"name": "a", "test_loss": 3.0, "dropout": 0.1},
+            {"name": "a", "test_loss": 2.0, "dropout": 0.0},
+            {"name": "b", "test_loss": 1.0, "dropout": 0.3}]
+    assert "Differences are to a, dropout=0.0" in compare(made, "--baseline=a, dropout=0.0")
+    assert "Differences are to b" in compare(made, "--baseline=b")
+    assert "Nothing is compared" in compare(made, "--page", tmp_path / "a.html")
     assert "a, dropout=0.0" in (tmp_path / "a.html").read_text()
     for wanted in ("a", "c"):
         with pytest.raises(UserError, match=f"no run is named '{wanted}'.*there are a, dropout"):
-            compare(file, f"--baseline={wanted}")
+            compare(made, f"--baseline={wanted}")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -347,17 +345,15 @@ def test_study_needs_neither_torch_nor_scipy_stats():
     assert done.stdout.endswith("[]\n"), done.stderr
 
 
-def test_different_code_is_said(compare, tmp_path):
+def test_different_code_is_said(compare):
     """Where an experiment and its baseline, or runs of one experiment, ran with different code."""
     hashes = {"baseline": ["aa"], "same": ["aa"], "other": ["dd"],
               "mixed": ["aa", "bb"]}  # another commit from a resume on
 
     def table(*names):
-        runs = [{"name": name, "test_loss": 3.0, "code": [
+        return " ".join(compare([{"name": name, "test_loss": 3.0, "code": [
             {"commit": f"c{each}", "changed": False, "sha256": each} for each in hashes[name]]}
-            for name in names]
-        (tmp_path / "runs.json").write_text(json.dumps(runs))
-        return " ".join(compare(tmp_path / "runs.json").split())
+            for name in names]).split())
     assert "Different code" not in table("baseline", "same")
     printed = table(*hashes)
     assert "Different code" in printed and "same: c" not in printed
