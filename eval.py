@@ -46,17 +46,18 @@ def main():
 def find_checkpoints(words):
     """The checkpoints that --ckpt names: files, runs' folders, folders of runs, globs, and weights
     in Hugging Face's layout. Raises UserError."""
-    found = []
+    found = {}
     for word in words:
-        is_glob = glob.has_magic(word) and not os.path.exists(word)
-        matches = sorted(glob.glob(word, recursive=True)) if is_glob else [word]
-        if not matches:
-            raise UserError(f"nothing matches '{word}'")
-        for match in matches:
-            runs = {file.parent for name in ("best.pt", "last.pt")
-                    for file in Path(match).rglob(name)}
-            found += map(str, map(checkpoint_file, sorted(runs) or [match]))
-    return list(dict.fromkeys(found))
+        is_glob, paths = glob.has_magic(word) and not os.path.exists(word), []
+        for match in sorted(glob.glob(word, recursive=True)) if is_glob else [word]:
+            runs = {Path(match, file).parent for name in ("best.pt", "last.pt")
+                    for file in glob.glob(f"**/{name}", root_dir=match, recursive=True)}
+            if runs or not (is_glob and Path(match, "log.jsonl").exists()):  # a run's first steps
+                paths += map(str, map(checkpoint_file, sorted(runs) or [match]))
+        if not paths:
+            raise UserError(f"no checkpoint matches '{word}'")
+        found |= dict.fromkeys(paths)
+    return list(found)
 
 
 def evaluate(path, args, world):
@@ -85,14 +86,15 @@ def is_current(result, args, world):
     meta = read_meta(args.data_dir or config["data_dir"], args.dataset or config["dataset"],
                      config["vocab_size"])
     sha256 = meta["splits"].get(args.split, {}).get("sha256")
-    return (result.get("split"), result[f"{args.split}_sha256"], result["amp"],
+    return (result.get("split"), result["dataset"], result[f"{args.split}_sha256"], result["amp"],
             result.get("block_size")) == (
-                args.split, sha256, amp_name(world), args.block_size or config["block_size"])
+                args.split, args.dataset or config["dataset"], sha256, amp_name(world),
+                args.block_size or config["block_size"])
 
 
 def format_difference(first, other):
     """Of two results, such as before and after fine-tuning."""
-    same = ("dataset", "split", "block_size", "group_windows", f"{first['split']}_sha256")
+    same = ("split", "block_size", "group_windows", f"{first['split']}_sha256")
     if any(first[key] != other[key] for key in same):
         return "difference: none, the windows are not the same (--block_size=N cuts both alike)"
     difference, half_width = paired_difference(first, other)

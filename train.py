@@ -226,12 +226,15 @@ def make_fast(model, config, batch_size, world):
     if compiled:
         # Not mode="reduce-overhead": with its trees, autograd takes a graph's own buffer as .grad,
         # which the next micro-step overwrites (pytorch issue 96693). Without them it copies.
-        graphs = one_gpu and config.compile == "graphs" and batch_size != "auto"
+        graphs = one_gpu and config.compile == "graphs"
         # Dynamic only while sizes are tried: else the short last batch of a validation, which comes
         # first, would give training a graph for any batch size.
         dynamic = None if batch_size == "auto" else False
-        model = torch.compile(model, fullgraph=one_gpu, dynamic=dynamic, options={
-            "triton.cudagraphs": graphs, "triton.cudagraph_trees": False})
+        # A CUDA graph has the addresses of its weights: the averaged model needs its own.
+        model = torch.compile(model, fullgraph=one_gpu, dynamic=dynamic,
+                              isolate_recompiles=config.compile == "graphs",
+                              options={"triton.cudagraphs": graphs,
+                                       "triton.cudagraph_trees": False})
     if on_gpu or world.device.type == "mps":
         return model
     # dropout masks would depend on which thread draws first

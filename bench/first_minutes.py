@@ -1,4 +1,5 @@
-"""The first ten minutes on a GPU: what to change, decided by measurements in one call.
+"""The first minutes on a GPU: what to change, decided by measurements in one call. About ten on an
+H200, half an hour or more on a 3090 (predicted).
 
     python bench/first_minutes.py --nanogpt=nanoGPT --json=first_minutes.json
 

@@ -10,7 +10,6 @@ nanoGPT if it is given. Prints Markdown. Close other programs on the GPU first.
 """
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,7 +21,7 @@ from bench.nanogpt import (describe, flags_of, nanogpt_folder, print_row, run_na
                            shape_of)
 from nanolab.common import argument_parser, run_script
 from nanolab.distributed import World, autocast_dtype, pick_device
-from nanolab.runlog import matmul_peak
+from nanolab.runlog import matmul_peak, shortest
 
 RATES = ("products", "attention", "its backward pass", "memory")  # TFLOP/s three times, GB/s
 # What known cards should reach. Memory: 0.85 of NVIDIA's data sheets. Products: 0.95 of the data
@@ -122,17 +121,6 @@ def measure_rates(shape, world, n_bytes):
     copy = shortest(lambda: target.copy_(source), world)  # it reads and writes each byte
     return (matmul_peak(world) / 1e12, flop / forward / 1e12, 2.5 * flop / (both - forward) / 1e12,
             2 * n_bytes / copy / 1e9)
-
-
-def shortest(work, world):
-    """Seconds: the shortest of half a second's, after a warm-up."""
-    times, end = [], time.perf_counter() + 0.5
-    while len(times) < 4 or time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        world.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
 
 
 if __name__ == "__main__":

@@ -192,7 +192,8 @@ class Config(GPTConfig):
         True, "let float32 matrix products use TF32 (CUDA), whatever amp is")
     compile: bool | str = option(
         "auto", "torch.compile. auto: on for CUDA, off elsewhere; graphs: and on one GPU its CUDA "
-        "graphs, which start a step's kernels at once", choices=("auto", "graphs"))
+        "graphs, which start a step's kernels at once and take more memory",
+        choices=("auto", "graphs"))
     fp16_sums: bool = option(
         False, "float16 products sum in 16 bits too (CUDA), at twice the speed on GeForce cards. "
         "Needs amp='float16'; attention and one product of the head keep 32 bits")
@@ -276,6 +277,8 @@ class Config(GPTConfig):
         if self.compile == "graphs" and self.dropout:
             return (f"{shown('compile')} would draw other masks in the first step after --resume; "
                     f"it wants --dropout=0, not {shown('dropout')}")
+        if self.compile == "graphs" and self.batch_size == "auto":
+            return f"{shown('batch_size')} would try sizes without the memory of {shown('compile')}"
         if self.tie_weights and self.head_lr != 1:
             return (f"{shown('head_lr')} has no effect with {shown('tie_weights')}: the head is "
                     "the embedding's matrix, whose rate is embedding_lr")

@@ -260,13 +260,15 @@ def load_tensors(path, mmap=False):
                     raise UserError(f"{path} is damaged: the checksum of {record} does not match")
         with warnings.catch_warnings(action="ignore"):  # about foreign pickles, refused here
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except PermissionError:
         raise UserError(f"no permission to read {path}") from None
     except Exception as error:  # torch.load raises pickle, zip, EOF and runtime errors alike
+        if is_out_of_memory(error):
+            raise
         if found := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
             raise UserError(f"{path} holds a {found[1]}; nanolab loads only tensors and plain "
                             "values, for other objects could run code") from None

@@ -122,8 +122,8 @@ def pypi_wheels(requirements, folder):
                "--only-binary=:all:", "--platform=any", "--implementation=py", "--abi=none",
                "--python-version=3.11", f"--dest={folder}", f"--requirement={requirements}"]
     if subprocess.run(command).returncode:
-        raise UserError("pip could not download the wheels; connect to PyPI, and run the same "
-                        "command again")
+        raise UserError("pip could not download the wheels; connect to PyPI (in uv's environments: "
+                        "uv pip install pip), and run the same command again")
     return wheels
 
 

@@ -46,7 +46,9 @@ class HeadLoss(torch.autograd.Function):
         N, V = len(hidden), len(weight)
         # zero rows up to a multiple of 64, which GPUs multiply faster
         hidden, head = hidden.to(dtype), F.pad(weight.to(dtype), (0, 0, 0, -V % 64))
-        n_chunks = 1 if torch.compiler.is_compiling() else math.ceil(N * len(head) / EAGER_CHUNK)
+        n_chunks = math.ceil(N * len(head) / EAGER_CHUNK)
+        if torch.compiler.is_compiling():  # float16 could not hold the weight's gradient of more
+            n_chunks = math.ceil(N / 2**16) if dtype is torch.float16 else 1
         loss, grads, grad_weight = 0, [], 0
         for chunk, target in zip(hidden.chunk(n_chunks), targets[:, None].chunk(n_chunks)):
             chunk_loss, grad = loss_and_gradient(chunk @ head.T, target, V, cap, z_loss)

@@ -104,21 +104,21 @@ def read_hugging_face(folder, source):
     """Reads config.json and the weights, as transformers would. Runs no code of the folder (a
     Path). Raises UserError, which names what our GPT does not compute."""
     path, hf_config = folder / "config.json", {}
-    if path.is_file():
-        try:
+    try:
+        if path.is_file():
             hf_config = dict(parse_json(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is damaged") from None
-    if "model_type" not in hf_config:
-        raise UserError(f"{folder} is a folder, neither a run with best.pt or last.pt nor a model "
-                        "in Hugging Face's layout, whose config.json has a model_type")
-    if hf_config["model_type"] == "nanolab":  # which our export wrote
-        options = {name: hf_config.get(name) for name in hf_config["nanolab_options"]}
-        weights = {name.removeprefix("gpt."): p for name, p in read_weights(folder).items()}
-    else:
-        options = gpt2_options(hf_config, path)
-        weights = from_gpt2(read_weights(folder), transposed=True)
-    return as_checkpoint(source, path, options, weights, find_tokenizer(folder, hf_config))
+        if "model_type" not in hf_config:
+            raise UserError(f"{folder} is a folder, neither a run with best.pt or last.pt nor a "
+                            "model in Hugging Face's layout, whose config.json has a model_type")
+        if hf_config["model_type"] == "nanolab":  # which our export wrote
+            options = {name: hf_config.get(name) for name in hf_config["nanolab_options"]}
+            weights = {name.removeprefix("gpt."): p for name, p in read_weights(folder).items()}
+        else:
+            options = gpt2_options(hf_config, path)
+            weights = from_gpt2(read_weights(folder), transposed=True)
+        return as_checkpoint(source, path, options, weights, find_tokenizer(folder, hf_config))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is damaged") from None
 
 
 def gpt2_options(hf_config, path):

@@ -43,12 +43,17 @@ class LanguageModel:
         return text + "".join(self.stream(text, max_new_tokens, temperature, top_k, top_p, seed))
 
     def stream(self, text, max_new_tokens, temperature, top_k, top_p, seed):
-        """What generate adds to the text, in pieces, as it is made. -> an iterator over str"""
+        """What generate adds to the text, in pieces, as it is made. -> an iterator over str. Raises
+        UserError."""
+        for name, value, low, high in (("max_new_tokens", max_new_tokens, 1, 10**9),
+                                       ("temperature", temperature or 1, 0.01, 100),
+                                       ("top_k", top_k, 1, 10**9), ("top_p", top_p, 1e-9, 1)):
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name} must be from {low} to {high}, not {value}", exit_code=2)
         prompt = self.batch(self.encode(text or END_OF_TEXT))
         generator = torch.Generator(self.device).manual_seed(seed)
         top_k = min(top_k, self.model.config.vocab_size) if top_k else None
-        tokens = self.model.stream(prompt, max_new_tokens, temperature, top_k, top_p or None,
-                                   generator)
+        tokens = self.model.stream(prompt, max_new_tokens, temperature, top_k, top_p, generator)
         # a character that has several tokens comes with the last one
         return codecs.iterdecode(text_of(map(int, tokens), self.tokenizer), "utf-8", "replace")
 

@@ -20,7 +20,7 @@ def make_optimizer(model, config):
         raise ValueError(f"make_optimizer has no rule for optimizer={config.optimizer!r}")
     if config.decay not in ("all", "matrices"):
         raise ValueError(f"make_optimizer has no rule for decay={config.decay!r}")
-    uses_muon = config.optimizer != "adamw"
+    uses_muon = config.optimizer in ("muon", "normuon")
     adamw_decay = config.adamw_weight_decay
     if adamw_decay is None:
         adamw_decay = config.weight_decay

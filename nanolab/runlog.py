@@ -291,15 +291,21 @@ def matmul_peak(world):
     a = torch.randn(size, size, device=world.device, dtype=world.dtype if on_gpu else None)
     of_operators = torch.get_num_threads()
     torch.set_num_threads(n_threads())  # those that share batches, too
+    seconds = shortest(lambda: a @ a, world)
+    torch.set_num_threads(of_operators)
+    return 2 * size**3 / seconds
+
+
+def shortest(work, world):
+    """Seconds: the shortest of half a second's, after a warm-up."""
     times, end = [], time.perf_counter() + 0.5
     while len(times) < 4 or time.perf_counter() < end:
         world.synchronize()
         start = time.perf_counter()
-        a @ a
+        work()
         world.synchronize()
         times.append(time.perf_counter() - start)
-    torch.set_num_threads(of_operators)
-    return 2 * size**3 / min(times[1:])
+    return min(times[1:])
 
 
 def make_sampler(model, config, tokenizer_name, world):

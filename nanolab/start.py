@@ -84,8 +84,8 @@ def checkpoint_to_resume(config, meta):
     """The run's checkpoint with the most steps, last.pt or best.pt; None if there is neither. Both
     must belong to this run. Raises UserError."""
     paths = [Path(config.out_dir, name) for name in ("last.pt", "best.pt")]
-    paths = [path for path in paths if path.exists()]
-    if not paths and all(Path(config.out_dir, name).exists()
+    paths = [path for path in paths if path.exists() and (config.resume or not config.dry_run)]
+    if not (paths or config.dry_run) and all(Path(config.out_dir, name).exists()
                          for name in ("config.json", "summary.json")):
         raise config_error(f"{config.out_dir} has the record of a finished run, without its "
                            "checkpoints; --out_dir=ANOTHER keeps it")

@@ -43,12 +43,11 @@ def backend(give=list):
     """
     def capture(fixed, graph, inputs):
         """-> a function that is captured when it is first called"""
-        run = []
+        run, static = [], fixed(graph)
 
         def captured(arguments):
             if not run:
-                run.append(cudagraphify_impl(make_boxed_func(graph.forward), arguments,
-                                             fixed(graph)))
+                run.append(cudagraphify_impl(make_boxed_func(graph.forward), arguments, static))
             return give(run[0](list(arguments)))
         captured._boxed_call = True
         return captured

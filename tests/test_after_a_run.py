@@ -84,6 +84,19 @@ def test_no_split_named_test(small_run, tiny_data, tmp_path, monkeypatch, output
         output_of(*command, "--block_size=17")
 
 
+def test_a_copy_of_the_data(small_run, tiny_data, tmp_path, output_of):
+    """The result on a copy of the data, under another name, is not that on the run's own. Of a glob,
+    a run that has saved nothing yet is left out."""
+    run = small_run("run 1", *tiny_data)
+    shutil.copytree(tiny_data[1].removeprefix("--data_dir=") + "/tiny", tmp_path / "data" / "copy")
+    (tmp_path / "run 2").mkdir()
+    (tmp_path / "run 2" / "log.jsonl").touch()
+    for flags in ["--dataset=copy", f"--data_dir={tmp_path / 'data'}"], []:
+        output_of("eval", "--ckpt", tmp_path / "run *", *flags)
+    results = json.loads((run / "best.test.json").read_text())["results"]
+    assert [result["dataset"] for result in results] == ["copy", "tiny"]
+
+
 def test_paired_difference():
     """With groups of equal size it is scipy's; unequal groups weigh by their windows."""
     draw = torch.Generator().manual_seed(1)

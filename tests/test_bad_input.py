@@ -153,7 +153,7 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     # eval
     ({}, ["eval", "--ckpt", "nowhere.pt"], "there is no checkpoint nowhere.pt"),
     ({}, ["eval", "--ckpt", "gpt2-smal"], "OpenAI's weights are gpt2, gpt2-medium"),
-    ({}, ["eval", "--ckpt", "out/*/best.pt"], "nothing matches 'out/*/best.pt'"),
+    ({}, ["eval", "--ckpt", "out/*/best.pt"], "no checkpoint matches 'out/*/best.pt'"),
     ({}, ["eval", "--ckpt", "data"], "data is a folder, neither a run with best.pt or last"),
     ({BEST: change_checkpoint(tokenizer="gpt2")}, EVAL, "was trained on gpt2 tokens"),
     ({TEST_BIN: GONE}, EVAL, "no test split"),
@@ -165,9 +165,9 @@ LAST, BEST = "out/last.pt", "out/best.pt"
      "p.txt is not UTF-8 text (byte 1)"),
     ({BEST: change_checkpoint(tokenizer="unknown")}, SAMPLE, "with --tokenizer=bytes or gpt2"),
     ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "is unknown ('klingon')"),
-    ({}, [*SAMPLE, "--num_samples=0"], "--num_samples must be from 1 to"),
+    ({}, [*SAMPLE, "--num_samples=0"], "--num_samples must be at least 1"),
     ({}, [*SAMPLE, "--temperature=1e-40"], "--temperature must be"),
-    ({}, [*SAMPLE, "--top_p=nan"], "--top_p must be"),
+    ({}, [*SAMPLE, "--top_p=nan"], "top_p must be"),
     # weights out
     ({}, [*EXPORT, "gpt2", "new"], "gpt2 is not on this machine"),
     ({"file": write("")}, [*EXPORT, "out/best.pt", "file/new"], "Not a directory"),

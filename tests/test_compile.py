@@ -19,7 +19,8 @@ def compile_with(monkeypatch, backend):
     force_gpu_head(monkeypatch)
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile(
-        model, fullgraph=True, backend=backend, dynamic=options["dynamic"]))
+        model, fullgraph=True, backend=backend, dynamic=options["dynamic"],
+        isolate_recompiles=options["isolate_recompiles"]))
     torch._dynamo.reset()
 
 
@@ -35,11 +36,10 @@ def test_a_run_compiles_few_graphs(small_run, monkeypatch):
 
 
 @pytest.mark.parametrize("compile, batch_size, n_gpus, one_graph, cuda_graphs", [
-    ("auto", 12, 1, True, False), ("graphs", 12, 1, True, True), ("graphs", "auto", 1, True, False),
+    ("auto", 12, 1, True, False), ("graphs", 12, 1, True, True), ("auto", "auto", 1, True, False),
     ("graphs", 12, 8, False, False)])
 def test_cuda_graphs(monkeypatch, compile, batch_size, n_gpus, one_graph, cuda_graphs):
-    """On one GPU, without the trees that would overwrite gradients, and not while sizes are
-    tried."""
+    """On one GPU, without the trees that would overwrite gradients."""
     asked, real_compile = {}, torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **options: (
         asked.update(options) or real_compile(model, **options)))  # refuses unknown options
@@ -47,8 +47,9 @@ def test_cuda_graphs(monkeypatch, compile, batch_size, n_gpus, one_graph, cuda_g
     train.make_fast(GPT(small_gpt_config()), config, batch_size,
                     World(torch.device("cuda", 0), None, 0, n_gpus))
     assert asked.pop("dynamic") is (None if batch_size == "auto" else False)
-    assert asked == {"fullgraph": one_graph, "options": {
-        "triton.cudagraphs": cuda_graphs, "triton.cudagraph_trees": False}}
+    assert asked == {
+        "fullgraph": one_graph, "isolate_recompiles": compile == "graphs",
+        "options": {"triton.cudagraphs": cuda_graphs, "triton.cudagraph_trees": False}}
 
 
 def as_with_trees(outputs):
@@ -60,12 +61,13 @@ def as_with_trees(outputs):
 def test_cuda_graphs_change_no_loss(small_run, monkeypatch, give, same):
     """A run of 4 micro-steps with fake graphs, and validations of several batches between its
     steps, is the eager run. With what trees would do it is another."""
-    flags = ["--batch_size=2", "--eval_every=2", "--grad_clip=0.1", "--max_steps=3", "--n_layer=1"]
+    flags = ["--batch_size=2", "--eval_every=2", "--grad_clip=0.1", "--max_steps=4", "--n_layer=1",
+             "--tail_average=0.5"]
     eager = small_run("eager", *flags)
     graphs = fake_graphs.use_fake_graphs(monkeypatch)
     compile_with(monkeypatch, fake_graphs.backend(give))
     captured = small_run("graphs", *flags, "--compile=graphs")
-    assert len(graphs) == 3  # forward, backward, validation
+    assert len(graphs) == 4  # forward, backward, validation, that of the averaged weights
     assert (losses(captured) == pytest.approx(losses(eager), rel=1e-6)) == same
     if same:
         expected = pytest.approx(logged("val_loss", eager), rel=1e-6)

@@ -145,7 +145,7 @@ def test_memory_and_time_of_the_head():
 def test_cuda_graphs(small_run):
     """The losses of eager code, with micro-steps, and validations between."""
     flags = [*ON_CUDA, "--amp=off", "--batch_size=2", "--eval_every=2", "--grad_clip=0.1",
-             "--max_steps=6"]
+             "--max_steps=6", "--tail_average=0.4"]
     eager, graphs = (small_run(compile, *flags, f"--compile={compile}")
                      for compile in ("False", "graphs"))
     for key in ("loss", "val_loss"):

@@ -71,6 +71,20 @@ def test_attention(lm):
         lm.attention("x" * 34)
 
 
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 2}])
+def test_options_of_sampling(lm, options):
+    with pytest.raises(UserError, match=f"{[*options][0]} must be from"):
+        lm.generate(TEXT, **options)
+
+
+def test_no_memory_is_no_damage(shared_run, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="allocate"):
+        nanolab.load(shared_run())
+
+
 def test_hidden_states(lm):
     """The last one, normalised, gives the model's logits; the first is of the embeddings."""
     states, tokens = lm.hidden_states(TEXT), list(TEXT.encode())

@@ -146,6 +146,8 @@ REFUSED = {
     "no type": ([write("config.json", "{}")], "neither a run with best.pt or last.pt nor a model"),
     "own options": ([config(model_type="nanolab", nanolab_options=["mine"], mine=1)],
                     "has the option mine, which this nanolab does not have"),
+    "no options": ([config(model_type="nanolab")], "config.json is damaged"),
+    "no width": ([config(n_embd=None)], "config.json is damaged"),
     "heads": ([config(n_head=3, num_attention_heads=3)], "n_embd=32, n_head=3"),
     "a word": ([config(n_layer="2")], "n_layer='2'"),
     **{f"{key}={value}": ([config(**{key: value})], f"has {key}={value!r}; nanolab's model has")

@@ -50,6 +50,16 @@ study checks 96 5_698_560 --learning_rate=0.0041 --baseline=published_0.0041 --v
   rope_0.0156="$rope $second --learning_rate=0.0156" \
   modern_0.00785="$modern --learning_rate=0.00785" modern_0.0314="$modern --learning_rate=0.0314"
 
+values() {  # WIDTH TOKENS, two rates of rope with published's values, published's rate
+  study values $1 $2 --validation --seeds=3 --position=rope --learning_rate=$3 \
+    --baseline=rope_first_$3 --arms rope_first_$4=--learning_rate=$4 \
+    published_second="--position=learned $second --learning_rate=$5"
+}
+
+values 32 916_480 0.0038 0.0077 0.0246
+values 64 2_816_000 0.006 0.012 0.012
+values 96 5_698_560 0.0041 0.0082 0.0082
+
 fewer() {  # WIDTH TOKENS SEEDS, and the rates of rope and modern, on a half and a quarter of TOKENS
   for part in 2 4; do
     python study.py config/cloud.py config/ladder.py $second --n_layer=2 --n_embd=$1 \

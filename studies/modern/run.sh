@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What came after GPT-2, on the lab's small model and the published stack, five seeds each: each
 # flag alone; together, with one thing changed; two widths and two budgets; and width 192 with each
-# recipe at its own rate, after trials with seed 100 that found these rates. About 70 minutes on 2
+# recipe at its own rate, after trials with seed 100 that found these rates. About 95 minutes on 2
 # cores of an AMD EPYC, and the trials. Writes out/lab_*/ and out/modern_*.json; prints the tables.
 set -euo pipefail
 # these runs are older than the bound of attention logits, and than what studies/flags found
