@@ -93,7 +93,7 @@ def test_a_copy_of_the_data(small_run, tiny_data, tmp_path, output_of):
     (tmp_path / "run 2" / "log.jsonl").touch()
     for flags in ["--dataset=copy", f"--data_dir={tmp_path / 'data'}"], []:
         output_of("eval", "--ckpt", tmp_path / "run *", *flags)
-    results = json.loads((run / "best.test.json").read_text())["results"]
+    results = read_json(run / "best.test.json")["results"]
     assert [result["dataset"] for result in results] == ["copy", "tiny"]
 
 
