@@ -166,7 +166,7 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({BEST: change_checkpoint(tokenizer="unknown")}, SAMPLE, "with --tokenizer=bytes or gpt2"),
     ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "is unknown ('klingon')"),
     ({}, [*SAMPLE, "--num_samples=0"], "--num_samples must be at least 1"),
-    ({}, [*SAMPLE, "--temperature=1e-40"], "--temperature must be"),
+    ({}, [*SAMPLE, "--temperature=1e-40"], "temperature must be"),
     ({}, [*SAMPLE, "--top_p=nan"], "top_p must be"),
     # weights out
     ({}, [*EXPORT, "gpt2", "new"], "gpt2 is not on this machine"),
