@@ -8,11 +8,14 @@ import json
 import multiprocessing
 import os
 import pathlib
+import random
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
+from dataclasses import fields
 
 os.environ["OMP_NUM_THREADS"] = "1"  # models this small are slower on more
 
@@ -25,9 +28,11 @@ import pytest
 import torch
 from pyarrow import table
 from pyarrow.parquet import write_table
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+import nanolab.head
 import nanolab.runlog
 import train
 from config import Config
@@ -39,7 +44,7 @@ from nanolab.data import read_meta
 from nanolab.dataset_writer import prepare_stdlib, prepare_text
 from nanolab.distributed import end_distributed
 from nanolab.options import load
-from nanolab.log import read_entries, read_log
+from nanolab.log import having, read_entries
 from nanolab.tokenizer import GPT2_VOCABULARY, get_tokenizer
 
 SPLITS = ("train", "val", "test")
@@ -50,8 +55,10 @@ SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A test and the processes that it starts find no GPU, unless it is marked gpu."""
+    """A test is in the repository. It and the processes that it starts find no GPU, unless it is
+    marked gpu."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(HERE)
         if not item.get_closest_marker("gpu"):
             patch.setenv("CUDA_VISIBLE_DEVICES", "")  # CUDA reads it once: not for this process
             patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -128,9 +135,14 @@ def small_flags(data_dir, tmp_path):
 
 @pytest.fixture
 def small_run(small_flags, tmp_path):
-    """small_run(name, *flags, on_step=...): a small run in this process. -> its folder"""
-    def run(name, *flags, on_step=no_watch):
-        run_quickly(small_flags(name, *flags), on_step)
+    """small_run(name, *flags): a small run in this process, with on_step, or on so many ranks. ->
+    its folder"""
+    def run(name, *flags, on_step=no_watch, ranks=0, n_machines=1):
+        if ranks:
+            run_ranks(ranks, run_quickly, small_flags(name, *flags), output=tmp_path / "output",
+                      n_machines=n_machines)
+        else:
+            run_quickly(small_flags(name, *flags), on_step)
         return tmp_path / name
     return run
 
@@ -164,6 +176,14 @@ def call(*command, processes=0, timeout=120, stdin=None, **env):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run([*launcher, *map(str, command)], cwd=HERE, env={**os.environ, **env},
                           capture_output=True, text=True, timeout=timeout, stdin=stdin)
+
+
+def wait_for(condition, is_alive=lambda: True, seconds=240):
+    """Waits for what somebody does who lives until then."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert is_alive() and time.monotonic() < end, "it ended, or takes too long"
+        time.sleep(0.01)
 
 
 # Processes that start at once: they are forks of one that has loaded torch and this file.
@@ -216,15 +236,17 @@ def run_main(monkeypatch, script, *argv):
     importlib.import_module(script).main()
 
 
-def evaluate(monkeypatch, capsys, *argv):
-    """eval.py in this process. -> what it prints."""
-    capsys.readouterr()
-    run_main(monkeypatch, "eval", *argv)
-    return capsys.readouterr().out
-
-
 def losses(folder):
-    return [entry["loss"] for entry in read_log(folder / "log.jsonl")[0]]
+    return logged("loss", folder)
+
+
+def logged(key, folder):
+    """What a run's log has of this key."""
+    return [entry[key] for entry in having(key, read_entries(folder / "log.jsonl"))]
+
+
+def read_json(path):
+    return json.loads(path.read_text())
 
 
 def equal_weights(one, other):
@@ -244,8 +266,7 @@ def assert_same_run(whole, parts):
                    if "sample" not in entry]  # a run that was extended has one at its first end
                   for folder in (whole, parts))
     assert one == other
-    seconds = [entry["seconds"] for entry in read_log(parts / "log.jsonl")[0]]
-    assert seconds == sorted(seconds)
+    assert (seconds := logged("seconds", parts)) == sorted(seconds)
 
 
 def assert_same_logits(ours, theirs):
@@ -280,6 +301,12 @@ def write_texts(folder, names):
     return rows
 
 
+class Code:
+    """What a malicious file holds: unpickled, it would make a file."""
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
 @contextlib.contextmanager
 def no_file_larger_than(n_bytes):
     """A full disk, as far as a process can tell: a write beyond the limit fails."""
@@ -291,11 +318,52 @@ def no_file_larger_than(n_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def flag_sets(n):
+    """n dicts of GPTConfig's switches. Together they have each value of each switch, so a new one
+    is covered without a change here; the first has the defaults."""
+    draw, sets = random.Random(0), [{} for _ in range(n)]
+    for field in fields(GPTConfig):
+        values = {bool: [False, True], str: list(field.metadata["choices"]),
+                  float: [0.0, 0.1 if field.name == "dropout" else 9.0]}.get(field.type)
+        if not values:
+            continue  # a size
+        column = (values * n)[:n - 1]
+        draw.shuffle(column)
+        for flags, value in zip(sets[1:], column):
+            flags[field.name] = value
+    for flags in sets[1:]:
+        flags["qk_norm"] |= flags["qk_bound"] > 0  # without it, a bound has no effect
+    return sets
+
+
+def small_gpt_config(**flags):
+    return GPTConfig(**{"vocab_size": 301, "block_size": 16, "n_layer": 2, "n_head": 2,
+                        "n_embd": 32, "dropout": 0.0, **flags})
+
+
+def force_gpu_head(monkeypatch):
+    """The head takes the GPU's branch on a CPU."""
+    monkeypatch.setattr(nanolab.head, "cpu_head_loss", nanolab.head.HeadLoss.apply)
+
+
+class Operators(TorchDispatchMode):
+    """Tells `note` each of torch's operators, with its arguments and its result."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.note(function, args, kwargs or {}, result)
+        return result
+
+
 def small_model_batch(flags):
     """A model with these options, whose attention and head matter as they do after training; and
     tokens for it: inputs, targets."""
-    gpt = GPT(GPTConfig(**{"vocab_size": 301, "block_size": 64, "n_layer": 3, "n_head": 2,
-                           "n_embd": 64, "dropout": 0.0, "init": "gpt2", **flags}))
+    gpt = GPT(small_gpt_config(**{"block_size": 64, "n_layer": 3, "n_embd": 64, "init": "gpt2",
+                                  **flags}))
     draw = torch.Generator().manual_seed(1)
     for matrix in (gpt.head.weight, *(block.attn.qkv.weight for block in gpt.blocks)):
         torch.nn.init.normal_(matrix, std=0.2, generator=draw)

@@ -18,8 +18,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
 from torch._inductor.memory import prepare_planning_info
 from torch._inductor.virtualized import V as inductor
@@ -53,11 +51,8 @@ def trace():
     def keep(graph, inputs):
         graphs.append(graph)
         return make_boxed_func(graph)
-
-    def partition(joint_graph, inputs, **kwargs):
-        joint_graph_passes(joint_graph)
-        return min_cut_rematerialization_partition(joint_graph, inputs, **kwargs)
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition,
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep,
+                           partition_fn=min_cut_rematerialization_partition,
                            decompositions=select_decomp_table())
     with FakeTensorMode() as mode:
         hidden, weight = (torch.empty(n, C, requires_grad=True) for n in (ROWS, VOCAB_SIZE))
@@ -78,7 +73,6 @@ def lower(graph, mode):
         inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
                   for x in inputs]
         graph = make_fx(graph)(*inputs)
-        post_grad_passes(graph, False)
         lowering = GraphLowering(graph, example_inputs=inputs)
         with inductor.set_graph_handler(lowering), inductor.set_debug_handler(DebugContext()):
             lowering.run(*inputs)

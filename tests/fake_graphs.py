@@ -1,7 +1,6 @@
 """CUDA graphs on a CPU, as inductor makes them without trees, but for its kernels: torch's own code
 for static inputs and outputs (cudagraphify_impl), and graphs that record operators instead."""
 
-import contextlib
 from functools import partial
 from unittest.mock import MagicMock
 
@@ -10,21 +9,17 @@ from functorch.compile import make_boxed_func, min_cut_rematerialization_partiti
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import cudagraphify_impl, get_static_input_idxs
 from torch._inductor.utils import count_tangents
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import Operators
 
-class Recording(TorchDispatchMode):
+
+class Recording(Operators):
     """Keeps every operator with its tensors. A replay writes to the same memory."""
 
     def __init__(self):
-        super().__init__()
         self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, result))
-        return result
+        super().__init__(lambda *call: self.calls.append(call))
 
     def replay(self):
         for function, args, kwargs, result in self.calls:
@@ -36,14 +31,10 @@ class Recording(TorchDispatchMode):
 def use_fake_graphs(monkeypatch):
     """-> a list that gets every graph"""
     graphs = []
-
-    def new_graph():
-        graphs.append(Recording())
-        return graphs[-1]
-    for name, fake in {"CUDAGraph": new_graph, "graph": lambda graph, **options: graph,
-                       "Stream": MagicMock, "stream": lambda stream: contextlib.nullcontext(),
-                       "current_stream": MagicMock, "synchronize": lambda: None}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("Stream", "stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(Recording()) or graphs[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: graph)
     return graphs
 
 

@@ -11,16 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import HERE, SMALL, call, run_quickly, write_texts
+from conftest import HERE, SMALL, Code, call, run_quickly, write_texts
 from nanolab.common import run_script
 from nanolab.corpus import own_files
 from nanolab.dataset_writer import prepare_text
-
-
-class Code:
-    """What a malicious checkpoint holds: unpickled, it would make a file."""
-    def __reduce__(self):
-        return open, ("executed", "w")
 
 
 @pytest.fixture(scope="session")
@@ -66,20 +60,15 @@ def change_meta(**changes):
 
 
 def change_checkpoint(**changes):
-    return lambda path: torch.save(torch.load(path, weights_only=True) | changes, path)
+    """Of values, or by functions of the values before."""
+    def change(path):
+        old = torch.load(path, weights_only=True)
+        new = {key: to(old[key]) if callable(to) else to for key, to in changes.items()}
+        torch.save(old | new, path)
+    return change
 
 
-def change_config(path):
-    checkpoint = torch.load(path, weights_only=True)
-    torch.save(checkpoint | {"config": checkpoint["config"] | {"norm": "batchnorm"}}, path)
-
-
-def too_large(path):
-    checkpoint = torch.load(path, weights_only=True)
-    weights = {key: 1e30 * weight for key, weight in checkpoint["model"].items()}
-    torch.save(checkpoint | {"model": weights}, path)
-
-
+TOO_LARGE = change_checkpoint(model=lambda weights: {key: 1e30 * p for key, p in weights.items()})
 OWN_DATA = ["--dataset=tiny", "--data_dir=data"]
 TRAIN = ["train", *SMALL, *OWN_DATA, "--out_dir=new"]
 RESUME = ["train", *SMALL, *OWN_DATA, "--out_dir=out", "--resume", "--max_steps=12"]
@@ -143,8 +132,9 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({LAST: change_checkpoint(format=99)}, RESUME, "last.pt is no checkpoint of nanolab"),
     ({LAST: change_checkpoint(data_sha256="0")}, RESUME, "another data set"),
     ({LAST: change_checkpoint(optimizer=5)}, RESUME, "last.pt does not fit this run"),
-    ({BEST: change_config}, SAMPLE, "norm='batchnorm' (from out/best.pt)"),
-    ({BEST: too_large}, SAMPLE, "its weights are too large"),
+    ({BEST: change_checkpoint(config=lambda config: config | {"norm": "batchnorm"})}, SAMPLE,
+     "norm='batchnorm' (from out/best.pt)"),
+    ({BEST: TOO_LARGE}, SAMPLE, "its weights are too large"),
     # data sets
     ({}, [*TRAIN, "--dataset=other"], "make it: python prepare.py PATH_OF_YOUR_TEXT --name=other"),
     ({}, ["train", f"{HERE}/config/local_3090.py", "--data_dir=data"], "python prepare.py fineweb"),
@@ -167,7 +157,7 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({}, ["eval", "--ckpt", "data"], "data is a folder, neither a run with best.pt or last"),
     ({BEST: change_checkpoint(tokenizer="gpt2")}, EVAL, "was trained on gpt2 tokens"),
     ({TEST_BIN: GONE}, EVAL, "no test split"),
-    ({BEST: too_large}, EVAL, "the test loss of out/best.pt is not finite"),
+    ({BEST: TOO_LARGE}, EVAL, "the test loss of out/best.pt is not finite"),
     ({}, [*EVAL, "--batch_size=0"], "--batch_size must be"),
     # sample
     ({}, [*SAMPLE, "--prompt_file=nowhere"], "nowhere"),
@@ -176,7 +166,7 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({BEST: change_checkpoint(tokenizer="unknown")}, SAMPLE, "with --tokenizer=bytes or gpt2"),
     ({BEST: change_checkpoint(tokenizer="klingon")}, SAMPLE, "is unknown ('klingon')"),
     ({}, [*SAMPLE, "--num_samples=0"], "--num_samples must be at least 1"),
-    ({}, [*SAMPLE, "--temperature=1e-40"], "--temperature must be"),
+    ({}, [*SAMPLE, "--temperature=1e-40"], "temperature must be"),
     ({}, [*SAMPLE, "--top_p=nan"], "top_p must be"),
     # weights out
     ({}, [*EXPORT, "gpt2", "new"], "gpt2 is not on this machine"),

@@ -9,7 +9,7 @@ import torch._inductor.config
 
 from bench import first_minutes, gpu, nanogpt
 from config import Config
-from conftest import run_main
+from conftest import read_json, run_main
 from nanolab.common import UserError
 from nanolab.distributed import World
 from nanolab.options import load
@@ -43,15 +43,15 @@ def quick(monkeypatch, data_dir):
     monkeypatch.setitem(nanogpt.SHAPES, "4x128", (4, 4, 128, 257, 64, 12, 5))
 
 
-def test_pairs_with_nanogpt(quick, tmp_path, monkeypatch, capsys):
+def test_pairs_with_nanogpt(quick, tmp_path, output_of):
     """It times both sides in processes of their own, prints a table and keeps the figures."""
     (tmp_path / "model.py").write_text(NANOGPT)
-    run_main(monkeypatch, "bench.nanogpt", tmp_path, "--pairs=1", "--shapes", "4x128", "--json",
-             tmp_path / "pairs.json")
-    pair, = json.loads((tmp_path / "pairs.json").read_text())["pairs"]["4x128"]
+    printed = output_of("bench.nanogpt", tmp_path, "--pairs=1", "--shapes", "4x128", "--json",
+                        tmp_path / "pairs.json")
+    pair, = read_json(tmp_path / "pairs.json")["pairs"]["4x128"]
     rates = [pair[side]["tokens_per_second"] for side in ("nanogpt", "nanolab")]
     assert min(rates) > 0 and all(side["peak_memory_mb"] > 50 for side in pair.values())
-    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    cells = printed.splitlines()[-1].split(" | ")
     assert cells[1:3] == [f"{rate:,.0f}" for rate in rates]
     assert cells[3].startswith(f"{rates[1] / rates[0]:.2f} (")
 
@@ -94,12 +94,11 @@ def fake_gpu(monkeypatch, tmp_path):
     return started
 
 
-def test_limits(fake_gpu, monkeypatch, capsys):
+def test_limits(fake_gpu, output_of):
     """Those of docs/gpu.md; and the fraction of one that a run reaches."""
-    run_main(monkeypatch, "bench.gpu", "--cards")
-    assert "| RTX 3090 | 135.0 | 17.1 | 21.2 | 6.3 | 179.6 | 68,429 |" in capsys.readouterr().out
-    run_main(monkeypatch, "bench.gpu")
-    limit, run = capsys.readouterr().out.splitlines()[-2:]
+    assert "| RTX 3090 | 135.0 | 17.1 | 21.2 | 6.3 | 179.6 | 68,429 |" in output_of(
+        "bench.gpu", "--cards")
+    limit, run = output_of("bench.gpu").splitlines()[-2:]
     assert "| 572,734 |" in limit and "| 1,000 | 0.00 | 5,000 |" in run
 
 
@@ -109,7 +108,7 @@ def test_first_minutes(fake_gpu, tmp_path, monkeypatch, capsys):
     file, names, n_rows = tmp_path / "rows.json", list(first_minutes.VARIANTS), []
 
     def run_nanogpt(*args):
-        n_rows.append(len(json.loads(file.read_text())["rows"]))
+        n_rows.append(len(read_json(file)["rows"]))
         assert capsys.readouterr().out.splitlines()[-1].startswith(
             f"| {names[-1]} | {len(n_rows)} | 1,000 |  | 5,000 |")
         raise UserError("nanoGPT failed")
@@ -118,7 +117,7 @@ def test_first_minutes(fake_gpu, tmp_path, monkeypatch, capsys):
     n = len(names)
     assert ["--max_steps=4" in command for command in fake_gpu] == [True] * n + [False] * 2 * n
     assert n_rows == [n, 2 * n + 1]
-    record = json.loads(file.read_text())
+    record = read_json(file)
     assert record["conditions"] == "fake cuda" and record["rates"]["products"] == 711
     assert [row["variant"] for row in record["rows"]] == 2 * [*names, "nanoGPT"]
     assert [row["error"] for row in record["rows"] if "error" in row] == [

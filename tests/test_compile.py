@@ -8,11 +8,10 @@ import fake_graphs
 import nanolab.head
 import train
 from config import Config
-from conftest import losses, run_quickly, run_ranks
+from conftest import (flag_sets, force_gpu_head, logged, losses, run_quickly, run_ranks,
+                      small_gpt_config)
 from model import GPT, GPTConfig
 from nanolab.distributed import World
-from nanolab.log import read_log
-from probes import flag_sets, force_gpu_head, small_gpt_config
 
 
 def compile_with(monkeypatch, backend):
@@ -71,9 +70,8 @@ def test_cuda_graphs_change_no_loss(small_run, monkeypatch, give, same):
     assert len(graphs) == 4  # forward, backward, validation, that of the averaged weights
     assert (losses(captured) == pytest.approx(losses(eager), rel=1e-6)) == same
     if same:
-        ours, expected = ([entry["val_loss"] for entry in read_log(run / "log.jsonl")[1]]
-                          for run in (captured, eager))
-        assert ours == pytest.approx(expected, rel=1e-6)
+        expected = pytest.approx(logged("val_loss", eager), rel=1e-6)
+        assert logged("val_loss", captured) == expected
 
 
 def compiled_rank(argv):

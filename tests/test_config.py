@@ -1,6 +1,5 @@
 """Options: files and flags stack, each is defined once, and none is taken for another."""
 
-import json
 import random
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import torch
 
 import train
 from config import OPTIONS, Config
-from conftest import HERE, SMALL, losses
+from conftest import HERE, SMALL, losses, read_json
 from model import GPT, GPTConfig
 from nanolab.common import UserError, load_tensors
 from nanolab.distributed import World
@@ -25,7 +24,7 @@ def test_config_stacks(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("import math\ndef half(x): return x / 2\n_private = 3\n"
                     "learning_rate = half(2)\ndropout = 0\nweight_decay = 0\n")
-    got = load(Config, ["--dropout=0.3", str(HERE / "config/cloud.py"), str(file), "--seed", "3",
+    got = load(Config, ["--dropout=0.3", "config/cloud.py", str(file), "--seed", "3",
                         "--max_tokens=1e9", "--tie_weights", "--eps=1e-3"])
     assert (got.learning_rate, got.weight_decay, got.grad_clip) == (1.0, 0.0, 3.5)
     assert (got.dropout, got.max_tokens, got.tie_weights, got.eps) == (0.3, 10**9, True, 1e-3)
@@ -50,7 +49,7 @@ def micro_steps(config, n_processes):
 @pytest.mark.parametrize("on_one, on_eight", [("local_3090", "cloud"),
                                               ("modern_3090", "cloud_hour")])
 def test_local_and_cloud_are_one_run(on_one, on_eight):
-    local, cloud = (load(Config, [str(HERE / f"config/{name}.py")]) for name in (on_one, on_eight))
+    local, cloud = (load(Config, [f"config/{name}.py"]) for name in (on_one, on_eight))
     differ = {key for key in OPTIONS if getattr(local, key) != getattr(cloud, key)}
     assert differ <= {"name", "batch_size", "out_dir", "eval_every", "save_every"}
     for config, n in (local, 1), (cloud, 8):
@@ -130,7 +129,7 @@ def test_an_option_is_defined_once(tmp_path, data_dir, shared_run):
                                     "SystemExit(0)"), strict=True):
         assert expected in end
     assert "--rotary=False" in printed and "a throw-away flag" in printed
-    assert json.loads((tmp_path / "exported/config.json").read_text())["rotary"] is True
+    assert read_json(tmp_path / "exported/config.json")["rotary"] is True
     for run, rotary in (("new", True), ("from_new", True), ("from_old", False)):
         assert load_tensors(tmp_path / run / "last.pt")["config"]["rotary"] is rotary
 

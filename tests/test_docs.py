@@ -52,8 +52,7 @@ def test_readme_names_interventions_and_tests():
         assert re.search(rf"def test_\w*{word}", (HERE / file).read_text()), f"{file} -k {word}"
 
 
-def test_options_are_known(doc, monkeypatch):
-    monkeypatch.chdir(HERE)
+def test_options_are_known(doc):
     text = doc.read_text().replace("\\\n", " ")
     sources = "".join(path.read_text() for folder in FOLDERS for path in folder.glob("*.py"))
     known = {f"--{key}" for key in OPTIONS} | set(re.findall(r'"(--[\w-]+)"', sources)) | OF_OTHERS

@@ -1,13 +1,12 @@
 """Weights out: whatever its flags, transformers reads an exported model, computes its logits and
 writes its text; and nanolab reads the folder back without running its code."""
 
-import json
 import re
 
 import pytest
 import torch
 
-from conftest import assert_same_logits
+from conftest import assert_same_logits, read_json
 from model import GPT, GPTConfig
 from nanolab.checkpoint import load_model
 from nanolab.common import UserError
@@ -177,7 +176,7 @@ def test_tokenizer(tmp_path, tokenizer, flags):
     card = (tmp_path / "folder" / "README.md").read_text()
     assert ("**Loading it runs code**" in card) is bool(flags)
     assert "parameters, written by nanolab: `mine` after 10 steps, data set:\nstdlib" in card
-    end_of_text = json.loads((tmp_path / "folder" / "config.json").read_text())["eos_token_id"]
+    end_of_text = read_json(tmp_path / "folder/config.json")["eos_token_id"]
     if tokenizer == "unknown":
         assert not any("token" in name or "vocab" in name for name in names)
         assert end_of_text is None

@@ -1,7 +1,6 @@
 """Numbers that are not finite, disks that are full: a run goes on, and nothing is lost."""
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -14,12 +13,11 @@ import torch
 import nanolab.checkpoint
 import nanolab.runlog
 import train
-from conftest import (SMALL, assert_same_run, equal_weights, losses, no_file_larger_than,
-                      run_quickly, run_ranks, start)
+from conftest import (SMALL, assert_same_run, equal_weights, logged, losses, no_file_larger_than,
+                      read_json, run_quickly, run_ranks, start)
 from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.common import UserError
 from nanolab.data import TokenDataset
-from nanolab.log import read_log
 
 
 def run_with_a_bad_rank(argv):
@@ -34,13 +32,13 @@ def run_with_a_bad_rank(argv):
 
 def test_bad_numbers_on_one_rank(small_flags, tmp_path):
     """A loss that is not a number on one of two ranks: both skip, log and count the update."""
+    out = tmp_path / "out"
     flags = small_flags("out", "--batch_size=4", "--max_steps=6", "--amp=float16")
     run_ranks(2, run_with_a_bad_rank, flags, output=tmp_path / "output")
-    log = read_log(tmp_path / "out" / "log.jsonl")[0]
-    assert [entry["skipped"] for entry in log] == [False, False, True, True, False, False]
-    assert log[2]["loss"] is None and math.isfinite(log[-1]["loss"])
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped_steps"] == 2
-    checkpoint = read_checkpoint(tmp_path / "out" / "last.pt")
+    assert logged("skipped", out) == [False, False, True, True, False, False]
+    assert losses(out)[2] is None and math.isfinite(losses(out)[-1])
+    assert read_json(out / "summary.json")["skipped_steps"] == 2
+    checkpoint = read_checkpoint(out / "last.pt")
     assert checkpoint["optimizer"]["state"][0]["step"] == 4
     assert checkpoint["scaler"]["scale"] == 65536 / 4
 
@@ -59,9 +57,8 @@ def test_bad_numbers_leave_no_trace(small_run, optimizer):
     bad = small_run("bad", *flags, "--max_steps=3",
                     on_step=lambda step, model: spoil(model.head.weight) if step == 2 else None)
     assert equal_weights(good / "last.pt", bad / "last.pt")
-    log = read_log(bad / "log.jsonl")[0]
-    assert [(entry["skipped"], entry["clipped"]) for entry in log] == [
-        (False, True), (False, True), (True, False)]
+    assert logged("skipped", bad) == [False, False, True]
+    assert logged("clipped", bad) == [True, True, False]
 
 
 def test_bad_numbers_without_end(small_run):
@@ -140,7 +137,7 @@ def test_best_that_cannot_be_saved(small_run, tiny_data, monkeypatch):
     folder = small_run("run", *tiny_data, "--max_steps=16", "--eval_every=4", "--save_every=4")
     assert saved == [("last.pt", 4, math.inf), ("best.pt", 8, 3.5), ("last.pt", 8, 3.5),
                      ("last.pt", 12, 3.5), ("last.pt", 16, 3.5)]
-    assert read_log(folder / "log.jsonl")[1][4]["val_loss"] is None
+    assert logged("val_loss", folder)[4] is None
 
 
 def test_saving_does_not_stop_the_training(small_run, tiny_data, monkeypatch):
@@ -168,24 +165,20 @@ def test_validation_leaves_no_trace(small_run, data_dir):
     often = small_run("often", "--dropout=0.2", "--eval_every=1", "--save_every=3")
     assert losses(often) == losses(small_run("never", "--dropout=0.2"))
     batch = TokenDataset(data_dir, "stdlib", "val", 32).batch(range(2048 // 32))
-    last = read_log(often / "log.jsonl")[1][-1]["val_loss"]
     gpt = load_model(read_checkpoint(often / "last.pt"))
-    assert last == pytest.approx(gpt(*batch).item(), rel=1e-6)
+    assert logged("val_loss", often)[-1] == pytest.approx(gpt(*batch).item(), rel=1e-6)
 
 
 def test_float16_scales_and_unscales(small_run):
     """Losses and logged norms are those of float32, and norms above grad_clip are clipped."""
-    logs = []
-    for amp, scaler in ("off", {}), ("float16", {"scale": 65536}):
-        folder = small_run(amp, "--grad_clip=0.8", f"--amp={amp}")
-        logs.append(read_log(folder / "log.jsonl")[0])
-        norms = [entry["grad_norm"] for entry in logs[-1]]
-        assert [entry["clipped"] for entry in logs[-1]] == [norm > 0.8 for norm in norms]
+    full, half = (small_run(amp, "--grad_clip=0.8", f"--amp={amp}") for amp in ("off", "float16"))
+    for folder in full, half:
+        norms = logged("grad_norm", folder)
+        assert logged("clipped", folder) == [norm > 0.8 for norm in norms]
         assert min(norms) < 0.8 < max(norms)
-        assert scaler.items() <= read_checkpoint(folder / "last.pt")["scaler"].items()
-    for full, half in zip(*logs):
-        assert half["loss"] == pytest.approx(full["loss"], rel=1e-2)
-        assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=5e-2)
+    assert losses(half) == pytest.approx(losses(full), rel=1e-2)
+    assert logged("grad_norm", half) == pytest.approx(logged("grad_norm", full), rel=5e-2)
+    assert read_checkpoint(half / "last.pt")["scaler"]["scale"] == 65536
 
 
 def test_a_flipped_bit_is_noticed(small_run, tiny_data):

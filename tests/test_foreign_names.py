@@ -39,9 +39,8 @@ ROWS = [[cell.strip(" `") for cell in row.strip("|").split("|")]
 
 
 @pytest.mark.parametrize("names, example, meaning", ROWS, ids=lambda cell: cell.split("`")[0])
-def test_each_name_is_answered(monkeypatch, names, example, meaning):
+def test_each_name_is_answered(names, example, meaning):
     """It is no option of ours, for then nobody would see the answer, and the example is one."""
-    monkeypatch.chdir(HERE)
     load(Config, example.split())
     for name in names.split("`, `"):
         assert name not in OPTIONS
@@ -52,9 +51,8 @@ def test_each_name_is_answered(monkeypatch, names, example, meaning):
         assert "docs/from_nanogpt.md" in str(error.value) and error.value.exit_code == 2
 
 
-def test_all_unknown_names_at_once(monkeypatch, capsys):
+def test_all_unknown_names_at_once(capsys):
     """nanoGPT's own command for a CPU, pasted; a misspelt name and one with dashes as well."""
-    monkeypatch.chdir(HERE)
     with pytest.raises(SystemExit, match="2"):
         run_script(lambda: load(Config, (
             "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
@@ -87,9 +85,8 @@ def test_the_docs_say_the_same():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes(name, monkeypatch):
+def test_recipes(name):
     """nanoGPT's values, and its learning rates by its own formula."""
-    monkeypatch.chdir(HERE)
     there, here = RECIPES[name], load(Config, [f"config/{name}.py"])
     for key in ("dataset", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "dropout",
                 "learning_rate", "beta2"):

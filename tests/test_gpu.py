@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nanolab.memory
-from conftest import assert_same_run, call, losses, small_model_batch, stop_at
+from conftest import assert_same_run, call, flag_sets, logged, losses, small_model_batch, stop_at
 from nanolab.distributed import World
 from nanolab.head import HeadLoss
-from nanolab.log import read_log
-from probes import flag_sets
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA GPU here", allow_module_level=True)
@@ -83,7 +81,7 @@ def test_loss_and_gradients_are_the_cpus(i, dtype, scale, tolerance):
 
 @pytest.mark.parametrize("amp, optimizer", [("off", "normuon"), ("bfloat16", "muon"),
                                             ("float16", "adamw")])
-def test_a_step_waits_once(small_run, monkeypatch, amp, optimizer):
+def test_a_step_waits_once(small_run, amp, optimizer):
     """With micro-steps, dropout, clipping and averaged weights: once all is compiled, a step waits
     as often as one tolist() does."""
     starts = []
@@ -148,11 +146,10 @@ def test_cuda_graphs(small_run):
     """The losses of eager code, with micro-steps, and validations between."""
     flags = [*ON_CUDA, "--amp=off", "--batch_size=2", "--eval_every=2", "--grad_clip=0.1",
              "--max_steps=6", "--tail_average=0.4"]
-    eager, graphs = (read_log(small_run(compile, *flags, f"--compile={compile}") / "log.jsonl")
+    eager, graphs = (small_run(compile, *flags, f"--compile={compile}")
                      for compile in ("False", "graphs"))
-    for key, ours, theirs in zip(("loss", "val_loss"), graphs, eager):
-        assert [each[key] for each in ours] == pytest.approx([each[key] for each in theirs],
-                                                             rel=1e-4)
+    for key in ("loss", "val_loss"):
+        assert logged(key, graphs) == pytest.approx(logged(key, eager), rel=1e-4)
 
 
 @pytest.mark.parametrize("amp, optimizer", [("off", "adamw"), ("float16", "adamw"),

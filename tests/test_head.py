@@ -6,17 +6,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model
 import nanolab.head
-from conftest import call
+from conftest import Operators, call, flag_sets, force_gpu_head, logged, losses, small_gpt_config
 from model import GPT
 from nanolab.head import (CPUHeadLoss, HeadLoss, head_loss, loss_and_gradient,
                           product_of_gradients, softcap)
-from nanolab.log import read_log
-from probes import flag_sets, force_gpu_head, small_gpt_config
 
 N, C, V = 47, 32, 301
 FLAG_SETS = flag_sets(5)
@@ -133,24 +130,15 @@ def test_the_model_is_one_graph(monkeypatch, i):
     assert len(graphs) == 1
 
 
-class LargeTensors(TorchDispatchMode):
-    """Counts the operators that make a tensor of at least the logits' size."""
-    n = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        self.n += any(isinstance(x, torch.Tensor) and x.numel() >= 64 * V
-                      for x in tree_leaves(results))
-        return results
-
-
 def test_no_copy_of_the_logits(monkeypatch):
-    """In eager code, these 12 are HeadLoss's, of which the next test counts the bytes."""
+    """In eager code, 12 operators make a tensor of at least the logits' size: they are HeadLoss's,
+    of which the next test counts the bytes."""
     force_gpu_head(monkeypatch)
-    gpt = GPT(small_gpt_config(n_layer=1))
-    with LargeTensors() as large:
+    gpt, are_large = GPT(small_gpt_config(n_layer=1)), []
+    with Operators(lambda function, args, kwargs, results: are_large.append(any(
+            isinstance(x, torch.Tensor) and x.numel() >= 64 * V for x in tree_leaves(results)))):
         gpt(*small_batch()).backward()
-    assert large.n == 12
+    assert sum(are_large) == 12
 
 
 def test_bytes_kernels_and_memory():
@@ -169,8 +157,7 @@ def test_bytes_kernels_and_memory():
 
 def test_z_loss_changes_the_training_loss_alone(small_run):
     """Validations have the cross-entropy: that of the initial weights is the same."""
-    logs = [read_log(small_run(z, "--max_steps=1", "--eval_every=1", f"--z_loss={z}") / "log.jsonl")
-            for z in ("0", "0.1")]
-    (plain, plain_validations), (with_z, validations) = logs
-    assert validations[0]["val_loss"] == plain_validations[0]["val_loss"]
-    assert 2 < with_z[0]["loss"] - plain[0]["loss"] < 5  # 0.1 log(Z)^2, and Z is about 257
+    plain, with_z = (small_run(z, "--max_steps=1", "--eval_every=1", f"--z_loss={z}")
+                     for z in ("0", "0.1"))
+    assert logged("val_loss", with_z)[0] == logged("val_loss", plain)[0]
+    assert 2 < losses(with_z)[0] - losses(plain)[0] < 5  # 0.1 log(Z)^2, and Z is about 257

@@ -2,7 +2,6 @@
 independent reference: the paper's formula in float64, or a class of torch or transformers. Also
 the initial weights, and what each seed changes."""
 
-import json
 import math
 from collections import defaultdict
 from fractions import Fraction
@@ -16,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import nanolab.optim
 from config import Config
+from conftest import equal_weights, read_json
 from model import GPT, GPTConfig
-from nanolab.checkpoint import read_checkpoint
-from nanolab.optim import learning_rate_at, make_optimizer, set_learning_rate
+from nanolab.checkpoint import load_model, read_checkpoint
+from nanolab.data import TokenDataset
+from nanolab.optim import Muon, count_steps, learning_rate_at, make_optimizer, set_learning_rate
 from nanolab.options import load
 
 # What each file of config/interventions/ changes. A file of your own need not be here.
@@ -98,10 +100,6 @@ def expected_options(**options):
 
 def new_model(options):
     return GPT(GPTConfig.from_options(vars(options)), seed=options.init_seed)
-
-
-def last_weights(folder):
-    return read_checkpoint(folder / "last.pt")["model"]
 
 
 # --- the reference
@@ -477,6 +475,29 @@ def test_rates(n_steps, options):
     assert rates == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
+def test_the_published_runs_have_as_many_steps():
+    assert count_steps(load(Config, ["config/interventions/schedule_learning_rate.py"])) == 33_165
+
+
+def test_muon_in_16_bits_is_torchs(monkeypatch):
+    """As on a GPU, for every shape."""
+    monkeypatch.undo()  # of muon_in_float64
+    monkeypatch.setattr(nanolab.optim, "autocast_dtype", lambda amp, device: torch.bfloat16)
+    draw = torch.Generator().manual_seed(1)
+    theirs = [nn.Parameter(torch.randn(shape, generator=draw))
+              for shape in [(24, 8), (8, 24), (8, 8)]]
+    ours = [nn.Parameter(p.detach().clone()) for p in theirs]
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([{"params": ours}], 0.1, 0.3)
+    for _ in range(5):
+        for our, their in zip(ours, theirs):
+            our.grad = their.grad = torch.randn(their.shape, generator=draw)
+        reference.step()
+        muon.step()
+    for our, their in zip(ours, theirs):
+        assert torch.allclose(our, their, rtol=0, atol=1e-2)
+
+
 # --- what train.py does
 
 
@@ -491,10 +512,10 @@ def test_a_run_is_the_references(small_run, data_dir, name, options):
     enlarging rounding errors."""
     options |= {"n_layer": 1, "n_head": 2, "block_size": 16, "batch_size": 2, "dropout": 0.0}
     folder = small_run("run", f"config/interventions/{name}.py", *as_flags(options))
-    gpt = new_model(SimpleNamespace(**json.loads((folder / "config.json").read_text())))
+    gpt = new_model(SimpleNamespace(**read_json(folder / "config.json")))
     options = expected_options(**INTERVENTIONS[name] | options, global_batch_size=8)
     start = separate(dict(gpt.named_parameters()), options)
-    gpt.load_state_dict(last_weights(folder))
+    gpt.load_state_dict(read_checkpoint(folder / "last.pt")["model"])
     got = separate(dict(gpt.named_parameters()), options)
     tokens = np.fromfile(data_dir / "stdlib" / "train.bin", np.uint16, 10_000)
     expected, norms = reference_run(start, tokens, options)
@@ -516,6 +537,21 @@ def test_precision(small_run, words, dtype, matmul):
     with nn.modules.module.register_module_forward_hook(note):
         small_run("run", "--max_steps=1", *words)
     assert dtypes == {dtype} and torch.get_float32_matmul_precision() == matmul
+
+
+def test_tail_average(small_run, output_of, tiny_data):
+    """The last validation measured the average of the last 4 of 10 steps' weights, best.pt has it,
+    and eval.py says so. The training is as without it."""
+    flags = [*tiny_data, "--tie_weights", "--init=gpt2", "--learning_rate=1e-2"]
+    plain = read_checkpoint(small_run("plain", *flags) / "last.pt")["model"]
+    run = small_run("run", *flags, "--tail_average=0.4", "--eval_every=5")
+    best = read_checkpoint(run / "best.pt")
+    assert best["averaged_steps"] == 4 and equal_weights(run / "best.pt", run / "last.pt")
+    assert all(torch.equal(p, best["training_model"][name]) for name, p in plain.items())
+    data = TokenDataset(best["config"]["data_dir"], "tiny", "val", 16)
+    loss = load_model(best)(*data.batch(range(len(data)))).item()
+    assert loss == pytest.approx(best["val_loss"], abs=1e-5)
+    assert "average of the last 4 steps' weights" in output_of("eval", "--ckpt", run / "best.pt")
 
 
 def what_is_random(small_run, *flags):
@@ -581,15 +617,20 @@ def test_gpt2_initial_weights():
 @pytest.mark.parametrize("init, bias, embedding", [
     ("pytorch", scipy.stats.uniform(-48**-0.5, 2 * 48**-0.5), scipy.stats.norm(0, 1)),
     ("gpt2", 0, scipy.stats.norm(0, 0.02))])
-def test_new_parameters_start(init, bias, embedding):
-    """A flag's own parameters start as its file says, and leave all others as they were."""
+@pytest.mark.parametrize("zero_init", [False, True])
+def test_new_parameters_start(init, bias, embedding, zero_init):
+    """A flag's own parameters start as its file says, and leave all others as they were; zero_init
+    makes the blocks' projections 0."""
     starts = {"qkv.bias": bias, "value_embedding.weight": embedding, "v0_lambda": 0.5,
               "ve_lambda": 0.5, "x_lambdas": 1, "x0_lambdas": 0}
-    before = dict(new_model(tiny(init=init)).named_parameters())
-    gpt = new_model(tiny(init=init, qkv_bias=True, value_embeddings=True, value_residual=True,
-                         x0_lambdas=True))
+    options = {"init": init, "activation": "swiglu"}
+    before = dict(new_model(tiny(**options)).named_parameters())
+    gpt = new_model(tiny(**options, qkv_bias=True, value_embeddings=True, value_residual=True,
+                         x0_lambdas=True, zero_init=zero_init))
     new = {name: p.detach().flatten() for name, p in gpt.named_parameters() if name not in before}
-    assert all(torch.equal(p, gpt.get_parameter(name)) for name, p in before.items())
+    for name, p in before.items():
+        expected = p * 0 if zero_init and ".proj." in name else p
+        assert torch.equal(gpt.get_parameter(name), expected), name
     assert len(new) == 3 + 2 + 3 + 2 + 2
     for name, p in new.items():
         start, = (start for end, start in starts.items() if f".{name}".endswith(f".{end}"))
@@ -597,16 +638,6 @@ def test_new_parameters_start(init, bias, embedding):
             assert (p == start).all(), name
         else:
             assert scipy.stats.kstest(p, start.cdf).pvalue > 1e-3, name
-
-
-@pytest.mark.parametrize("init", ["pytorch", "gpt2"])
-def test_zero_init(init):
-    """The blocks' projections start at 0, all else as without the flag."""
-    options = {"init": init, "qkv_bias": True, "activation": "swiglu"}
-    plain, zeroed = new_model(tiny(**options)), new_model(tiny(**options, zero_init=True))
-    for name, p in zeroed.named_parameters():
-        expected = plain.get_parameter(name)
-        assert torch.equal(p, expected * 0 if ".proj." in name else expected), name
 
 
 @pytest.mark.parametrize("width, hidden", [(768, 2048), (48, 128), (20, 56), (2, 8)])

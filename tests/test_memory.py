@@ -9,7 +9,7 @@ import nanolab.memory
 import nanolab.runlog
 import train
 from config import Config
-from conftest import call
+from conftest import call, small_gpt_config
 from model import GPT
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -17,7 +17,6 @@ from nanolab.distributed import World
 from nanolab.memory import largest_batch_size
 from nanolab.optim import make_optimizer, set_learning_rate
 from nanolab.options import load
-from probes import small_gpt_config
 
 GPU = World(torch.device("meta"), None)  # a device that is no CPU
 

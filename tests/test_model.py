@@ -5,16 +5,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from conftest import equal_weights
+from conftest import Operators, equal_weights, flag_sets, small_gpt_config
 from model import GPT, GPTConfig
 from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.head import HeadLoss
-from probes import flag_sets, small_gpt_config
 
 FLAG_SETS = flag_sets(4)
 
@@ -41,13 +39,10 @@ def test_operations(flags):
     assert gpt.flops_per_token() * tokens.numel() == counted.get_total_flops()
 
 
-class OneDevice(TorchDispatchMode):
-    """Refuses an operator whose tensors, but for single numbers, are on two devices."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
-        assert len({x.device for x in tensors}) <= 1, function
-        return function(*args, **(kwargs or {}))
+def assert_one_device(function, args, kwargs, result):
+    """For all tensors of an operator but single numbers."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+    assert len({x.device for x in tensors}) <= 1, function
 
 
 @pytest.mark.parametrize("i", range(len(FLAG_SETS)))
@@ -56,7 +51,7 @@ def test_no_tensor_is_on_another_device(monkeypatch, i):
     monkeypatch.setattr(model, "check_finite", lambda logits: None)
     gpt = GPT(small_gpt_config(**FLAG_SETS[i])).to("meta")
     tokens = torch.zeros(4, 14, dtype=torch.int64, device="meta")
-    with OneDevice():
+    with Operators(assert_one_device):
         hidden = gpt.hidden_states(tokens).flatten(0, 1)
         HeadLoss.apply(hidden, gpt.head.weight, tokens.flatten(), gpt.config.logit_softcap,
                        torch.bfloat16, True).backward()

@@ -1,7 +1,6 @@
 """A rented box: --on_save, runs/cloud.sh after a lost connection and a kill, runs/slurm.sh."""
 
 import contextlib
-import json
 import os
 import pathlib
 import pty
@@ -10,11 +9,10 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
-from conftest import HERE, SMALL, losses, run_quickly
+from conftest import HERE, SMALL, losses, read_json, run_quickly, wait_for
 from nanolab.checkpoint import read_checkpoint
 
 ENV = {**os.environ, "VIRTUAL_ENV": sys.prefix,
@@ -27,13 +25,6 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="runs/cloud.sh is 
 def bash(script, *flags, **env):
     return subprocess.run(["bash", f"runs/{script}", *flags], cwd=HERE, env={**ENV, **env},
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400)
-
-
-def wait_for(condition, seconds=240):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
 
 
 def test_on_save(small_run, tmp_path):
@@ -54,7 +45,7 @@ def test_on_save(small_run, tmp_path):
     assert not (tmp_path / "wrong").exists() and not (tmp_path / "lock").exists()
     assert (tmp_path / "done").read_text().split() == ["done"] * 2
     assert read_checkpoint(copy / "last.pt")["step"] == 10
-    assert json.loads((copy / "summary.json").read_text())["steps"] == 10
+    assert read_json(copy / "summary.json")["steps"] == 10
 
 
 def test_on_save_that_fails(small_run, capsys):
@@ -136,7 +127,7 @@ def test_cloud_asks_first(data_dir, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["cloud.lock"]
 
 
-def test_slurm(small_flags, small_run, tmp_path):
+def test_slurm(small_flags, tmp_path):
     """Two nodes of one process each, by stand-ins for SLURM's two commands: the losses of one."""
     for name, text in (("scontrol", "echo localhost; echo elsewhere"),
                        ("srun", '"$@" & first=$!; "$@" || exit 1; wait $first')):

@@ -1,7 +1,6 @@
 """What a run reports: loss.png, report.html, summary.json, Weights & Biases."""
 
 import html
-import json
 import math
 import pathlib
 import re
@@ -13,9 +12,10 @@ import pytest
 
 import nanolab.runlog
 import nanolab.start
-from conftest import stop_at
+from conftest import logged, read_json, stop_at
 from nanolab import charts
 from nanolab.checkpoint import read_checkpoint
+from nanolab.data import read_meta
 from nanolab.log import having, read_entries
 
 
@@ -61,12 +61,12 @@ def test_a_chart_that_fails_ends_no_run(small_run, monkeypatch, capsys):
 def test_report(small_run):
     """One file with charts, samples, losses and options; it loads nothing and escapes its texts."""
     run = small_run("run", "--name=<b>mine</b>", "--sample_every=5", "--sample_prompt=a<b")
-    page, entries = (run / "report.html").read_text(), read_entries(run / "log.jsonl")
+    page = (run / "report.html").read_text()
     head, script = page.split("<script>", 1)
     assert not re.search("src=|href=|http:|refresh", head) and "vegaEmbed(" in script
     assert "<h1>&lt;b&gt;mine&lt;/b&gt;</h1>" in page and "<b>" not in head
     assert page.count("<pre>a&lt;b") == 2 and "<td>n_embd</td><td>32</td>" in page
-    assert f"<td>{having('val_loss', entries)[0]['val_loss']:.4f}</td>" in page
+    assert f"<td>{logged('val_loss', run)[0]:.4f}</td>" in page
 
 
 def test_summary(small_run, monkeypatch):
@@ -79,15 +79,14 @@ def test_summary(small_run, monkeypatch):
     assert not (run / "summary.json").exists()
     monkeypatch.setattr(nanolab.start, "code_state", lambda: {"sha256": "another"})
     small_run("run", *flags, "--resume")
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     assert summary["started"] == "2026-01-01T00:00:00+00:00" < summary["ended"]
-    assert summary["code"] == json.loads((run / "config.json").read_text())["code"]
+    assert summary["code"] == read_json(run / "config.json")["code"]
     assert summary["code"][0]["step"] == 0 and summary["code"][1:] == [
         {"sha256": "another", "step": 3}]
     assert (summary["steps"], summary["tokens"]) == (6, 6 * 8 * 32)
     assert abs(summary["cost"] - summary["seconds"]) < 0.01
-    last = having("val_loss", read_entries(run / "log.jsonl"))[-1]["val_loss"]
-    assert summary["final_val_loss"] == summary["best_val_loss"] == last
+    assert summary["final_val_loss"] == summary["best_val_loss"] == logged("val_loss", run)[-1]
 
 
 def test_dry_run(small_run, tmp_path, capsys):
@@ -119,7 +118,7 @@ def test_wandb(small_run, tiny_data, monkeypatch):
     logged = [call.kwargs | call.args[0] for run in runs for call in run.log.call_args_list]
     assert logged.pop() == {"plot": folder / "loss.png"} and second.finish.called
     assert [entry for entry in logged if "plot" not in entry] == read_entries(folder / "log.jsonl")
-    assert second.summary == json.loads((folder / "summary.json").read_text())
+    assert second.summary == read_json(folder / "summary.json")
 
 
 def test_the_ends_of_a_run(small_run, data_dir, capsys):
@@ -127,9 +126,8 @@ def test_the_ends_of_a_run(small_run, data_dir, capsys):
     sample, and what the run cost."""
     flags = ["--epochs=1e-4", "--max_steps=0", "--eval_every=3", "--dollars_per_hour=3600"]
     run = small_run("run", *flags)
-    config = json.loads((run / "config.json").read_text())
-    meta = json.loads((data_dir / "stdlib/meta.json").read_text())
-    n_windows = (meta["splits"]["train"]["tokens"] - 1) // 32
+    config = read_json(run / "config.json")
+    n_windows = (read_meta(data_dir, "stdlib")["splits"]["train"]["tokens"] - 1) // 32
     assert (config["max_steps"], config["epochs"]) == (math.ceil(1e-4 * n_windows / 8), 0)
     log = read_entries(run / "log.jsonl")
     steps = [entry["step"] for entry in having("val_loss", log)]

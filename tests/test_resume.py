@@ -1,7 +1,6 @@
 """Stopped, killed, restarted: a resumed run is the run that would have been."""
 
 import errno
-import json
 import math
 import os
 import random
@@ -9,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import pytest
 
-from conftest import (HERE, assert_same_run, equal_weights, losses, no_watch, run_quickly,
-                      run_ranks, start, stop_at)
+from conftest import (HERE, assert_same_run, equal_weights, logged, losses, no_watch, read_json,
+                      run_quickly, run_ranks, start, stop_at, wait_for)
 from nanolab.checkpoint import CheckpointSaver, read_checkpoint
 from nanolab.common import UserError
 from nanolab.log import read_log
@@ -44,28 +44,17 @@ def test_resume_is_exact(small_run, tiny_data, options):
         assert_same_run(whole, parts)
 
 
-def test_resume_on_two_processes(small_run, small_flags, tiny_data, tmp_path):
+def test_resume_on_two_processes(small_run, tiny_data):
     """Two processes resume exactly. A run may go from one process to two and back, on one curve."""
-    flags = [*tiny_data, "--batch_size=4", "--resume"]
-
-    def two(name, steps):
-        run_ranks(2, run_quickly, small_flags(name, *flags, f"--max_steps={steps}"),
-                  output=tmp_path / "output")
-
-    two("whole", 12)
-    two("parts", 5)
-    two("parts", 12)
-    assert equal_weights(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    flags = [*tiny_data, "--batch_size=4", "--max_steps=12", "--resume"]
+    whole = small_run("whole", *flags, ranks=2)
+    small_run("parts", *flags, "--max_steps=5", ranks=2)
+    parts = small_run("parts", *flags, ranks=2)
+    assert equal_weights(whole / "last.pt", parts / "last.pt") and losses(whole) == losses(parts)
     small_run("moved", *flags, "--max_steps=4")
-    two("moved", 8)
-    small_run("moved", *flags, "--max_steps=12")
-    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
-
-
-def interrupt(step, model):
-    if step == 9:
-        raise KeyboardInterrupt
+    small_run("moved", *flags, "--max_steps=8", ranks=2)
+    moved = small_run("moved", *flags)
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize("last", ["older", "missing"])
@@ -73,8 +62,8 @@ def test_resume_is_exact_from_best(small_run, tiny_data, tmp_path, capsys, last)
     """Where best.pt has more steps than last.pt, or is alone, the run continues from it."""
     flags = [*tiny_data, "--max_steps=12", "--eval_every=4", "--save_every=5", "--tail_average=0.5"]
     parts = tmp_path / "parts"
-    with pytest.raises(KeyboardInterrupt):
-        small_run("parts", *flags, on_step=interrupt)
+    with pytest.raises(KeyboardInterrupt):  # before step 9
+        small_run("parts", *flags, on_step=Mock(side_effect=[*range(9), KeyboardInterrupt]))
     assert (step_of(parts / "last.pt"), step_of(parts / "best.pt")) == (5, 8)
     if last == "missing":
         (parts / "last.pt").unlink()
@@ -139,14 +128,12 @@ def long_run(small_flags, tmp_path, *flags):
     """A run that has made its first step. -> Process"""
     process = start(run_quickly, small_flags("out", "--max_steps=100000", *flags),
                     output=tmp_path / "output")
-    wait_for(tmp_path / "out" / "log.jsonl", process.is_alive)
+    wait_for(lambda: has_text(tmp_path / "out/log.jsonl"), process.is_alive)
     return process
 
 
-def wait_for(log, is_alive):
-    while not (log.exists() and log.read_text()):
-        time.sleep(0.01)
-        assert is_alive()
+def has_text(path):
+    return path.exists() and path.stat().st_size > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -178,7 +165,7 @@ def test_torchrun_is_stopped(small_flags, tmp_path, number):
          "train.py", *small_flags("out", "--batch_size=4", "--max_steps=100000")],
         cwd=HERE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out = tmp_path / "out"
-    wait_for(out / "log.jsonl", lambda: torchrun.poll() is None)
+    wait_for(lambda: has_text(out / "log.jsonl"), lambda: torchrun.poll() is None)
     torchrun.send_signal(number)
     _, stderr = torchrun.communicate(timeout=60)  # ends when no process has its pipes any more
     assert step_of(out / "last.pt") == len(losses(out)) and not (out / "run.lock").exists()
@@ -246,8 +233,7 @@ def test_an_extended_cosine_has_a_name_of_its_own(small_run, tiny_data, capsys):
     small_run("parts", *flags, "--resume", "--extend", "--max_steps=12")
     small_run("parts", *flags, "--max_steps=12", "--resume")
     assert f"{parts} is finished: 12 steps" in capsys.readouterr().out
-    rates, longer = ([entry["lr"] for entry in read_log(folder / "log.jsonl")[0]]
-                     for folder in (parts, whole))
+    rates, longer = (logged("lr", folder) for folder in (parts, whole))
     assert rates[10:] == longer[10:] and rates[2:8] != longer[2:8]
     name = read_checkpoint(parts / "last.pt")["config"]["name"]
     assert name == "short (extended at step 8) (extended at step 10)"
@@ -266,8 +252,7 @@ def test_two_runs_in_one_folder(small_flags, small_run, tmp_path):
     """The second is one line and changes nothing; after a kill of the first the folder is free."""
     folder, flags = tmp_path / "out", ["--resume", "--name=second", "--max_steps=100000"]
     first = long_run(small_flags, tmp_path, "--save_every=5")
-    while not (folder / "last.pt").exists():
-        time.sleep(0.01)
+    wait_for((folder / "last.pt").exists)
     config_json = (folder / "config.json").read_text()
     with pytest.raises(UserError, match=f"^another run is writing to {folder}; "):
         small_run("out", *flags)
@@ -280,9 +265,8 @@ def test_two_runs_in_one_folder(small_flags, small_run, tmp_path):
 
 def test_a_disk_without_locks(small_run, tiny_data, monkeypatch, capsys):
     """Some network disks have none: a note, and the run goes on."""
-    def no_lock(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr("fcntl.flock", no_lock)
+    no_lock = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=no_lock))
     folder = small_run("run", *tiny_data, "--max_steps=2")
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
     assert (folder / "summary.json").exists()
@@ -309,8 +293,8 @@ def test_what_is_gone_is_made_again(small_run):
     small_run("run", *flags, "--resume")
     best = read_checkpoint(run / "best.pt")
     assert best["step"] == 10 and best["best_val_loss"] == best["val_loss"] and lost < math.inf
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_json(run / "summary.json")
     (run / "summary.json").unlink()
     small_run("run", *flags, "--resume")
-    again = json.loads((run / "summary.json").read_text())
+    again = read_json(run / "summary.json")
     assert (again["steps"], again["final_val_loss"]) == (10, summary["final_val_loss"])

@@ -4,14 +4,14 @@ import builtins
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import model
 import sample
-from conftest import (assert_same_run, call, equal_weights, losses, run_quickly, run_ranks,
-                      stop_at)
+from conftest import assert_same_run, call, equal_weights, losses, stop_at
 from nanolab import tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
@@ -65,12 +65,7 @@ def test_nanogpt_flags(text, run, tmp_path):
 def test_typed_prompts(monkeypatch, capsys):
     """A text is continued; an empty line goes on with what was printed, also after Ctrl-C; a prompt
     that the model cannot read is told."""
-    asked, typed = [], ["x", "", "é", "", "ab", ""]
-
-    def ask(prompt):
-        if not typed:
-            raise EOFError
-        return typed.pop()
+    asked, typed = [], ["", "ab", "", "é", "", "x", EOFError]
 
     def stream(text):
         asked.append(text)
@@ -80,7 +75,7 @@ def test_typed_prompts(monkeypatch, capsys):
         if text != "x":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(builtins, "input", ask)
+    monkeypatch.setattr(builtins, "input", Mock(side_effect=typed))
     sample.continue_prompts(stream)
     assert asked == ["ab", "ab-1", "é", "x"]
     assert "-1\n-2\nno tokens for é\n\n-2\n\n" in capsys.readouterr().out
@@ -137,7 +132,7 @@ def samples(run):
             for entry in having("sample", read_entries(run / "log.jsonl"))}
 
 
-def test_samples_leave_no_trace(small_run, small_flags, tiny_data, tmp_path, capsys):
+def test_samples_leave_no_trace(small_run, tiny_data, capsys):
     """In one process or two, with dropout, stopped or not: the bits are those without samples."""
     flags = [*tiny_data, "--batch_size=4", "--eval_every=4", "--max_steps=8"]
     sampling = [*flags, "--sample_every=3", "--sample_prompt=12 t"]
@@ -152,9 +147,9 @@ def test_samples_leave_no_trace(small_run, small_flags, tiny_data, tmp_path, cap
     assert samples(parts) == texts
     assert equal_weights(parts / "last.pt", without / "last.pt")
     assert losses(parts) == losses(without)
-    run_ranks(2, run_quickly, small_flags("two", *sampling), output=tmp_path / "output")
-    assert losses(tmp_path / "two") == pytest.approx(losses(whole), rel=1e-5)
-    assert list(samples(tmp_path / "two")) == list(texts)
+    two = small_run("two", *sampling, ranks=2)
+    assert losses(two) == pytest.approx(losses(whole), rel=1e-5)
+    assert list(samples(two)) == list(texts)
 
 
 def test_a_model_that_diverged_still_trains(small_run, tiny_data):

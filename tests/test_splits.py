@@ -1,4 +1,5 @@
-"""One process or many, one micro-step or many, one machine or two, quiet or busy: the same run."""
+"""One process or many, one micro-step or many, one machine or two, one CPU thread or many, quiet or
+busy: the same run."""
 
 import json
 import os
@@ -14,35 +15,40 @@ import eval as eval_script
 import nanolab.optim
 import train
 from config import Config
-from conftest import assert_same_run, losses, run_quickly, run_ranks, start
+from conftest import (assert_same_run, flag_sets, logged, losses, read_json, run_quickly,
+                      run_ranks, small_gpt_config, start)
+from model import GPT
 from nanolab import distributed
-from nanolab.log import read_log
+from nanolab.distributed import SharedModel, World, machine, use_threads
 
 NEW = ["--cautious_decay", "--weight_decay=5", "--tail_average=0.3", "--x0_lambdas",
        "--value_embeddings", "--embed_norm", "--embedding_lr=9", "--head_lr=2", "--scalar_lr=3"]
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    n_parts, n_threads = distributed.n_parts, torch.get_num_threads()
+    yield
+    distributed.n_parts = n_parts
+    torch.set_num_threads(n_threads)
+
+
 @pytest.mark.parametrize("order, optimizer, sizes, n_ranks, n_machines", [
     ("sequential", "adamw", (4, 1), 2, 2), ("shuffled", "normuon", (2,), 4, 1)])
-def test_any_split_is_the_same_run(small_run, small_flags, tmp_path, order, optimizer, sizes,
-                                   n_ranks, n_machines):
+def test_any_split_is_the_same_run(small_run, order, optimizer, sizes, n_ranks, n_machines):
     """1, 2 or 4 processes, two machines, 1 to 8 micro-steps: one loss curve over 20 steps."""
     flags = ["--max_steps=20", "--eval_every=10", f"--order={order}", f"--optimizer={optimizer}",
              *NEW * (optimizer == "normuon")]
     whole = small_run("whole", *flags)
     others = [small_run(f"micro{size}", *flags, f"--batch_size={size}") for size in sizes]
-    run_ranks(n_ranks, run_quickly, small_flags("ranks", *flags, "--batch_size=2"),
-              output=tmp_path / "output", n_machines=n_machines)
-    expected = numbers(whole)
-    for folder in [*others, tmp_path / "ranks"]:
-        assert numbers(folder) == pytest.approx(expected, rel=1e-5)
+    others.append(small_run("ranks", *flags, "--batch_size=2", ranks=n_ranks,
+                            n_machines=n_machines))
+    for folder in others:
+        assert numbers(folder) == pytest.approx(numbers(whole), rel=1e-5)
 
 
 def numbers(run):
-    """Losses, gradient norms and validation losses."""
-    steps, validations = read_log(run / "log.jsonl")
-    return [*(entry[key] for entry in steps for key in ("loss", "grad_norm")),
-            *(entry["val_loss"] for entry in validations)]
+    return [*losses(run), *logged("grad_norm", run), *logged("val_loss", run)]
 
 
 def evaluate_on_a_rank(*argv):
@@ -56,18 +62,17 @@ def test_test_loss_on_two_processes(small_run, tiny_data, tmp_path):
     for n in (1, 2):
         run_ranks(n, evaluate_on_a_rank, "--ckpt", str(run), "--device=cpu", f"--batch_size={n}",
                   output=tmp_path / "output")
-        results.append(json.loads((run / "best.test.json").read_text())["results"])
+        results.append(read_json(run / "best.test.json")["results"])
         (run / "best.test.json").unlink()  # or it would not be measured again
     [one], [two] = results
     assert one["test_loss"] == pytest.approx(two["test_loss"], abs=1e-6)
 
 
-def test_dropout_does_not_depend_on_the_split(small_run, small_flags, tmp_path):
+def test_dropout_does_not_depend_on_the_split(small_run):
     """Two micro-steps on two processes draw the masks of four on one; no mask is drawn twice."""
     flags = ["--dropout=0.5", "--batch_size=2"]
-    one = small_run("one", *flags)
-    run_ranks(2, run_quickly, small_flags("two", *flags), output=tmp_path / "output")
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    one, two = small_run("one", *flags), small_run("two", *flags, ranks=2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
     masks = set()
     for step, micro_batch in ((0, 0), (0, 1), (1, 0)):
         train.seed_dropout(Config(dropout_seed=42), step, micro_batch)
@@ -84,7 +89,7 @@ def test_ranks_share_muon_and_gradients(small_run, small_flags, tmp_path):
     run_ranks(2, watch_ranks, small_flags("two", *flags, "--batch_size=1"),
               tmp_path / "seen.json", output=tmp_path / "output")
     assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
-    seen = json.loads((tmp_path / "seen.json").read_text())
+    seen = read_json(tmp_path / "seen.json")
     # Q, K and V are one stack of 3 matrices; the MLP's two and attention's projection one each
     assert sorted(seen["matrices"]) == sorted(4 * [2, 1, 1, 1])
     assert len(seen["storages"]) == 4 * 4, "four steps of four micro-steps"
@@ -157,7 +162,58 @@ def test_threads_follow_from_a_rule(monkeypatch, is_large, options, n_threads, i
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     model = torch.nn.Linear(2**12, 2**12, bias=is_large, device="meta")  # of 2**24 weights
     config = Config(**{"dropout": 0.0, "batch_size": 8, **options})
-    world = distributed.World(torch.device("cpu"), None)
+    world = World(torch.device("cpu"), None)
     fast = train.make_fast(model, config, config.batch_size, world)
     assert chosen == [(n_threads, is_shared)]
-    assert isinstance(fast, distributed.SharedModel) == is_shared
+    assert isinstance(fast, SharedModel) == is_shared
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(None, 1e-5), (torch.bfloat16, 0.02)])
+def test_shared_batches_compute_the_same(dtype, tolerance):
+    """Loss and gradients of unequal parts; with accumulated and scaled gradients, and without."""
+    gpt = GPT(small_gpt_config(**flag_sets(6)[1] | {"dropout": 0.0}))
+    inputs, targets = torch.randint(301, (2, 5, 16), generator=torch.Generator().manual_seed(1))
+    world, dtypes = World(torch.device("cpu"), dtype), set()
+    gpt.blocks[0].attn.qkv.register_forward_hook(lambda m, args, out: dtypes.add(out.dtype))
+
+    def loss_and_gradients(model):
+        gpt.zero_grad()
+        for _ in range(2):
+            with world.autocast():
+                loss = model(inputs, targets)
+            (loss / 3).backward()
+        return [loss.detach(), *(p.grad.clone() for p in gpt.parameters())]
+    plain = loss_and_gradients(gpt)
+    use_threads(2, shared=True)
+    first, *others = [loss_and_gradients(SharedModel(gpt)) for _ in range(4)]
+    for ours, expected in zip(first, plain, strict=True):
+        assert (ours - expected).norm() <= tolerance * (expected.norm() + 1e-3)
+    for again in others:
+        assert all(map(torch.equal, first, again))
+    assert dtypes == {dtype or torch.float32}
+    with torch.no_grad(), world.autocast():
+        assert torch.equal(SharedModel(gpt)(inputs, targets), first[0])
+
+
+def test_a_run_with_two_threads(small_run, tiny_data, monkeypatch, tmp_path, output_of):
+    """Training and eval.py have the losses of one thread, up to rounding."""
+    runs, results = [], []
+    for n in (1, 2):
+        runs.append(small_run(f"run{n}", *tiny_data, "--dropout=0", f"--threads={n}",
+                              "--optimizer=muon"))
+        assert distributed.n_parts == n
+        monkeypatch.setattr(distributed, "DEFAULT_THREADS", n)
+        file = tmp_path / f"{n}.json"
+        output_of("eval", "--ckpt", runs[0] / "best.pt", "--json", file, "--device=cpu")
+        results.append(read_json(file)["runs"][0]["test_loss"])
+        (runs[0] / "best.test.json").unlink()  # or it would not be measured again
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_machine_is_what_the_run_used(monkeypatch):
+    """A CPU's name for a run on the CPU, also where there is a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    on_cpu = machine(World(torch.device("cpu"), None))
+    assert "cores" in on_cpu and "NVIDIA" not in on_cpu
+    assert machine(World(torch.device("cuda", 0), None, 1, 8)) == "8 x NVIDIA A100"

@@ -16,9 +16,11 @@ import scipy
 
 import study
 from config import OPTIONS, Config
+from conftest import HERE
 from model import GPT, GPTConfig
-from nanolab import charts, options
+from nanolab import charts
 from nanolab.common import UserError
+from nanolab.options import load
 from nanolab.study import jobs, runs
 from nanolab.study import page as study_page
 from studies import update
@@ -27,35 +29,20 @@ from studies.fp16_sums import emulate
 from studies.ladder import scaling
 from studies.noise import mixed_model
 
-HERE = Path(study.__file__).parent
 STUDIES = sorted(path.parent.name for path in (HERE / "studies").glob("*/run.sh"))
 
-# The results file on record of each file that a study writes.
+# The files on record that a study writes: out/STUDY.json is "results", out/STUDY_FILE.json FILE.
 RECORDED = {
-    "lab": "lab/results", "noise": "noise/results", "batch_size": "batch_size/results",
-    "ladder": "ladder/results", "quickstart": "quickstart/results",
-    "ladder_prediction": "ladder/prediction",
-    **{f"flags_{name}": f"flags/{name}" for name in (
-        "2x32", "2x48", "stack", "again_2x32", "again_2x64", "again_2x96")},
-    **{f"modern_{name}": f"modern/{name}" for name in (
-        "alone", "z_loss", "core", "small_1x", "small_2x", "wide_tuned",
-        "wide_trials")},
-    **{f"heads_of_32_{name}": f"heads_of_32/{name}" for name in (
-        "rates_32", "runs_32", "runs_64", "runs_96", "checks_96", "fewer")}}
+    **dict.fromkeys(("lab", "noise", "batch_size", "quickstart"), ["results"]),
+    "ladder": ["results", "prediction"],
+    "flags": ["2x32", "2x48", "stack", "again_2x32", "again_2x64", "again_2x96"],
+    "modern": ["alone", "z_loss", "core", "small_1x", "small_2x", "wide_tuned", "wide_trials"],
+    "heads_of_32": ["rates_32", "runs_32", "runs_64", "runs_96", "checks_96", "fewer"]}
 
 # Instead of Python and torchrun: writes the command line down.
 FAKE = """#!/bin/sh
 IFS=$(printf '\\037'); echo "$*" >> "$COMMAND_LINES"
 """
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch):
-    monkeypatch.chdir(HERE)
-
-
-def load(argv):
-    return options.load(Config, argv)
 
 
 def command_lines(script, folder, *words):
@@ -106,7 +93,7 @@ def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
     lines = command_lines(f"{name}/run.sh", tmp_path)
     monkeypatch.setattr(sys, "stderr", sys.stdout)
     for argv in trained(lines):
-        config = vars(load(argv))
+        config = vars(load(Config, argv))
         assert config["resume"]
         folder = tmp_path / config["out_dir"]
         folder.mkdir(parents=True, exist_ok=True)  # as a run leaves it
@@ -127,17 +114,19 @@ def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
             written.add(Path(json_file).stem)
     if name in ("published", "fp16_sums"):
         return  # runs made with other code; runs that have not ended
-    assert written == {key for key, path in RECORDED.items() if path.startswith(f"{name}/")}
-    for key in written:
+    recorded = {name if file == "results" else f"{name}_{file}": file
+                for file in RECORDED.get(name, [])}
+    assert written == recorded.keys()
+    for key, file in recorded.items():
         made, on_record = (sorted(experiment(run["config"], run["name"])
-                                  for run in runs.read_file(path)) for path in (
-            f"out/{key}.json", f"studies/{RECORDED[key]}.json"))
+                                  for run in runs.read_file(path))
+                           for path in (f"out/{key}.json", f"studies/{name}/{file}.json"))
         assert made == on_record, key
 
 
 def test_the_plan_for_a_gpu_is_valid(tmp_path):
     lines = command_lines("heads_of_32/gpu.sh", tmp_path, "--max_steps=2")
-    configs = [load(argv) for argv in trained(lines)]
+    configs = [load(Config, argv) for argv in trained(lines)]
     assert [(config.n_embd, config.name, config.seed) for config in configs[:4]] == [
         (448, "published", 1), (448, "rope", 1), (448, "modern", 1), (320, "published", 1)]
     assert len(configs) == 27 and {config.max_steps for config in configs} == {2}

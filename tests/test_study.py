@@ -1,10 +1,12 @@
 """What study.py shows and what not: on numbers whose answer scipy or a simulation gives, and on
-runs' folders in every state."""
+runs' folders in every state; its page, in a real browser if there is one."""
 
 import csv
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,18 +14,20 @@ import numpy as np
 import pytest
 import scipy
 
-from conftest import HERE, run_main
+from conftest import HERE, read_json
+from nanolab import charts, report
 from nanolab.common import UserError
 from nanolab.study import runs, stats
 
 
 @pytest.fixture
-def compare(monkeypatch, capsys):
-    """study.py in this process: compare(*arguments) -> what it prints."""
-    def call(*argv):
-        capsys.readouterr()
-        run_main(monkeypatch, "study", *argv)
-        return capsys.readouterr().out
+def compare(output_of, tmp_path):
+    """compare(runs, *arguments): what study.py prints of these runs, or of a path."""
+    def call(runs, *argv):
+        if isinstance(runs, list):
+            (tmp_path / "runs.json").write_text(json.dumps(runs))
+            runs = tmp_path / "runs.json"
+        return output_of("study", runs, *argv)
     return call
 
 
@@ -32,11 +36,11 @@ def rows_of(compare, tmp_path):
     """rows_of({name: {seed: loss}}, **what all runs share) -> {label: row}, what study.py
     prints."""
     def call(losses, **options):
-        file, out = tmp_path / "rows_of.json", tmp_path / "out.json"
-        file.write_text(json.dumps([{"name": name, "seed": seed, "test_loss": loss, **options}
-                                    for name in losses for seed, loss in losses[name].items()]))
-        printed = compare(file, "--json", out)
-        return {row["experiment"]: row for row in json.loads(out.read_text())["rows"]}, printed
+        out = tmp_path / "out.json"
+        printed = compare([{"name": name, "seed": seed, "test_loss": loss, **options}
+                           for name in losses for seed, loss in losses[name].items()],
+                          "--json", out)
+        return {row["experiment"]: row for row in read_json(out)["rows"]}, printed
     return call
 
 
@@ -130,40 +134,35 @@ def test_one_more_run(rows_of):
     assert f"would fall between {low:.4f} and {high:.4f}" in rows_of({"baseline": losses})[1]
 
 
-def test_cautions(rows_of, compare, tmp_path):
+def test_cautions(compare, tmp_path):
     """Seeds that cross make runs dependent; budgets may differ; another test set may differ."""
-    file = tmp_path / "runs.json"
     crossed = [{"name": name, "test_loss": 3 + loss, "seed": seed, "init_seed": init}
                for seed, init, loss in ((1, 1, 0), (1, 2, 0.1), (2, 1, 0.2))
                for name, loss in (("baseline", loss), ("a", 2 * loss - 0.1))]
-    file.write_text(json.dumps(crossed))
-    assert "Some runs of baseline; a have a seed in common" in compare(file)
-    file.write_text(json.dumps([{"name": "baseline", "test_loss": 3.0, "max_steps": 100},
-                                {"name": "a", "test_loss": 2.9, "max_steps": 200}]))
-    assert "baseline's 9,830,400 tokens" in compare(file) and "a: 19,660,800" in compare(file)
+    assert "Some runs of baseline; a have a seed in common" in compare(crossed)
+    printed = compare([{"name": "baseline", "test_loss": 3.0, "max_steps": 100},
+                       {"name": "a", "test_loss": 2.9, "max_steps": 200}])
+    assert "baseline's 9,830,400 tokens" in printed and "a: 19,660,800" in printed
 
     rng = np.random.default_rng(0)
     text, sizes = rng.normal(0, 0.3, 100), [5] * 100
     for spread, wider, seeds in ((0.5, True, (1, 2, 3)), (0.02, False, (1, 2))):  # helps some
         uneven = text + spread * rng.standard_normal(100)
-        file.write_text(json.dumps([
-            {"name": name, "seed": seed, "test_loss": loss + 0.002 * rng.standard_normal(),
-             "group_windows": sizes, "group_losses": (loss + groups).tolist()}
-            for name, loss, groups in (("baseline", 3.0, text), ("a", 2.95, uneven))
-            for seed in seeds]))
-        printed = compare(file, "--all", "--json", tmp_path / "out.json")
-        row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
+        made = [{"name": name, "seed": seed, "test_loss": loss + 0.002 * rng.standard_normal(),
+                 "group_windows": sizes, "group_losses": (loss + groups).tolist()}
+                for name, loss, groups in (("baseline", 3.0, text), ("a", 2.95, uneven))
+                for seed in seeds]
+        printed = compare(made, "--all", "--json", tmp_path / "out.json")
+        row = read_json(tmp_path / "out.json")["rows"][0]
         low, high = row["resampled"]
         assert (high - low > 3 * (row["high"] - row["low"])) == wider and low <= row["low"]
         assert ("Not shown if the test set were resampled" in printed) == wider
         assert row["verdict"] == "better" and "if test set resampled" in printed
-    runs = json.loads(file.read_text())
-    file.write_text(json.dumps([{**run, "val_loss": run["test_loss"]} for run in runs]))
-    assert "resampled" not in compare(file, "--all", "--validation"), "its documents are others"
-    runs[0]["eval_tokens"] = 100
-    file.write_text(json.dumps([{**run, "val_loss": run["test_loss"]} for run in runs]))
+    made = [{**run, "val_loss": run["test_loss"]} for run in made]
+    assert "resampled" not in compare(made, "--all", "--validation"), "its documents are others"
+    made[0]["eval_tokens"] = 100
     with pytest.raises(UserError, match="on different data"):
-        compare(file, "--validation")
+        compare(made, "--validation")
 
 
 def test_what_counts_as_one_experiment():
@@ -181,9 +180,9 @@ def test_what_counts_as_one_experiment():
     assert list(losses.values()) == pytest.approx([3.1, 3.3])
 
 
-def test_a_changed_default_does_not_relabel(compare, monkeypatch, tmp_path):
+def test_a_changed_default_does_not_relabel(compare, monkeypatch):
     """Results on record and new ones keep their options, whatever the defaults become."""
-    recorded = HERE / "studies/lab/results.json"
+    recorded = "studies/lab/results.json"
     before = compare(recorded)
     for key, value in {"dropout": 0.0, "norm": "rmsnorm", "new_option": 1}.items():
         monkeypatch.setitem(runs.DEFAULTS, key, value)
@@ -242,7 +241,7 @@ def test_runs_in_every_state(compare, tmp_path):
     assert (float(baseline["loss"]), baseline["n"]) == (pytest.approx(3.2), "3")
     assert float(baseline["hours"]) == 7 / 3600
 
-    content = json.loads(out.read_text())  # the options of all runs once, at the top
+    content = read_json(out)  # the options of all runs once, at the top
     assert content["options"]["dataset"] == "stdlib" and "out_dir" not in out.read_text()
     assert content["runs"][0]["ended"]
     assert content["runs"][-1]["config"] == {"seed": 3, "n_layer": 2}
@@ -271,7 +270,7 @@ def test_validation_needs_no_test_result(compare, tmp_path):
     assert "Validation loss" in table and "baseline    2  5.0000" in table
     assert "runs/3/best.pt has no val_loss that is a number" in table
     assert compare(tmp_path / "out.json", "--validation") == table
-    content = json.loads((tmp_path / "out.json").read_text())
+    content = read_json(tmp_path / "out.json")
     assert content["runs"][0]["code"] and "code" not in content["options"]
     with pytest.raises(UserError, match="has no test_loss"):
         compare(tmp_path / "out.json")
@@ -280,13 +279,13 @@ def test_validation_needs_no_test_result(compare, tmp_path):
 def test_tables_fit_100_columns(compare):
     for name in ("published/results", "lab/results", "modern/alone", "modern/small_2x",
                  "heads_of_32/runs_32", "flags/stack", "batch_size/results"):
-        printed = compare(HERE / f"studies/{name}.json")
+        printed = compare(f"studies/{name}.json")
         assert max(map(len, printed.splitlines())) <= 100, name
 
 
 def test_columns_and_markdown(compare):
-    table = compare(HERE / "studies/lab/results.json", "--markdown", "--all", "--beside",
-                    HERE / "studies/published/results.json")
+    table = compare("studies/lab/results.json", "--markdown", "--all", "--beside",
+                    "studies/published/results.json")
     [line] = [line for line in table.splitlines() if line.startswith("| qkv_bias")]
     cells = [cell.strip() for cell in line.split("|")]
     assert cells[2:6] == ["5", "2.114703", "0.007601", "-0.0022"] and cells[8] == "not shown"
@@ -295,17 +294,16 @@ def test_columns_and_markdown(compare):
 
 
 def test_the_baseline_that_was_asked_for(compare, tmp_path):
-    file = tmp_path / "runs.json"
-    file.write_text(json.dumps([{"name": "a", "test_loss": 3.0, "dropout": 0.1},
-                                {"name": "a", "test_loss": 2.0, "dropout": 0.0},
-                                {"name": "b", "test_loss": 1.0, "dropout": 0.3}]))
-    assert "Differences are to a, dropout=0.0" in compare(file, "--baseline=a, dropout=0.0")
-    assert "Differences are to b" in compare(file, "--baseline=b")
-    assert "Nothing is compared" in compare(file, "--page", tmp_path / "a.html")
+    made = [{"name": "a", "test_loss": 3.0, "dropout": 0.1},
+            {"name": "a", "test_loss": 2.0, "dropout": 0.0},
+            {"name": "b", "test_loss": 1.0, "dropout": 0.3}]
+    assert "Differences are to a, dropout=0.0" in compare(made, "--baseline=a, dropout=0.0")
+    assert "Differences are to b" in compare(made, "--baseline=b")
+    assert "Nothing is compared" in compare(made, "--page", tmp_path / "a.html")
     assert "a, dropout=0.0" in (tmp_path / "a.html").read_text()
     for wanted in ("a", "c"):
         with pytest.raises(UserError, match=f"no run is named '{wanted}'.*there are a, dropout"):
-            compare(file, f"--baseline={wanted}")
+            compare(made, f"--baseline={wanted}")
 
 
 @pytest.mark.parametrize("content, message", [
@@ -336,7 +334,7 @@ def test_no_run_and_damaged_records(compare, tmp_path):
     with pytest.raises(UserError, match="summary.json is missing or damaged"):
         compare(tmp_path / "a")
     with pytest.raises(UserError, match="log.jsonl, which is missing"):
-        compare(HERE / "studies/lab/results.json", "--curves", tmp_path / "curves.png")
+        compare("studies/lab/results.json", "--curves", tmp_path / "curves.png")
 
 
 def test_study_needs_neither_torch_nor_scipy_stats():
@@ -347,18 +345,113 @@ def test_study_needs_neither_torch_nor_scipy_stats():
     assert done.stdout.endswith("[]\n"), done.stderr
 
 
-def test_different_code_is_said(compare, tmp_path):
+def test_different_code_is_said(compare):
     """Where an experiment and its baseline, or runs of one experiment, ran with different code."""
     hashes = {"baseline": ["aa"], "same": ["aa"], "other": ["dd"],
               "mixed": ["aa", "bb"]}  # another commit from a resume on
 
     def table(*names):
-        runs = [{"name": name, "test_loss": 3.0, "code": [
+        return " ".join(compare([{"name": name, "test_loss": 3.0, "code": [
             {"commit": f"c{each}", "changed": False, "sha256": each} for each in hashes[name]]}
-            for name in names]
-        (tmp_path / "runs.json").write_text(json.dumps(runs))
-        return " ".join(compare(tmp_path / "runs.json").split())
+            for name in names]).split())
     assert "Different code" not in table("baseline", "same")
     printed = table(*hashes)
     assert "Different code" in printed and "same: c" not in printed
     assert "baseline: caa" in printed and "mixed: caa, cbb" in printed and "other: cdd" in printed
+
+
+# --- the page
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+WATCH = "<script>window.onerror = console.error = console.warn = (...words) => { " \
+        "document.documentElement.dataset.errors = words.join(' ') }</script>"
+
+# Ticks a box and takes the view of differences, as a reader would; the test reads what is then
+# drawn.
+USE = """<script>
+const drawn = () => document.querySelectorAll("#curves .mark-line path").length;
+const wait = (ready, next) => ready() ? next() : setTimeout(wait, 50, ready, next);
+const found = document.documentElement.dataset, box = () => document.querySelector("[name=on2]");
+wait(() => box() && drawn() == 10, () => {
+  const names = [...document.querySelectorAll("#curves .role-mark text")];
+  found.places = new Set(names.map(each => each.getAttribute("transform"))).size;
+  box().focus();
+  found.focused = document.activeElement === box();
+  box().click();
+  wait(() => drawn() == 7, () => {
+    document.querySelectorAll("[type=radio]")[1].click();
+    const title = () => document.querySelector("#curves .role-title").textContent;
+    wait(() => title().startsWith("difference"), () => found.title = title());
+  });
+});</script>"""
+
+
+@pytest.fixture
+def page(tmp_path, compare):
+    """The page of two ideas and a baseline, three seeds each, and a run that has not ended."""
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"baseline/{seed}", 3 + seed / 10, seed=seed)
+        make_run(tmp_path / f"mine/{seed}", 2.5 + seed / 9, "mine", seed, n_layer=2)
+        make_run(tmp_path / f"x/{seed}", 3 + seed ** 2 / 20, "</script>", seed, z_loss=1e-4)
+    log = tmp_path / "mine/1/log.jsonl"
+    log.write_text(log.read_text() + json.dumps(
+        {"step": 60, "tokens": 6000, "sample": "a </script> b"}) + "\n")
+    make_run(tmp_path / "mine/4", 3.0, "mine", 4, ended=False, measured=False, n_layer=2)
+    compare(tmp_path, f"--page={tmp_path}/study.html")
+    return tmp_path / "study.html"
+
+
+def test_what_a_page_has(page):
+    """Verdicts, links, options, what is missing, a warning; texts are escaped, nothing is loaded,
+    and it is small."""
+    text = page.read_text()
+    body = text[text.index("<body>"):text.index("<script>")]
+    assert len(text) < 2e6 and not re.search(r'(src|href)="(https?:|//)', text)
+    for part in ("<td>better</td>", "<td>not shown</td>", 'href="mine/1/report.html"',
+                 "n_layer=2", "mine/4 has not ended", "a &lt;/script&gt; b",
+                 "&lt;/script&gt; changes the training loss itself (z_loss)", "c0ffee"):
+        assert part in body, part
+    assert text.split("Object.entries(")[-1].count("</script>") == 1  # its own
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no browser to open the page with")
+def test_a_browser_draws_it(page):
+    """Its charts are drawn without a warning, no wider than the window; boxes have the focus, and
+    say what is drawn."""
+    page.write_text(page.read_text().replace("<head>", "<head>" + WATCH, 1) + USE)
+    done = subprocess.run([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu",
+                           "--window-size=400,900", "--virtual-time-budget=30000",
+                           f"--user-data-dir={page.parent}/browser", "--dump-dom",
+                           f"file://{page}"],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=120)
+    found = dict(re.findall(r'data-(\w+)="([^"]*)"', done.stdout[:done.stdout.index(">", 20)]))
+    assert "errors" not in found
+    assert (found["focused"], found["places"]) == ("true", "3")  # no name over another
+    assert "difference in loss to the run of baseline" in found["title"]
+    widths = [float(each) for each in re.findall(r'<svg[^>]* width="([\d.]+)"', done.stdout)]
+    assert len(widths) == 2 and max(widths) <= 500  # headless windows are no narrower
+
+
+def test_differences_have_the_intervals_of_the_verdicts():
+    rows = [{"experiment": "a", "difference": -0.1, "low": -0.3, "high": -0.05, "gaps": [-0.1],
+             "verdict": "better"},
+            {"experiment": "b", "difference": 0.0, "gaps": [], "verdict": "not exercised"},
+            {"experiment": "baseline", "verdict": "baseline"}]
+    a, b = charts.differences_chart(rows, "baseline")["data"]["values"]
+    assert (a["low"], a["high"], b["low"], b["high"]) == (-0.3, -0.05, 0, 0)
+    assert "a  -0.1000 better" == a["label"] and a["edge"] != b["edge"]
+
+
+def test_curves_are_thinned_to_their_means():
+    columns = charts.np.arange(20_000.0).reshape(2, 10_000)
+    columns[1, 5] = charts.np.nan
+    thin = charts.thin(columns, 100)
+    assert thin.shape == (2, 100) and thin[0, 0] == 49.5
+    assert thin[1, 0] == pytest.approx((sum(range(10_000, 10_100)) - 10_005) / 99)
+
+
+def test_a_page_of_what_goes_on_is_loaded_again():
+    for is_running in (True, False):
+        text = report.format_page("mine", "goes on", {"A": "B", "C": ""}, {}, is_running)
+        assert ("location.reload()" in text) == is_running and "<h2>C</h2>" not in text

@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 import study
 from config import Config
+from conftest import HERE
 from nanolab.common import UserError
 from nanolab.data import read_meta
 from nanolab.optim import count_steps
@@ -20,8 +19,8 @@ from nanolab.options import load
 from nanolab.start import find_start
 from nanolab.study import jobs
 
-HERE = Path(study.__file__).parent
 BASE = str(HERE / "config/lab.py")
+NEW = [BASE, "--out=nowhere", "--arms"]
 
 # Instead of train.py: it notes that it was called, is stopped by SIGTERM while there is a file
 # `wait`, fails as `bad`, and leaves what a run does.
@@ -55,35 +54,31 @@ json.dump({"results": [{"name": config["name"], "test_loss": loss, "amp": "off",
 """
 
 
-@pytest.fixture
-def command(tmp_path):
-    """command(*words, wait=True) -> a process of study.py with the stand-ins for train.py and
-    eval.py; or, ended, its exit code, output and errors"""
+def test_a_study_is_stopped_goes_on_and_grows(tmp_path):
+    """With the stand-ins for train.py and eval.py."""
     (tmp_path / "train.py").write_text(TRAIN)
     (tmp_path / "eval.py").write_text(EVAL)
+    calls = tmp_path / "calls"
+    words = [BASE, "--max_steps=10", "--arms", "small=--n_layer=2", "bad=--dropout=0", "--jobs=2",
+             "--out=out/s"]
 
-    def call(*words, wait=True):
-        process = subprocess.Popen(
+    def begin(*words):
+        return subprocess.Popen(
             [sys.executable, HERE / "study.py", *words], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"})
-        if not wait:
-            return process
+
+    def command(*words):
+        """-> its exit code, output and errors"""
+        process = begin(*words)
         out, err = process.communicate(timeout=120)
         return process.returncode, out, err
 
-    return call
-
-
-def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
-    words = [BASE, "--max_steps=10", "--arms", "small=--n_layer=2", "bad=--dropout=0", "--jobs=2",
-             "--out=out/s"]
     for number, whole_group in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         (tmp_path / "wait").touch()
-        process = command(*words, "--seeds=1", wait=False)
+        process = begin(*words, "--seeds=1")
         n_calls = 2 if whole_group else 4
-        while not (tmp_path / "calls").exists() or (
-                len((tmp_path / "calls").read_text().splitlines()) < n_calls):
+        while not calls.exists() or len(calls.read_text().splitlines()) < n_calls:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         time.sleep(0.3)
@@ -94,20 +89,20 @@ def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
         assert len((tmp_path / "saved").read_text().split()) == n_calls
         assert "out/s/baseline/1 has not ended" in out
     (tmp_path / "wait").unlink()
-    (tmp_path / "calls").unlink()
+    calls.unlink()
 
     code, out, err = command(*words, "--seeds=2")
     assert code == 1 and "failed: out/s/bad/1: train.py: it diverged; out/s/bad/2" in err
     assert "small       2  2.8821     -0.1429" in out and "wrote out/s/study.html" in err
-    assert sorted((tmp_path / "calls").read_text().splitlines()) == [
+    assert sorted(calls.read_text().splitlines()) == [
         f"out/s/{name}/{seed} 1 True" for name in ("bad", "baseline", "small") for seed in (1, 2)]
     assert "4 of 6 runs are done, 2 failed" in (tmp_path / "out/s/study.html").read_text()
 
-    (tmp_path / "calls").unlink()  # one seed more, and no run twice
+    calls.unlink()  # one seed more, and no run twice
     code, out, _ = command(BASE, "--max_steps=10", "--arms", "small=--n_layer=2", "--seeds=3",
                            "--out=out/s", "--threads=2")
     assert code == 0 and "small       3" in out
-    assert sorted((tmp_path / "calls").read_text().splitlines()) == [
+    assert sorted(calls.read_text().splitlines()) == [
         "out/s/baseline/3 2 True", "out/s/small/3 2 True"]
     code, again, _ = command("out/s")
     assert code == 0 and again.split("missing")[0] in out
@@ -115,15 +110,18 @@ def test_a_study_is_stopped_goes_on_and_grows(command, tmp_path):
     assert code == 2 and "out/s/baseline/1 was made with learning_rate=0.0004, not 1" in err
 
 
-def planned(*arms, words=(BASE,), seeds=2, out="nowhere"):
-    return jobs.plan(SimpleNamespace(words=list(words), arms=arms, seeds=range(1, seeds + 1), out=out,
-                                     baseline="baseline", loss="test_loss"))
+@pytest.fixture
+def planned(monkeypatch):
+    """planned(*words): the runs that this command would make"""
+    def plan(*words):
+        monkeypatch.setattr(sys, "argv", ["study.py", *words])
+        return jobs.plan(study.parse_arguments())
+    return plan
 
 
-def test_what_an_arm_is(monkeypatch):
-    monkeypatch.chdir(HERE)
-    plan = planned("qk_norm", "config/interventions/rope.py",
-                   "mine=config/modern.py --batch_size='8' --beta2=0.9")
+def test_what_an_arm_is(planned):
+    plan = planned(*NEW, "qk_norm", "config/interventions/rope.py",
+                   "mine=config/modern.py --batch_size='8' --beta2=0.9", "--seeds=2")
     assert [*plan] == [f"nowhere/{name}/{seed}" for seed in (1, 2)
                                             for name in ("baseline", "qk_norm", "rope", "mine")]
     words = [*plan.values()]
@@ -132,22 +130,7 @@ def test_what_an_arm_is(monkeypatch):
     assert words[3][1:4] == ["config/modern.py", "--batch_size=8", "--beta2=0.9"]
 
 
-@pytest.mark.parametrize("arms, words, message", [
-    (["qk_norm", "qk_norm=--n_layer=1"], [BASE], "'qk_norm' cannot be the name of an arm"),
-    (["baseline=--n_layer=1"], [BASE], "'baseline' cannot be the name"),
-    (["../x=--n_layer=1"], [BASE], "cannot be the name"),
-    (["a=--name=it's"], [BASE], "cannot be read: No closing quotation"),
-    (["qk_nrm"], [BASE], "qk_nrm.py"), (["a=--n_lyer=2"], [BASE], "n_lyer"),
-    (["muon"], [BASE, "--optimizer=adamw"], "--optimizer would win over config/interventions/muon"),
-])
-def test_arms_that_do_not_fit_get_one_line(monkeypatch, arms, words, message):
-    """Before anything runs."""
-    monkeypatch.chdir(HERE)
-    with pytest.raises(UserError, match=message):
-        planned(*arms, words=words)
-
-
-def test_epochs_are_steps(monkeypatch, tmp_path, tiny_data):
+def test_epochs_are_steps(planned, tmp_path, tiny_data):
     """As a run's config.json has them."""
     words = [BASE, *tiny_data]
     folder = tmp_path / "baseline/1"
@@ -156,9 +139,9 @@ def test_epochs_are_steps(monkeypatch, tmp_path, tiny_data):
         tiny_data[1].removeprefix("--data_dir="), "tiny")).config)
     config = vars(load(Config, [*words, f"--max_steps={n_steps}", "--vocab_size=257"]))
     (folder / "config.json").write_text(json.dumps(config))
-    assert planned(words=[*words, "--epochs=2"], seeds=1, out=tmp_path)
+    assert planned(*words, "--epochs=2", "--seeds=1", f"--out={tmp_path}")
     with pytest.raises(UserError, match=f"was made with max_steps={n_steps}, not"):
-        planned(words=[*words, "--epochs=3"], seeds=1, out=tmp_path)
+        planned(*words, "--epochs=3", "--seeds=1", f"--out={tmp_path}")
 
 
 def test_each_job_has_a_gpu(monkeypatch):
@@ -174,9 +157,9 @@ def test_each_job_has_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("text, seeds", [("3", [1, 2, 3]), ("9001-9003", [9001, 9002, 9003]),
                                          ("7-7", [7])])
-def test_seeds(monkeypatch, text, seeds):
-    monkeypatch.setattr(sys, "argv", ["study.py", BASE, f"--seeds={text}", "--out=nowhere"])
-    assert [*jobs.plan(study.parse_arguments())] == [f"nowhere/baseline/{seed}" for seed in seeds]
+def test_seeds(planned, text, seeds):
+    assert [*planned(BASE, f"--seeds={text}", "--out=nowhere")] == [
+        f"nowhere/baseline/{seed}" for seed in seeds]
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -186,8 +169,17 @@ def test_seeds(monkeypatch, text, seeds):
     (["config/lab.py", "--jobs=0"], "must be at least 1"),
     (["config/lab.py", "--seeds=5-2"], "must be at least 1"),
     (["config/lab.py", "--seeds=five"], "invalid seeds value: 'five'"),
-    (["config/lab.py", "--arms", "a=--n_lyer=2", "--arms", "b=--n_layer=3"], "n_lyer")])
+    (["config/lab.py", "--arms", "a=--n_lyer=2", "--arms", "b=--n_layer=3"], "n_lyer"),
+    ([*NEW, "qk_norm", "qk_norm=--n_layer=1"], "'qk_norm' cannot be the name of an arm"),
+    ([*NEW, "baseline=--n_layer=1"], "'baseline' cannot be the name"),
+    ([*NEW, "../x=--n_layer=1"], "cannot be the name"),
+    ([*NEW, "a=--name=it's"], "cannot be read: No closing quotation"),
+    ([*NEW, "qk_nrm"], "qk_nrm.py"), ([*NEW, "a=--n_lyer=2"], "n_lyer"),
+    ([*NEW, "muon", "--optimizer=adamw"],
+     "--optimizer would win over config/interventions/muon")])
 def test_commands_that_do_not_fit(monkeypatch, capsys, argv, message):
+    """They get one line, before anything runs."""
+    monkeypatch.setattr(subprocess, "Popen", None)
     monkeypatch.setattr(sys, "argv", ["study.py", *argv])
     with pytest.raises((SystemExit, UserError)) as error:
         study.main()

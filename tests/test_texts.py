@@ -17,7 +17,8 @@ from pyarrow import Table, array
 from pyarrow.parquet import write_table
 
 import prepare
-from conftest import SMALL, SPLITS, call, read_split, run_main, run_quickly
+from conftest import (SMALL, SPLITS, Code, call, logged, read_json, read_split, run_main,
+                      run_quickly)
 from nanolab import corpus, dataset_writer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError, run_script
@@ -80,7 +81,7 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
     for part in ("files read: 7; left out: ", "hidden 3", ".gz 1", ".csv 1", "no suffix 1",
                  "empty or a broken link 3"):
         assert part in line
-    facts = json.loads((tmp_path / "made" / "meta.json").read_text())
+    facts = read_json(tmp_path / "made/meta.json")
     assert facts["files"] == 7 and facts["files_left_out"]["hidden"] == 3
     for pattern, n in {"**": 7, "**/*": 7, "*": 7, "**/*.*": 7, "**/*.txt": 3,
                        "deep/**/*.txt": 3, ".*/*.txt": 1, "__MACOSX/._*.txt": 1}.items():
@@ -208,7 +209,7 @@ def test_ready_made_splits(tmp_path, monkeypatch, capsys):
     assert made == {"train": parts["train"], "val": parts["valid"], "test": parts["test"]}
     output = capsys.readouterr().out
     assert "files read: 3" in output and "documents left out: in val or test 2\n" in output
-    facts = json.loads((tmp_path / "both" / "made" / "meta.json").read_text())
+    facts = read_json(tmp_path / "both/made/meta.json")
     assert facts["documents_left_out"]["in val or test"] == 2
 
     make(monkeypatch, tmp_path / "same", folder, given[1], given[1].replace("--test", "--val"))
@@ -371,11 +372,6 @@ print(len(ranges), n_rows, peak() - before)
 # nanoGPT's character-level data
 
 
-class Trap:
-    def __reduce__(self):
-        return pathlib.Path("trap").touch, ()
-
-
 def nanogpt_folder(folder, characters, **meta):
     """data/shakespeare_char of nanoGPT's, of other text."""
     ids = (np.arange(5000) % len(characters)).astype("<u2")
@@ -385,31 +381,27 @@ def nanogpt_folder(folder, characters, **meta):
                    "meta.pkl": pickle.dumps(meta)})
 
 
-def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
+def test_nanogpt_characters(tmp_path, output_of, capsys):
     """A character-level data set of nanoGPT's has its own characters everywhere."""
     nanogpt_folder(tmp_path / "chars", "\n abcdeé“漢")
-    run_main(monkeypatch, "prepare", "info", "chars", f"--data_dir={tmp_path}")
-    output = capsys.readouterr().out
+    output = output_of("prepare", "info", "chars", f"--data_dir={tmp_path}")
     assert 'character:"\\n abcdeé“漢" tokens of 10 kinds' in output
     assert "\n\n abcdeé“漢\n abc" in output
     run_quickly([*SMALL, "--dataset=chars", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out",
                  "--max_steps=60", "--learning_rate=1e-2", "--sample_every=60",
                  "--sample_prompt=abc"])
     assert 'tokenizer character:"\\n abc' in capsys.readouterr().out
-    log = map(json.loads, (tmp_path / "out/log.jsonl").read_text().splitlines())
-    assert any(entry.get("sample", "").startswith("abcdeé“漢\n abcd") for entry in log)
+    assert logged("sample", tmp_path / "out")[0].startswith("abcdeé“漢\n abcd")
     assert read_checkpoint(tmp_path / "out/best.pt")["config"]["vocab_size"] == 10
-    run_main(monkeypatch, "sample", f"--ckpt={tmp_path}/out", "--prompt=abc", "--temperature=0",
-             "--max_new_tokens=8", "--device=cpu")
-    assert capsys.readouterr().out == "abcdeé“漢\n a\n"
+    assert output_of("sample", f"--ckpt={tmp_path}/out", "--prompt=abc", "--temperature=0",
+                     "--max_new_tokens=8", "--device=cpu") == "abcdeé“漢\n a\n"
     for prompt in ("abz", "ü", END_OF_TEXT):
         with pytest.raises(UserError, match="has characters that the model has no tokens for"):
-            run_main(monkeypatch, "sample", f"--ckpt={tmp_path}/out", f"--prompt={prompt}")
-    run_main(monkeypatch, "nanolab.huggingface", "export", tmp_path / "out/best.pt",
-             tmp_path / "hf")
+            output_of("sample", f"--ckpt={tmp_path}/out", f"--prompt={prompt}")
+    output_of("nanolab.huggingface", "export", tmp_path / "out/best.pt", tmp_path / "hf")
     files = {path.name for path in (tmp_path / "hf").iterdir()}
     assert files == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] is None
+    assert read_json(tmp_path / "hf/config.json")["eos_token_id"] is None
 
 
 @pytest.mark.parametrize("meta, tokenizer", [
@@ -418,7 +410,7 @@ def test_nanogpt_characters(tmp_path, monkeypatch, capsys):
     ({"itos": {0: "the", 1: "a"}}, "unknown"), ({"itos": {0: "a", 1: "a"}}, "unknown"),
     ({"itos": {0: "a"}}, "unknown"), ({"itos": {0: "a", 5: "b"}}, None),
     ({"itos": {0: "a", 1: "\ud800"}}, None), ({"vocab_size": 0}, None),
-    ({"vocab_size": 10**9}, None), ({"stoi": Trap()}, None)])
+    ({"vocab_size": 10**9}, None), ({"stoi": Code()}, None)])
 def test_vocabularies_in_meta_pkl(tmp_path, monkeypatch, meta, tokenizer):
     """No pickle is run; what is not one character a token is unknown, not GPT-2's."""
     monkeypatch.chdir(tmp_path)
@@ -429,4 +421,4 @@ def test_vocabularies_in_meta_pkl(tmp_path, monkeypatch, meta, tokenizer):
     else:
         with pytest.raises(UserError, match="meta.pkl is damaged, or has more than a vocabulary"):
             read_meta(tmp_path, "chars")
-        assert not (tmp_path / "trap").exists()
+        assert not (tmp_path / "executed").exists()

@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import conftest
 import model
-from probes import force_gpu_head
+from conftest import Operators, force_gpu_head
 
 # What would make a program wait for a GPU: reading numbers, and results whose size depends on them.
 # On a CPU, tolist() and cpu() reach no operator, so Python's calls are watched; and for what torch
@@ -23,7 +23,7 @@ READS = []  # (what, in which function)
 
 def note(what):
     frame = sys._getframe(2)
-    while frame.f_code.co_filename.startswith((*torch.__path__, __file__)):
+    while frame.f_code.co_filename.startswith((*torch.__path__, __file__, conftest.__file__)):
         frame = frame.f_back
     READS.append((what, frame.f_code.co_name))
 
@@ -39,14 +39,12 @@ class Calls(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class Operators(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in tree_leaves(args[1:2]))
-        if name in OPERATORS or by_mask:
-            note(name)
-        return function(*args, **(kwargs or {}))
+def note_operator(function, args, kwargs, result):
+    name = function.overloadpacket.__name__
+    by_mask = name.startswith("index") and any(
+        isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in tree_leaves(args[1:2]))
+    if name in OPERATORS or by_mask:
+        note(name)
 
 
 FLAGS = ["--batch_size=2", "--max_steps=4", "--dropout=0.1", "--grad_clip=0.01", "--x0_lambdas",
@@ -61,7 +59,7 @@ def test_a_step_reads_the_device_once(small_run, monkeypatch, optimizer, amp):
     monkeypatch.setattr(model.MLP, "RECOMPUTE_ABOVE", 0)
     READS.clear()
     starts = []
-    with Calls(), Operators():
+    with Calls(), Operators(note_operator):
         small_run("run", *FLAGS, f"--optimizer={optimizer}", f"--amp={amp}",
                   on_step=lambda step, model: starts.append(len(READS)))
     for start, end in zip(starts[1:-1], starts[2:]):  # the first and the last step do more
@@ -77,7 +75,7 @@ def test_no_read_is_overlooked(what, read):
     """What the test above would see in a step, and what it would not: arithmetic alone."""
     READS.clear()
     x = torch.arange(3.0)
-    with Calls(), Operators():
+    with Calls(), Operators(note_operator):
         (x * 2).sum().sqrt().clamp(max=1)
         x[1:] += torch.where(x[1:] > 0, x[:-1], 0)
         assert READS == []

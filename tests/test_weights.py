@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import ARCHITECTURE_OPTIONS
-from conftest import (assert_same_logits, equal_weights, losses, no_watch, run_main, run_quickly,
-                      stop_at)
+from conftest import (assert_same_logits, equal_weights, losses, no_watch, read_json, run_main,
+                      run_quickly, stop_at)
 from model import GPTConfig
 from nanolab import huggingface
 from nanolab.checkpoint import load_model, read_checkpoint
@@ -65,8 +65,8 @@ def cast(dtype, part):
 
 def config(**values):
     def apply(folder):
-        hf_config = json.loads((folder / "config.json").read_text()) | values
-        (folder / "config.json").write_text(json.dumps(hf_config))
+        path = folder / "config.json"
+        path.write_text(json.dumps(read_json(path) | values))
     return apply
 
 
@@ -232,7 +232,7 @@ def test_eval_and_sample(tmp_path, gpt2_data, output_of):
     inputs, targets = dataset.batch(range(len(dataset)))
     with torch.no_grad():
         expected = nn.functional.cross_entropy(hf_model(inputs).logits.transpose(1, 2), targets)
-    [run] = json.loads(result.read_text())["runs"]
+    [run] = read_json(result)["runs"]
     assert run["test_loss"] == pytest.approx(expected.item(), abs=1e-4)
     assert {file.name for file in tmp_path.iterdir()} == {"theirs", "result.json"}
 
@@ -302,8 +302,7 @@ def test_run_without_best(tmp_path, gpt2_data, small_run, monkeypatch, capsys):
 
 # --- nanoGPT
 
-def make_nanogpt(folder, has_bias=False, prefix="", extra=(), untied=False, vocab_size=65,
-                 **args):
+def make_nanogpt(folder, has_bias=False, prefix="", extra=(), untied=False, vocab_size=65, **args):
     """Writes a ckpt.pt as nanoGPT's, with matrices as (out, in). -> transformers' GPT-2 with the
     same weights"""
     theirs = make_hf_model(folder / "theirs", vocab_size=vocab_size, n_positions=24,
