@@ -14,7 +14,7 @@ import conftest
 from conftest import read_json
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
-from nanolab.evaluation import paired_difference
+from nanolab.evaluation import paired_difference, weighted_error
 
 
 def without_test_split(tiny_data, folder):
@@ -115,6 +115,7 @@ def test_paired_difference():
     difference, _ = paired_difference(result([3.0] * 9, sizes), result(spread, sizes))
     assert difference == pytest.approx(6 * 7 / 2007)
     assert paired_difference(result([3.0], [5]), result([2.0], [5])) == (-1.0, None)
+    assert weighted_error([0.0, 1.0], [3, 1]) == pytest.approx(0.375)  # around 1 / 4
 
 
 def test_no_difference_of_other_windows(small_run, tiny_data, output_of):

@@ -57,7 +57,7 @@ def test_local_and_cloud_are_one_run(on_one, on_eight):
 
 
 def test_global_batch_that_does_not_divide():
-    for batch_size, total, n, advice in ((8, 8, 2, "; batch_size could be 4$"),
+    for batch_size, total, n, advice in ((8, 16, 4, "; batch_size could be 4$"),
                                          (16, 96, 5, "global_batch_size could be 80 or 160")):
         with pytest.raises(UserError, match=advice):
             micro_steps(Config(batch_size=batch_size, global_batch_size=total), n)

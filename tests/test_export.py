@@ -79,6 +79,7 @@ def test_flags(tmp_path, flags):
     theirs = read_hf_model(folder, trust_remote_code=has_code)
     assert type(theirs).__name__ == ("NanolabForCausalLM" if has_code else "GPT2LMHeadModel")
     assert theirs.config.tie_word_embeddings is ours.config.tie_weights
+    assert has_code or theirs.config.attn_pdrop == ours.config.dropout == 0.1
     assert_same_logits(ours, theirs)
 
     tokens = torch.cat(prompts(5, 5))

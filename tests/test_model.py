@@ -98,3 +98,12 @@ def test_flags_in_any_combination(small_run, i):
         assert gpt.generate(prompt, 15).shape == (3, prompt.shape[1] + 15)
         loss = gpt(text[:, :11], text[:, 1:12])
     assert loss.item() == pytest.approx(gpt(text[:, :11], text[:, 1:12]).item(), rel=0.05)
+
+
+@pytest.mark.parametrize("n_tokens, n_kept", [(2**15, 2), (2**15 + 1, 1)])
+def test_large_activations_are_recomputed(n_tokens, n_kept):
+    """Above 2**22 elements, what comes out of the activation is not stored."""
+    mlp, kept = GPT(small_gpt_config()).blocks[0].mlp.to("meta"), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        mlp(torch.empty(n_tokens, 32, device="meta"))
+    assert kept.count((n_tokens, 128)) == n_kept

@@ -136,3 +136,12 @@ def test_the_ends_of_a_run(small_run, data_dir, capsys):
     assert re.search(r"done:   .* s, [\d.]+ dollars; validation", capsys.readouterr().out)
     small_run("run", *flags, "--resume")
     assert "is finished" in capsys.readouterr().out
+
+
+def test_what_a_run_reads_is_said(small_run, tiny_data, capsys):
+    """In tokens and epochs."""
+    small_run("run", *tiny_data, "--dry_run")
+    n_tokens, epochs = re.search(r"data: .* ([\d,]+) training tokens; the run reads 1,280, (.*) "
+                                 "epochs", capsys.readouterr().out).groups()
+    n_windows = (int(n_tokens.replace(",", "")) - 1) // 16
+    assert epochs == f"{10 * 8 / n_windows:.2f}"

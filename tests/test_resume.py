@@ -175,7 +175,7 @@ def test_torchrun_is_stopped(small_flags, tmp_path, number):
 def test_an_extended_tail(small_run, tiny_data):
     """The average goes on counting, under a name of its own, or starts again in the new tail."""
     flags = [*tiny_data, "--tail_average=0.5", "--name=tail", "--resume", "--extend"]
-    for steps, n_averaged in ((10, 5), (12, 7), (40, 20)):
+    for steps, n_averaged in ((10, 5), (12, 7), (24, 12)):
         run = small_run("run", *flags, f"--max_steps={steps}")
         last = read_checkpoint(run / "last.pt")
         assert (last["step"], last["averaged_steps"]) == (steps, n_averaged)

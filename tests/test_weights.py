@@ -234,6 +234,7 @@ def test_eval_and_sample(tmp_path, gpt2_data, output_of):
         expected = nn.functional.cross_entropy(hf_model(inputs).logits.transpose(1, 2), targets)
     [run] = read_json(result)["runs"]
     assert run["test_loss"] == pytest.approx(expected.item(), abs=1e-4)
+    assert run["bits_per_byte"] < run["test_loss"]  # a token has 2 bytes or more
     assert {file.name for file in tmp_path.iterdir()} == {"theirs", "result.json"}
 
     text = output_of("sample", "--ckpt", folder, "--prompt=Every effort", "--temperature=0",
@@ -279,6 +280,8 @@ def test_start_from_weights(tmp_path, data_dir):
 
     with pytest.raises(UserError, match="head_lr=2.0 has no effect: the head of init_from="):
         run("tied", "--head_lr=2", init_from=whole / "last.pt")
+    with pytest.raises(UserError, match="block_size=48 was asked for, but .* has block_size=24"):
+        run("longer", "--block_size=48", init_from=whole / "last.pt")
     again = run("again", "--max_steps=1", "--learning_rate=1e-30", init_from=whole / "last.pt")
     before, after = (read_checkpoint(folder / "last.pt")["model"] for folder in (whole, again))
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -356,3 +359,12 @@ def test_nanogpt_refused(tmp_path, changes, line):
     make_nanogpt(tmp_path, **changes)
     with pytest.raises(UserError, match=re.escape(line)):
         read_any(tmp_path / "ckpt.pt")
+
+
+def test_older_names_of_parameters(small_run, tmp_path):
+    run = small_run("run", "--max_steps=1", "--value_residual", "--value_embeddings")
+    weights = read_checkpoint(run)["model"]
+    older = {name.replace("v0_lambda", "value_share").replace("ve_lambda", "embedding_share"): p
+             for name, p in weights.items()}
+    torch.save({**torch.load(run / "best.pt", weights_only=True), "model": older}, run / "last.pt")
+    assert read_checkpoint(run / "last.pt")["model"].keys() == weights.keys() != older.keys()
