@@ -61,7 +61,7 @@ def train(config, on_step=lambda step, model: None):
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(world.device.type, enabled=world.dtype is torch.float16)
     state = start.restore(model, average, optimizer, scaler, world)  # steps done, seconds, ...
-    if is_finished(config, state, max_steps, world):
+    if is_finished(start, state, max_steps, world):
         return
 
     # how a step is computed: compiled, in micro-steps, by processes or threads that share batches
@@ -127,7 +127,7 @@ def train(config, on_step=lambda step, model: None):
             last_step, stopping = state.step == max_steps, n_asked > 0
             with clock.stopped():
                 if last_step or is_due(config.sample_every, state.step):
-                    log.sample()
+                    log.sample(average if state.averaged_steps else model)
                 if last_step or is_due(config.eval_every, state.step):
                     state.val_loss = validate(fast_average if state.averaged_steps else fast_model)
                     state.seconds = clock.total()
@@ -263,13 +263,13 @@ def make_stdlib_if_missing(config, world):
             dist.barrier()
 
 
-def is_finished(config, state, max_steps, world):
+def is_finished(start, state, max_steps, world):
     """Whether nothing is left to do, which it then prints."""
-    has_summary = world.all(Path(config.out_dir, "summary.json").exists())
-    if state.step < max_steps or state.step == max_steps and not has_summary:
+    has_ended = world.all(start.has_ended)
+    if state.step < max_steps or state.step == max_steps and not has_ended:
         return False
-    print0(f"{config.out_dir} is finished: {state.step:,} steps are done, {max_steps:,} were asked "
-           "for; --resume --extend --max_steps=MORE goes on")
+    print0(f"{start.config.out_dir} is finished: {state.step:,} steps are done, {max_steps:,} were "
+           "asked for; --resume --extend --max_steps=MORE goes on")
     return True
 
 

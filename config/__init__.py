@@ -288,6 +288,8 @@ class Config(GPTConfig):
                 ("max_tokens", "epochs", self.epochs and not by_flag("epochs")),
                 ("min_lr_ratio", "schedule", self.schedule == "constant"),
                 ("cooldown_fraction", "schedule", self.schedule != "wsd"),
+                ("weight_decay", "adamw_weight_decay",
+                 self.optimizer == "adamw" and self.adamw_weight_decay is not None),
                 ("data_seed", "order", self.order == "sequential"),
                 ("dropout_seed", "dropout", not self.dropout),
                 ("on_save", "save_weights", not self.save_weights)):
@@ -307,9 +309,8 @@ OPTIONS = {f.name: f for f in fields(Config)}
 # changes the masks; on another device, amp='auto' may choose another type). A resumed run may
 # change them. `seed` acts through SEEDS.
 RESUME_MAY_CHANGE = {"name", "out_dir", "resume", "extend", "dry_run", "data_dir", "batch_size",
-                     "threads", "device", "eval_every", "save_every", "save_weights", "on_save",
-                     "log_every", "sample_every", "sample_prompt", "wandb", "dollars_per_hour",
-                     "seed"}
+                     "threads", "device", "eval_every", "save_every", "on_save", "log_every",
+                     "sample_every", "sample_prompt", "wandb", "dollars_per_hour", "seed"}
 
 
 def divisors(total):

@@ -213,8 +213,6 @@ def save_checkpoint(path, checkpoint):
         write_atomically(path, partial(torch.save, checkpoint))
         return True
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with suppress(OSError):  # of a disk that became read-only, or is gone
-            Path(f"{path}.unfinished").unlink()
         tqdm.write(f"could not save {path} ({describe(error)}); what was there before is kept",
                    file=sys.stderr)
         return False

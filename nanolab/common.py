@@ -243,6 +243,9 @@ def write_atomically(path, content):
         os.replace(unfinished, path)
     except OSError as error:  # a full disk does not say which file
         raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk, its room may serve another file
+            unfinished.unlink()
 
 
 def load_tensors(path, mmap=False):

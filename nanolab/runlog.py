@@ -65,7 +65,7 @@ class RunLog:
     def __init__(self, config, meta, state, max_steps, model, clock, world):
         self.config, self.meta, self.state, self.max_steps = config, meta, state, max_steps
         self.clock, self.world = clock, world
-        self.draw_sample = make_sampler(model, config, meta["tokenizer"], world)
+        self.draw_sample = make_sampler(config, meta["tokenizer"], world)
         self.enabled = world.rank == 0
         self.out_dir = Path(config.out_dir)
         self.flops_per_token = model.flops_per_token()
@@ -135,10 +135,10 @@ class RunLog:
             tqdm.write(f"step {self.state.step:,}: validation loss {val_loss:.4f}{best}")
         self.write({"step": self.state.step, "tokens": self.state.tokens, "val_loss": val_loss})
 
-    def sample(self):
+    def sample(self, model):
         if not (self.enabled and self.draw_sample):
             return
-        text = self.draw_sample()
+        text = self.draw_sample(model)
         self.write({"step": self.state.step, "tokens": self.state.tokens, "sample": text})
         shown = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
         tqdm.write(f"step {self.state.step:,}, a sample:\n{textwrap.indent(shown, '  | ')}")
@@ -302,9 +302,9 @@ def shortest(work, world):
     return min(times[1:])
 
 
-def make_sampler(model, config, tokenizer_name, world):
-    """A function that draws a sample after config.sample_prompt from the model as it is then; None
-    for a timing run, or if the tokenizer is not there.
+def make_sampler(config, tokenizer_name, world):
+    """A function that draws a sample after config.sample_prompt from a model; None for a timing
+    run, or if the tokenizer is not there.
 
     It always draws the same random numbers, from a generator of its own, so samples differ by what
     the model has learnt, and the training is as without them. Raises UserError if sample_every
@@ -320,7 +320,7 @@ def make_sampler(model, config, tokenizer_name, world):
             raise UserError(f"{error}; or train without --sample_every") from None
         return None  # none at the end, then
 
-    def draw():
+    def draw(model):
         model.eval()
         generator = torch.Generator(world.device).manual_seed(config.seed)
         tokens = torch.tensor([prompt], device=world.device)

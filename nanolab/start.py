@@ -23,6 +23,7 @@ class Start:
     config: Config
     resumed: dict | None = None
     weights: dict | None = None
+    has_ended: bool = False  # its last.pt and its summary are there
     best_val_loss: float = math.inf  # that of best.pt
 
     def restore(self, model, average, optimizer, scaler, world):
@@ -68,6 +69,8 @@ def find_start(config, meta):
                              meta)
     start = Start(config, resumed=checkpoint_to_resume(config, meta))
     if start.resumed:
+        start.has_ended = (start.resumed["path"].endswith("last.pt")
+                           and Path(config.out_dir, "summary.json").exists())
         start.config = with_architecture(config, start.resumed, meta)
         follow_schedule(start)
     elif config.init_from:
@@ -131,7 +134,7 @@ def with_budget(config, meta):
         return config
     n_windows = (meta["splits"]["train"]["tokens"] - 1) // config.block_size
     return replace(config, epochs=0.0,
-                   max_steps=math.ceil(config.epochs * n_windows / config.global_batch_size))
+                   max_steps=math.ceil(config.epochs * n_windows / config.global_batch_size - 1e-9))
 
 
 def check_init_from(weights, config, tokenizer):
@@ -179,6 +182,9 @@ def follow_schedule(start):
     states, and its name says so from now on."""
     then, config, step = start.resumed["config"], start.config, start.resumed["step"]
     planned, now = count_steps(SimpleNamespace(**then)), count_steps(config)
+    if now == step < planned:
+        raise config_error(f"{step:,} steps are done, without what the end of a run needs; "
+                           f"--max_steps={step + 1} or more can end it")
     is_same = same_schedule_so_far(then, vars(config), step)
     suffix = start.resumed.get("name_suffix", "")
     new_suffix = suffix if is_same else f"{suffix} (extended at step {step})"

@@ -67,7 +67,8 @@ main() {
         [[ ${answer:-} == [yY]* ]] || { echo "cloud.sh: nothing was started"; exit 1; }
     fi
     rm -f "$OUT_DIR/cloud.status"
-    local size=$(stat -c %s "$log" 2>/dev/null || echo 0)
+    touch "$log"
+    local size=$(stat -c %s "$log")
     setsid bash runs/cloud.sh --detached "${flags[@]}" </dev/null >>"$log" 2>&1 &
     echo $! >"$OUT_DIR/cloud.pid"
     follow -c +$((size + 1))

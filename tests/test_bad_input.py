@@ -110,6 +110,8 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({}, ["train", f"{HERE}/config/quickstart.py", "--max_tokens=9"],
      "max_tokens=9 (from --max_tokens) has no effect with max_steps=1080"),
     ({}, [*TRAIN, "--cooldown_fraction=0.3"], "has no effect with schedule='constant'"),
+    ({}, [*TRAIN, "--adamw_weight_decay=0.1", "--weight_decay=0.2"],
+     "weight_decay=0.2 (from --weight_decay) has no effect with adamw_weight_decay=0.1"),
     ({}, [*TRAIN, "--data_seed=2"], "has no effect with order='sequential'"),
     ({}, [*TRAIN, "--tie_weights", "--head_lr=2"], "head_lr=2.0 (from --head_lr) has no effect"),
     ({}, [*TRAIN, "--extend"], "it goes with --resume"),

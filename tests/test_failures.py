@@ -15,9 +15,11 @@ import nanolab.runlog
 import train
 from conftest import (SMALL, assert_same_run, equal_weights, logged, losses, no_file_larger_than,
                       read_json, run_quickly, run_ranks, start)
-from nanolab.checkpoint import load_model, read_checkpoint
+from config import Config
+from nanolab.checkpoint import CheckpointSaver, load_model, read_checkpoint
 from nanolab.common import UserError
 from nanolab.data import TokenDataset
+from nanolab.distributed import World
 
 
 def run_with_a_bad_rank(argv):
@@ -81,7 +83,7 @@ def test_full_disk_in_training(small_run, tiny_data, capsys):
     with no_file_larger_than(len(before) // 2):
         with pytest.raises(UserError, match="last.pt could not be saved"):
             small_run("run", *flags, "--resume", "--max_steps=20")
-    assert last.read_bytes() == before
+    assert last.read_bytes() == before and not [*last.parent.glob("*.unfinished")]
     assert capsys.readouterr().err.count("could not save") > 3
     small_run("run", *flags, "--resume", "--max_steps=20")
     assert_same_run(small_run("whole", *flags, "--max_steps=20"), last.parent)
@@ -206,3 +208,25 @@ def test_a_flipped_bit_is_noticed(small_run, tiny_data):
         small_run("run", *flags)
     last.unlink()
     small_run("run", *flags)
+
+
+def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):
+    """Whose file may not get the newer weights."""
+    written, weight, steps = [], torch.zeros(1), iter((1, 2))
+    monkeypatch.setattr(nanolab.checkpoint, "save_checkpoint", lambda path, checkpoint: (
+        time.sleep(0.2), written.append(checkpoint["model"].item())))
+    pack = lambda: {"step": next(steps), "model": weight.add_(1)}
+    world = World(torch.device("cpu"), None)
+    with CheckpointSaver(Config(out_dir=str(tmp_path)), pack, 9.0, world) as saver:
+        saver.save("last.pt")
+        saver.save("last.pt")
+    assert written == [1, 2]
+
+
+def test_bad_numbers_now_and_then(small_run, monkeypatch):
+    """Only skipped updates in a row end a run."""
+    real, calls = train.average_over_ranks, iter(range(10))
+    monkeypatch.setattr(train, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(train, "average_over_ranks", lambda *args: (
+        [math.nan, *real(*args)[1:]] if next(calls) % 2 else real(*args)))
+    assert read_checkpoint(small_run("run") / "last.pt")["skipped"] == 5

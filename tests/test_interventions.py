@@ -645,3 +645,18 @@ def test_width_of_swiglu(width, hidden):
     """8/3 of the model's width, in multiples of 8: as many matrix weights as GELU has at 4."""
     mlp = new_model(tiny(n_embd=width, n_head=1, n_layer=1, activation="swiglu")).blocks[0].mlp
     assert mlp.proj.weight.shape == (width, hidden) and mlp.fc.weight.shape == (2 * hidden, width)
+
+
+def test_muon_of_an_older_checkpoint():
+    """Which calls n_split pieces."""
+    muon = Muon([{"params": [nn.Parameter(torch.ones(6, 2))], "n_split": 3}], 0.1, 0.0)
+    state = muon.state_dict()
+    state["param_groups"][0]["pieces"] = state["param_groups"][0].pop("n_split")
+    muon.load_state_dict(state)
+    assert muon.param_groups[0]["n_split"] == 3
+
+
+def test_the_tail_is_exact_for_decimals():
+    """0.29 * 100 is 28.99..."""
+    config = load(Config, ["--tail_average=0.29"])
+    assert sum(nanolab.optim.is_averaged(step, 100, config) for step in range(100)) == 29

@@ -116,7 +116,8 @@ def test_timed_seconds(small_run, monkeypatch):
         return value
     monkeypatch.setattr(nanolab.runlog, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(train, "mean_loss", lambda *args: advance(1000, 3.0))
-    monkeypatch.setattr(nanolab.runlog, "make_sampler", lambda *args: lambda: advance(1000, "text"))
+    monkeypatch.setattr(nanolab.runlog, "make_sampler", lambda *args: lambda model:
+                        advance(1000, "text"))
     run = small_run("run", "--max_steps=4", "--eval_every=1", "--sample_every=2",
                     on_step=lambda step, model: advance(1 if step else 100))
     state = read_checkpoint(run / "last.pt")

@@ -186,7 +186,8 @@ def test_resume_refuses_another_run(small_run, tiny_data):
     small_run("run", *tiny_data)
     for flag in ("--learning_rate=0.5", "--n_layer=3", "--block_size=8", "--global_batch_size=16",
                  "--init_seed=1", "--dropout=0.3", "--tail_average=0.1", "--order=sequential",
-                 "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon", "--compile=True"):
+                 "--amp=bfloat16", "--weight_decay=0", "--optimizer=muon", "--compile=True",
+                 "--save_weights=False"):
         key = flag[2:].split("=")[0]
         with pytest.raises(UserError, match=f"belongs to another run: .*{key} was .*, is "):
             small_run("run", *tiny_data, "--resume", flag)
@@ -246,6 +247,22 @@ def test_a_finished_run_has_its_summary(small_run, tmp_path, monkeypatch):
         (name, summary.exists())))
     small_run("run", "--max_steps=2")
     assert found == [("best.pt", False), ("last.pt", True)]
+
+
+def test_an_end_that_was_killed(small_run):
+    """Between the summary and last.pt: best.pt alone is no end."""
+    run = small_run("run", "--max_steps=2")
+    (run / "last.pt").unlink()
+    small_run("run", "--max_steps=2", "--resume")
+    assert step_of(run / "last.pt") == 2
+
+
+def test_no_run_ends_where_it_was_stopped(small_run):
+    """It would have no validation of its last step, and no average of its tail."""
+    small_run("run", on_step=stop_at(5))
+    with pytest.raises(UserError, match="6 steps are done, .* --max_steps=7 or more can end it"):
+        small_run("run", "--resume", "--max_steps=6")
+    assert step_of(small_run("run", "--resume", "--max_steps=7") / "last.pt") == 7
 
 
 def test_two_runs_in_one_folder(small_flags, small_run, tmp_path):

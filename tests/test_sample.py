@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import math
 import re
 import shutil
 from unittest.mock import Mock
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 import model
+import nanolab
 import sample
 from conftest import assert_same_run, call, equal_weights, losses, stop_at
 from nanolab import tokenizer
-from nanolab.checkpoint import read_checkpoint
+from nanolab.checkpoint import load_model, read_checkpoint
 from nanolab.common import UserError
 from nanolab.log import having, read_entries
 from nanolab.tokenizer import get_tokenizer, gpt2_vocabulary_files
@@ -79,6 +81,36 @@ def test_typed_prompts(monkeypatch, capsys):
     sample.continue_prompts(stream)
     assert asked == ["ab", "ab-1", "é", "x"]
     assert "-1\n-2\nno tokens for é\n\n-2\n\n" in capsys.readouterr().out
+
+
+def test_top_k():
+    probs = torch.tensor([[0.8, 0.15, 0.05], [0.1, 0.5, 0.4]]).log().repeat(200, 1)
+    drawn = model.sample_token(probs, 2, None, torch.Generator().manual_seed(1))
+    assert [set(drawn[row::2].tolist()) for row in (0, 1)] == [{0, 1}, {1, 2}]
+
+
+def test_temperature(run, monkeypatch):
+    """Divides the logits."""
+    seen, gpt = [], load_model(read_checkpoint(run))
+    monkeypatch.setattr(model, "sample_token", lambda logits, *_: (
+        seen.append(logits), logits.argmax(-1))[1])
+    for temperature in (1.0, 0.5):
+        gpt.generate(torch.tensor([[1]]), 1, temperature=temperature)
+    assert torch.equal(seen[1], 2 * seen[0])
+
+
+def test_logits_that_are_not_finite():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            model.check_finite(torch.tensor([[0.0, bad]]))
+
+
+def test_a_sample_of_the_average(small_run, tiny_data):
+    """At the end of a run, it is of the weights that the run leaves."""
+    run = small_run("run", *tiny_data, "--tail_average=0.9", "--learning_rate=0.1")
+    [entry] = having("sample", read_entries(run / "log.jsonl"))
+    lm = nanolab.load(run / "last.pt", "cpu")
+    assert entry["sample"] == lm.generate("Every effort moves you", 128, seed=42)
 
 
 def test_top_p():

@@ -217,3 +217,13 @@ def test_machine_is_what_the_run_used(monkeypatch):
     on_cpu = machine(World(torch.device("cpu"), None))
     assert "cores" in on_cpu and "NVIDIA" not in on_cpu
     assert machine(World(torch.device("cuda", 0), None, 1, 8)) == "8 x NVIDIA A100"
+
+
+def test_each_machine_makes_stdlib(monkeypatch, tmp_path):
+    made, world = [], distributed.World(torch.device("cpu"), None, 2, 4)
+    monkeypatch.setattr(train, "prepare_stdlib", made.append)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    for local_rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        train.make_stdlib_if_missing(Config(dataset="stdlib", data_dir=str(tmp_path)), world)
+    assert made == [str(tmp_path)]

@@ -22,7 +22,7 @@ from nanolab.common import UserError, code_name, parse_json
 DEFAULTS = {option.name: option.default for option in fields(Config)}
 
 # Runs that differ only in these are one experiment: their results are the same up to noise.
-SAME_EXPERIMENT = RESUME_MAY_CHANGE | {*SEEDS, "compile"}
+SAME_EXPERIMENT = RESUME_MAY_CHANGE | {*SEEDS, "compile", "save_weights"}
 
 # Of a machine or a command, so no part of a result.
 NOT_RECORDED = {"name", "out_dir", "data_dir", "resume", "extend", "dry_run", "on_save", "wandb",
