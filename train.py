@@ -229,11 +229,11 @@ def make_fast(model, config, batch_size, world):
         # Dynamic only while sizes are tried: else the short last batch of a validation, which comes
         # first, would give training a graph for any batch size.
         dynamic = None if batch_size == "auto" else False
-        # A CUDA graph has the addresses of its weights: the averaged model needs its own.
-        model = torch.compile(model, fullgraph=one_gpu, dynamic=dynamic,
-                              isolate_recompiles=config.compile == "graphs",
-                              options={"triton.cudagraphs": graphs,
-                                       "triton.cudagraph_trees": False})
+        # A CUDA graph has the addresses of its weights: the averaged model needs one of its own.
+        isolated = config.compile == "graphs" and config.tail_average > 0  # torch 2.11 cannot
+        model = torch.compile(model, fullgraph=one_gpu, dynamic=dynamic, options={
+            "triton.cudagraphs": graphs, "triton.cudagraph_trees": False},
+            **{"isolate_recompiles": True} if isolated else {})
     if on_gpu or world.device.type == "mps":
         return model
     # dropout masks would depend on which thread draws first
