@@ -293,11 +293,13 @@ def own_texts(text, limit, size):
 def cut(text, size):
     """Yields the text in pieces of about `size` to 2 `size` bytes.
 
-    It is cut at blank lines, or else at other line ends: of several, where the checksum of the text
-    before is lowest. So a copy is cut at the same places, in another dress or after other text.
+    It is cut at blank lines, or else at other line ends, or at ends of sentences: of several, where
+    the checksum of the text before is lowest. So a copy is cut at the same places, in another dress
+    or after other text.
     """
-    n = size // 4 + 1  # characters of a longer line, up to 4 bytes each
-    units = re.findall(f"(?s)[^\n]{{0,{size}}}\n|.{{1,{n}}}(?:\\s|\\Z)|.{{1,{n}}}", text)
+    some = f".{{1,{size // 4 + 1}}}"  # characters of a longer line, up to 4 bytes each
+    line, sentence, words = f"[^\n]{{0,{size}}}\n", f"{some}?[.!?]\\s", f"{some}(?:\\s|\\Z)"
+    units = re.findall(f"(?s){line}|{sentence}|{words}|{some}", text)
     plain = [undressed(unit).encode() for unit in units]
     ends, keys, recent = np.cumsum([len(each) for each in plain]), [], b""
     for unit, each in zip(units, plain):
@@ -315,7 +317,7 @@ def cut(text, size):
 def undressed(text):
     """A text without what differs between copies of it: white space and line ends, invisible
     characters, and which of Unicode's forms a character has."""
-    return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
+    return "".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
 
 
 def open_parquet(path, only_footer=False):

@@ -120,18 +120,21 @@ def test_names(tmp_path, monkeypatch):
 DRESSES = [
     str, lambda text: text.replace("\n", "\r\n"), lambda text: text.replace("\n", "\r"),
     lambda text: "\ufeff" + text, str.rstrip, lambda text: text + "\n\n",
-    lambda text: text.replace("\n", "  \n"), lambda text: unicodedata.normalize("NFD", text),
+    lambda text: re.sub("(?=\n)|(?<= )", "  ", text),
+    lambda text: unicodedata.normalize("NFD", text),
     lambda text: text.replace(" ", "\xa0"), lambda text: text.replace("ck", "c\u00adk"),
-    lambda text: text.replace("ﬁ", "fi")]
+    lambda text: text.replace("ﬁ", "fi"), lambda text: re.sub("(.)\n(?=.)", r"\1 ", text)]
 
 
-@pytest.mark.parametrize("kind", ["texts", "records", "long"])
+@pytest.mark.parametrize("kind", ["texts", "records", "long", "one line"])
 def test_copies_in_another_dress_stay_together(tmp_path, monkeypatch, kind):
     """Documents, or the pieces of a long one, and their copies are in one split; a BOM or a
     Windows line end of a text file is no token."""
     documents, folder = sentences(100), tmp_path / "texts"
     if kind == "long":  # with paragraphs
         documents = ["\n".join(documents)]
+    elif kind == "one line":
+        documents = ["".join(documents).replace("\n", " ")]
     for i, dress in enumerate(DRESSES):
         dressed = [dress(text) for text in documents]
         write(folder, {f"{i}.jsonl": jsonl(dressed, "\r\n")} if kind == "records" else
@@ -147,11 +150,12 @@ def test_copies_in_another_dress_stay_together(tmp_path, monkeypatch, kind):
 
 def test_pieces_are_cut_by_what_they_say():
     """A text after another title is cut at the same places, but for the first."""
-    text = "\n".join(sentences(300))
-    one, other = list(cut(text, 1000)), list(cut("A title.\n" * 40 + text, 1000))
-    assert "".join(one) == text and len(set(one) - set(other)) <= 2
-    assert all(1000 <= len(undressed(piece).encode()) <= 2100 for piece in one[:-1])
-    assert sum(piece.endswith("\n\n") for piece in one[:-1]) == len(one) - 1, "at paragraphs' ends"
+    paragraphs = "\n".join(sentences(300))
+    for text, end in (paragraphs, "\n\n"), (" ".join(paragraphs.split()), ". "):
+        one, other = list(cut(text, 1000)), list(cut(f"A title.{end}" * 40 + text, 1000))
+        assert "".join(one) == text and len(set(one) - set(other)) <= 2
+        assert all(1000 <= len(undressed(piece).encode()) <= 2100 for piece in one[:-1])
+        assert all(piece.endswith(end) for piece in one[:-1]), "of paragraphs or sentences"
 
 
 # The fractions
