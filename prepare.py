@@ -120,14 +120,15 @@ def parse_arguments():
 
 
 def prepare_own(args, folder):
-    left_out = Counter()
+    left_out = {}
     given = {split: own_files(path, left_out)
              for split, path in (("val", args.val), ("test", args.test)) if path}
     taken = {os.path.realpath(file) for files in given.values() for file in files}
     files = [file for file in own_files(args.source, left_out)
              if os.path.realpath(file) not in taken]
     n_files = len(files) + sum(map(len, given.values()))
-    print(f"files read: {n_files:,}; left out: {format_counts(left_out) or 'none'}")
+    left_out = Counter(why for file, why in left_out.items() if file not in taken)
+    print(f"files read: {n_files:,}; left out: {format_counts(left_out)}")
     prepare_text(files, folder, args.tokenizer, args.text_column, args.workers, args.source,
                  args.heldout, given, {"files": n_files, "files_left_out": left_out})
 

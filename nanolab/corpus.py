@@ -6,7 +6,6 @@ The shards depend on the files alone, not on the number of processes that will r
 
 import contextlib
 import glob
-import mmap
 import os
 import re
 import subprocess
@@ -49,10 +48,12 @@ def own_files(source, left_out=None):
     """The text files of a path, a folder or a glob, sorted. Raises UserError.
 
     A folder gives its READABLE files; a file or glob may name another suffix, which is then text.
-    A file with several names counts once. left_out: a Counter that gets the others, by reason.
+    A file with several names counts once. left_out: a dict that gets the others, {real path: why}.
     """
-    path, left_out = Path(source), Counter() if left_out is None else left_out
+    path, left_out = Path(source), {} if left_out is None else left_out
     start, _, end = str(source).partition("**")  # glob.glob would run into loops of links
+    if "**" in end:
+        raise UserError(f"'{source}' has ** twice; give a folder, or a glob with one **")
     named = [path] if path.exists() else [*map(Path, glob.glob(start or "."))]
     found = {file for match in named
              for file in (files_below(match, set()) if match.is_dir() else [match])
@@ -61,18 +62,19 @@ def own_files(source, left_out=None):
     suffixes = READABLE | ({path.suffix.lower()} if names_suffix else set())
     files = {}
     for file in sorted(found):
+        real_path = os.path.realpath(file)
         if file.name.startswith(".") and file not in named:
-            left_out["hidden"] += 1
+            left_out[real_path] = "hidden"
         elif file.suffix.lower() not in suffixes:
-            left_out[file.suffix.lower() or "no suffix"] += 1
+            left_out[real_path] = file.suffix.lower() or "no suffix"
         elif not file.is_file() or not file.stat().st_size:
-            left_out["empty or a broken link"] += 1
+            left_out[real_path] = "empty or a broken link"
         else:
-            files.setdefault(os.path.realpath(file), str(file))
+            files.setdefault(real_path, str(file))
     if not files:
         raise UserError(f"'{source}' does not exist, or has no text to read (left out: "
-                        f"{format_counts(left_out) or 'none'}); give a file, folder or glob of "
-                        f"{' '.join(sorted(READABLE))}, or a source that --help lists")
+                        f"{format_counts(Counter(left_out.values()))}); give a file, folder or "
+                        f"glob of {' '.join(sorted(READABLE))}, or a source that --help lists")
     return list(files.values())
 
 
@@ -91,7 +93,7 @@ def files_below(folder, seen):
 
 def format_counts(counts):
     """A Counter as ".gz 2, hidden 1"."""
-    return ", ".join(f"{what} {n:,}" for what, n in counts.most_common())
+    return ", ".join(f"{what} {n:,}" for what, n in counts.most_common() if n) or "none"
 
 
 def stdlib_files():
@@ -174,16 +176,15 @@ def file_ranges(path):
             rows = sorted({n_rows * k // n for k in range(n + 1)})
             ranges += [FileRange(path, *each, n_bytes / n, i) for each in zip(rows, rows[1:])]
         return ranges
-    bounds = {0, size := os.path.getsize(path)}
-    if size > SHARD_BYTES:
-        with (open(path, "rb") as file,
-              mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data):
-            has_markers = data[:SHARD_BYTES].count(END_OF_TEXT.encode()) > 1
-            has_markers &= not path.lower().endswith(RECORDS)
-            end = re.compile(MARKER.encode() if has_markers else b"\n")
-            ends = (end.search(data, i - 1) for i in range(SHARD_BYTES, size, SHARD_BYTES))
-            bounds |= {end.end() for end in ends if end}
-    bounds = sorted(bounds)
+    bounds, size = [0], os.path.getsize(path)
+    with open(path, "rb") as file:  # not mapped: a file cut short would kill the process
+        has_markers = file.read(SHARD_BYTES).count(END_OF_TEXT.encode()) > 1
+        has_markers &= not path.lower().endswith(RECORDS)
+        end = re.compile(MARKER.encode() if has_markers else b"\n")
+        while bounds[-1] < size:
+            file.seek(bounds[-1] + SHARD_BYTES - 1)
+            line = next(filter(end.search, file), b"")
+            bounds.append(min(file.tell() - len(end.split(line, 1)[-1]), size))
     return [FileRange(path, *each, each[1] - each[0]) for each in zip(bounds, bounds[1:])]
 
 
@@ -283,6 +284,7 @@ def cut_at_line_ends(text, max_length):
 
 def own_texts(text, limit, size):
     """Yields the documents of a text, between markers; cut if one has more than `limit` bytes."""
+    text = "" if text is None else text.replace("\ufeff", "")
     for document in re.split(MARKER, text):
         if len(undressed(document).encode()) > limit:
             yield from cut(document, size)
@@ -293,11 +295,12 @@ def own_texts(text, limit, size):
 def cut(text, size):
     """Yields the text in pieces of about `size` to 2 `size` bytes.
 
-    It is cut at blank lines, or else at other line ends: of several, where the checksum of the text
+    It is cut at blank lines, or else at ends of lines or sentences, where the checksum of the text
     before is lowest. So a copy is cut at the same places, in another dress or after other text.
     """
-    n = size // 4 + 1  # characters of a longer line, up to 4 bytes each
-    units = re.findall(f"(?s)[^\n]{{0,{size}}}\n|.{{1,{n}}}(?:\\s|\\Z)|.{{1,{n}}}", text)
+    some = f".{{1,{size // 4 + 1}}}"  # characters of a longer line, up to 4 bytes each
+    line, sentence, words = f"[^\n]{{0,{size}}}\n", f"{some}?[.!?]\\s", f"{some}(?:\\s|\\Z)"
+    units = re.findall(f"(?s){line}|{sentence}|{words}|{some}", text)
     plain = [undressed(unit).encode() for unit in units]
     ends, keys, recent = np.cumsum([len(each) for each in plain]), [], b""
     for unit, each in zip(units, plain):
@@ -315,7 +318,7 @@ def cut(text, size):
 def undressed(text):
     """A text without what differs between copies of it: white space and line ends, invisible
     characters, and which of Unicode's forms a character has."""
-    return " ".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
+    return "".join(unicodedata.normalize("NFKC", INVISIBLE.sub("", text)).split())
 
 
 def open_parquet(path, only_footer=False):

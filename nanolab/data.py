@@ -32,11 +32,12 @@ def read_meta(data_dir, dataset, vocab_size=0):
     path = folder / "meta.json"
     try:
         meta = parse_json(path.read_text())
-        splits = meta["splits"]
-        if not all({"tokens", "sha256", "chunks"} <= facts.keys()
-                   for facts in (splits["train"], *splits.values())):
-            raise ValueError
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
+        if ([type(meta[key]) for key in keys] != [str, int, str, int, dict, str, str] or any(
+                [type(facts[key]) for key in ("tokens", "sha256", "chunks")] != [int, str, list]
+                for facts in (meta["splits"]["train"], *meta["splits"].values()))):
+            raise ValueError
+        np.dtype(meta["dtype"])  # a TypeError if that is no type
         return {key: meta[key] for key in keys}
     except (FileNotFoundError, NotADirectoryError):
         present = {file.name for file in folder.glob("*")}
@@ -147,7 +148,7 @@ class TokenDataset:
             self.unchecked.remove(i)
 
     def __len__(self):
-        return (self.n_tokens - 1) // self.block_size
+        return max(self.n_tokens - 1, 0) // self.block_size
 
     def groups_of_documents(self, eot_id, n_groups=200):
         """All windows in at most n_groups ranges: those that begin in the same whole documents,
@@ -218,4 +219,6 @@ def print_info(data_dir, dataset):
     if meta["tokenizer"] == UNKNOWN:
         print(f"train begins with the tokens {tokens[:20]}")
     else:
-        print(f"train begins:\n{get_tokenizer(meta['tokenizer']).decode(tokens)}")
+        tokenizer = get_tokenizer(meta["tokenizer"])
+        tokens = [token for token in tokens if token < tokenizer.n_vocab]
+        print(f"train begins:\n{tokenizer.decode(tokens)}")

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -41,7 +42,7 @@ def fingerprint(*parts):
 
 
 HELDOUT = 0.02  # of stdlib and of much text, for val and test: half each
-OWN_RULES = 2  # the second set of rules by which your own text is read, cut and split
+OWN_RULES = 3  # the third set of rules by which your own text is read, cut and split
 
 
 def prepare_stdlib(data_dir="data", tokenizer="bytes", name="stdlib", workers=1):
@@ -66,12 +67,11 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
     n_bytes = sum(file_range.n_bytes for file_range in ranges["text"])
     if is_own:
         plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_RULES)
-        # val and test have at least 256 KiB each, 60 windows of GPT-2's tokens, or 5 % of the text
-        heldout = heldout or min(max(HELDOUT, 2**19 / (n_bytes + 1)), 0.1)
+        share = heldout or choose_heldout(n_bytes)
         # A text longer than val is cut: into eighths of val, but not into less than a window's
         # 4 KiB or, of little text, than half a percent of it.
-        size = int(min(max(heldout / 16 * n_bytes, 2**12), max(n_bytes / 200, 100), 2**20))
-        limit = min(max(heldout / 2 * n_bytes, size), 2**20) if len(given) < 2 else 2**20
+        size = int(min(max(share / 16 * n_bytes, 2**12), max(n_bytes / 200, 100), 2**20))
+        limit = min(max(share / 2 * n_bytes, size), 2**20) if len(given) < 2 else 2**20
         split = functools.partial(own_texts, limit=limit, size=size)
     else:
         plan, heldout = fingerprint(source, stats["text"], tokenizer, text_column), HELDOUT
@@ -119,21 +119,27 @@ def leave_out(documents, known):
                        "in val or test": int(is_known.sum())})
         if not len(documents[group]):
             raise UserError(f"there is no text for {group.replace('text', 'train')}; documents "
-                            f"left out: {format_counts(+counts) or 'none'}; --text_column says "
+                            f"left out: {format_counts(counts)}; --text_column says "
                             "which column of .jsonl and .parquet files is text")
     if +counts:
-        print(f"documents left out: {format_counts(+counts)}")
+        print(f"documents left out: {format_counts(counts)}")
     return counts
+
+
+def choose_heldout(n_bytes):
+    """The share of val and test: at least 256 KiB each, 60 windows of GPT-2's tokens; or 5 %."""
+    return min(max(HELDOUT, 2**19 / (n_bytes + 1)), 0.1)
 
 
 def choose_hash_limits(documents, heldout, n_limits):
     """The largest hash in each of the first n_limits splits, with documents ordered by their hash.
 
-    Each split has the next half of the fraction `heldout` of the bytes, at least one document;
+    Each split has the next half of the fraction `heldout` of the text, at least one document;
     equal texts stay together. documents: an array of DOCUMENT. Raises UserError.
     """
     documents = documents[np.argsort(documents["hash"])]
     hashes, ends = documents["hash"], np.cumsum(documents["n_bytes"], dtype=float)
+    heldout = heldout or choose_heldout(ends[-1])
     limits, n_done = [], 0
     for n_reserved in range(n_limits, 0, -1):  # documents to leave for the splits after this
         start = ends[n_done - 1] if n_done else 0
@@ -179,6 +185,7 @@ def new_dataset(folder, plan, tokenizer, source):
             writer = DatasetWriter(folder, plan, tokenizer)
             yield writer
             writer.finish(source)
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 class DatasetWriter:
@@ -200,8 +207,8 @@ class DatasetWriter:
         group: a name for these ranges. n_tokens: how many are needed, if not all.
         """
         shards = group_into_shards(ranges)
-        # The plan is in the names: a killed run may have left the shards of another.
-        prefix = self.unfinished / f"{self.plan[:8]}-{group}"
+        # A killed run may have left the shards of another plan, or of files that have changed.
+        prefix = self.unfinished / f"{fingerprint(self.plan, ranges)[:8]}-{group}"
         paths = [Path(f"{prefix}-{i:06d}.npz") for i in range(len(shards))]
         function = functools.partial(tokenize_shard, self.tokenizer, **options)
         token_bytes = 1 if self.tokenizer == "bytes" else 4  # of English, about
@@ -229,7 +236,6 @@ class DatasetWriter:
                 "versions": {"python": sys.version.split()[0], "tiktoken": tiktoken.__version__,
                              "numpy": np.__version__}, **self.facts}
         write_atomically(self.folder / "meta.json", json.dumps(meta, indent=1))
-        shutil.rmtree(self.unfinished)
 
 
 def count_tokens(path, tokenizer):
@@ -272,38 +278,35 @@ def exit_with_parent():
     threading.Thread(target=wait, daemon=True).start()
 
 
-def tokenize_shard(tokenizer_name, path, shard, text_column="text", split=None, is_own=False):
-    """Tokenises a list of FileRange into an .npz file, unless it is there already. -> its path
+def tokenize_shard(tokenizer_name, path, shard, text_column="text",
+                   split=lambda text: [text] if text else [], is_own=False):
+    """Tokenises a list of FileRange into an .npz file, unless it is there undamaged. -> its path
 
     It has the tokens (n,) and of each document its DOCUMENT (m,), which is 0 for an empty text.
     split: a function of a text that returns its documents. is_own: see corpus.records.
     """
-    if path.exists():
-        return path
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:  # what damage raises
+        if not file.testzip():
+            return path
     tokenizer, tokens, facts = get_tokenizer(tokenizer_name), [np.empty(0, np.uint32)], []
     for file_range in shard:
         for place, value in records(file_range, text_column, is_own):
             try:
-                text = (value or "").replace("\ufeff", "") if is_own else value
-                if not text or is_own and not text.strip():
-                    facts.append((0, 0, 0))
-                    continue
-                for document in split(text) if split else [text]:
+                documents = [*split(value)]
+                for document in documents:
                     tokens.append(encode(tokenizer, document))
                     plain = (undressed(document) if is_own else document).encode()
                     digest = hashlib.blake2b(plain, digest_size=8).digest()
                     facts.append((len(tokens[-1]), len(document.encode()),
                                   int.from_bytes(digest, "big")))
+                if not documents:
+                    facts.append((0, 0, 0))
             # a number, half a surrogate pair, or so many spaces that tiktoken's stack overflows
             except (AttributeError, TypeError, ValueError) as error:
                 reason = error if isinstance(value, str) else f"type {type(value).__name__}"
                 raise UserError(f"{locate(file_range, place)} has no text that can be encoded: "
                                 f"{str(value)[:60]!r} ({reason})") from None
-    temporary = path.with_suffix(f".{os.getpid()}")
-    with open(temporary, "wb") as file:
-        np.savez(file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),
-                 documents=np.array(facts, DOCUMENT))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: np.savez(
+        file, tokens=np.concatenate(tokens).astype(token_dtype(tokenizer)),
+        documents=np.array(facts, DOCUMENT)))
     return path

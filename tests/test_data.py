@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import json
 import math
 import os
+import pickle
 import re
 import threading
 import time
@@ -27,7 +29,7 @@ from nanolab import common, corpus, data, dataset_writer, tokenizer
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
 from nanolab.corpus import own_files, undressed
-from nanolab.data import TokenDataset, read_meta, window_ids
+from nanolab.data import UNFINISHED, TokenDataset, read_meta, window_ids
 from nanolab.dataset_writer import DatasetWriter, prepare_text
 from nanolab.tokenizer import encode, get_tokenizer
 
@@ -123,8 +125,10 @@ def test_two_at_once_make_one_data_set(tmp_path, texts, capsys):
     second.join(60)
     assert "made is there already" in capsys.readouterr().out
     (tmp_path / "made.lock").unlink()
+    (made / UNFINISHED).mkdir()  # as after a kill at the very end
     prepare_mine(texts, made)
     assert not (tmp_path / "made.lock").exists(), "not needed, as on a disk that is read-only"
+    assert not (made / UNFINISHED).exists()
 
 
 def test_a_disk_without_locks(tmp_path, texts, monkeypatch, capsys):
@@ -156,6 +160,20 @@ def test_own_text_after_a_kill_or_on_a_full_disk(tmp_path, texts, monkeypatch):
     monkeypatch.setattr(dataset_writer, "encode", None)
     make(tmp_path / "full")
     assert read_bytes(tmp_path / "full") == read_bytes(tmp_path / "whole")
+
+
+def test_damaged_shards_are_made_again(tmp_path, texts, monkeypatch):
+    prepare_mine(texts, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dataset_writer, "choose_hash_limits", Mock(side_effect=KeyboardInterrupt))
+        prepare_mine(texts, tmp_path / "made")
+    shards = sorted((tmp_path / "made" / UNFINISHED).glob("*.npz"))
+    for i, shard in enumerate(shards):
+        flip(shard, i * shard.stat().st_size // len(shards))
+    os.truncate(shards[0], 0)
+    os.truncate(shards[1], 100)
+    prepare_mine(texts, tmp_path / "made")
+    assert read_bytes(tmp_path / "made") == read_bytes(tmp_path / "whole")
 
 
 @pytest.fixture(scope="session")
@@ -207,6 +225,14 @@ def test_fineweb_after_a_kill(tmp_path, fineweb_copy, monkeypatch):
                                 1000)
 
     assert_continues_after_a_kill(monkeypatch, tmp_path, make, "append", "finish")
+    files = [str(tmp_path / "a.parquet")]
+    for rows in ["One row. " * 9] * 400, ["Another row. " * 9] * 400:
+        write_table(table({"text": rows}), files[0])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(DatasetWriter, "finish", Mock(side_effect=KeyboardInterrupt))
+            make(tmp_path / "changed")
+    make(tmp_path / "changed")
+    assert ord("O") not in np.fromfile(tmp_path / "changed/train.bin", "<u2")
 
 
 def test_fineweb_on_the_hub(tmp_path, fineweb_copy, monkeypatch):
@@ -238,6 +264,7 @@ def test_published_token_files(tmp_path, monkeypatch):
     """gpjt/fineweb-gpt2-tokens: the windows that `prepare.py fineweb` cuts, after a kill too."""
     train_tokens, heldout = (np.random.default_rng(1).integers(50257, size=size).astype("<u2")
                              for size in (3000, 600))
+    train_tokens[7] = 50256  # an end of text is a token, too
     for name, tokens in ("train", train_tokens), ("validation", heldout):
         save_file({"tokens": torch.from_numpy(tokens)}, tmp_path / f"{name}.safetensors")
     assert_continues_after_a_kill(
@@ -270,6 +297,9 @@ def test_files_of_nanogpt(tmp_path, capsys):
     tokens.tofile(tmp_path / "train.bin")
     with pytest.raises(UserError, match="another data set"):
         run_quickly([*flags, "--max_steps=3", "--resume"])
+    (tmp_path / "train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="train.bin has 0 tokens, less than one window"):
+        TokenDataset("", tmp_path, "train", 32, 64)
 
 
 def test_info(tmp_path, texts, output_of):
@@ -285,6 +315,12 @@ def test_info(tmp_path, texts, output_of):
                          (str(texts / "a.txt"), "")):  # of text
         with pytest.raises(UserError, match=f"is a path{advice}"):
             read_meta(tmp_path, path)
+    meta = (folder / "meta.json").read_text()
+    for key, value in ("dtype", "x"), ("vocab_size", "257"), ("plan", None), ("splits", [1]):
+        (folder / "meta.json").write_text(json.dumps({**json.loads(meta), key: value}))
+        with pytest.raises(UserError, match="meta.json is damaged or not nanolab's"):
+            output_of("prepare", *info)
+    (folder / "meta.json").write_text(meta)
     flip(folder / "train.bin", 20)
     with pytest.raises(UserError, match="train.bin is damaged: bytes from 0 on"):
         output_of("prepare", *info)
@@ -293,6 +329,9 @@ def test_info(tmp_path, texts, output_of):
     out = output_of("prepare", *info)
     assert "from nanoGPT's prepare.py; unknown tokens of 65,536 kinds" in out
     assert "train begins with the tokens [" in out, "nothing is shown as GPT-2's words"
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 50304}))
+    np.array([6109, 50303, 6100, 345], "<u2").tofile(folder / "train.bin")
+    assert "train begins:\nEvery moves" in output_of("prepare", *info), "50303 has no text"
 
 
 def test_gpt2_tokens_and_batches(gpt2_data):
@@ -306,6 +345,10 @@ def test_gpt2_tokens_and_batches(gpt2_data):
     assert inputs[1].tolist() == tokens[48:64].tolist()
     assert targets[1].tolist() == tokens[49:65].tolist()
     assert len(dataset) == (len(tokens) - 1) // 16 and targets.shape == (3, 16)
+    starts = np.flatnonzero(tokens == 50256) + 1  # of documents
+    groups = dataset.groups_of_documents(50256)
+    assert len(groups) > 50 and [i for group in groups for i in group] == [*range(len(dataset))]
+    assert all(min(16 * group[0] - starts[starts <= 16 * group[0]]) < 16 for group in groups[1:])
 
 
 def test_shuffled_order():

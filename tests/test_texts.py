@@ -89,6 +89,8 @@ def test_what_is_read_of_a_folder(tmp_path, monkeypatch, capsys):
     write(tmp_path, {"[1] x/[2].txt": "Text."})
     for pattern in ("[1] x", "[1] x/[2].txt", "?1] x/*", "*x/**"):
         assert len(own_files(tmp_path / pattern)) == 1, pattern
+    with pytest.raises(UserError, match=r"has \*\* twice; give a folder"):
+        own_files(folder / "**/er/**")
 
 
 def test_a_file_that_is_named_is_read(tmp_path):
@@ -120,18 +122,21 @@ def test_names(tmp_path, monkeypatch):
 DRESSES = [
     str, lambda text: text.replace("\n", "\r\n"), lambda text: text.replace("\n", "\r"),
     lambda text: "\ufeff" + text, str.rstrip, lambda text: text + "\n\n",
-    lambda text: text.replace("\n", "  \n"), lambda text: unicodedata.normalize("NFD", text),
+    lambda text: re.sub("(?=\n)|(?<= )", "  ", text),
+    lambda text: unicodedata.normalize("NFD", text),
     lambda text: text.replace(" ", "\xa0"), lambda text: text.replace("ck", "c\u00adk"),
-    lambda text: text.replace("ﬁ", "fi")]
+    lambda text: text.replace("ﬁ", "fi"), lambda text: re.sub("(.)\n(?=.)", r"\1 ", text)]
 
 
-@pytest.mark.parametrize("kind", ["texts", "records", "long"])
+@pytest.mark.parametrize("kind", ["texts", "records", "long", "one line"])
 def test_copies_in_another_dress_stay_together(tmp_path, monkeypatch, kind):
     """Documents, or the pieces of a long one, and their copies are in one split; a BOM or a
     Windows line end of a text file is no token."""
     documents, folder = sentences(100), tmp_path / "texts"
     if kind == "long":  # with paragraphs
         documents = ["\n".join(documents)]
+    elif kind == "one line":
+        documents = ["".join(documents).replace("\n", " ")]
     for i, dress in enumerate(DRESSES):
         dressed = [dress(text) for text in documents]
         write(folder, {f"{i}.jsonl": jsonl(dressed, "\r\n")} if kind == "records" else
@@ -147,11 +152,12 @@ def test_copies_in_another_dress_stay_together(tmp_path, monkeypatch, kind):
 
 def test_pieces_are_cut_by_what_they_say():
     """A text after another title is cut at the same places, but for the first."""
-    text = "\n".join(sentences(300))
-    one, other = list(cut(text, 1000)), list(cut("A title.\n" * 40 + text, 1000))
-    assert "".join(one) == text and len(set(one) - set(other)) <= 2
-    assert all(1000 <= len(undressed(piece).encode()) <= 2100 for piece in one[:-1])
-    assert sum(piece.endswith("\n\n") for piece in one[:-1]) == len(one) - 1, "at paragraphs' ends"
+    paragraphs = "\n".join(sentences(300))
+    for text, end in (paragraphs, "\n\n"), (" ".join(paragraphs.split()), ". "):
+        one, other = list(cut(text, 1000)), list(cut(f"A title.{end}" * 40 + text, 1000))
+        assert "".join(one) == text and len(set(one) - set(other)) <= 2
+        assert all(1000 <= len(undressed(piece).encode()) <= 2100 for piece in one[:-1])
+        assert all(piece.endswith(end) for piece in one[:-1]), "of paragraphs or sentences"
 
 
 # The fractions
@@ -180,6 +186,24 @@ def test_fractions_are_those_asked_for(tmp_path, monkeypatch, kind, kb, heldout)
         assert asked <= splits[split]["bytes"] / total <= asked + 0.02, split
 
 
+def test_the_fraction_is_of_the_text(tmp_path, monkeypatch):
+    """Not of what else is in a file: 5 % of little text, 1 % of much."""
+    write(tmp_path, {"a.jsonl": "".join(json.dumps({"text": f"{i:0100}", "id": "x" * 9900}) + "\n"
+                                        for i in range(1000))})
+    made = make(monkeypatch, tmp_path, tmp_path / "a.jsonl")
+    assert 50 <= len(made["val"]) <= 51 and 50 <= len(made["test"]) <= 51
+    documents = np.zeros(1000, dataset_writer.DOCUMENT)
+    documents["hash"], documents["n_bytes"] = np.arange(1000), 100_000
+    assert dataset_writer.choose_hash_limits(documents, None, 2) == [9, 19]
+
+
+def test_documents_are_measured_in_bytes(tmp_path):
+    write(tmp_path, {"a.txt": "é" * 10})
+    shard = dataset_writer.tokenize_shard("bytes", tmp_path / "a.npz",
+                                          file_ranges(str(tmp_path / "a.txt")))
+    assert np.load(shard)["documents"]["n_bytes"].tolist() == [20]
+
+
 def test_long_documents_are_said(tmp_path, monkeypatch, capsys):
     """Records are cut only if they are longer than a held-out part; if they are nearly so, the
     fractions are said."""
@@ -196,19 +220,22 @@ def test_long_documents_are_said(tmp_path, monkeypatch, capsys):
 
 
 def test_ready_made_splits(tmp_path, monkeypatch, capsys):
-    """--val and --test are as they are; a text of theirs, in any dress, is left out of train."""
-    folder, parts = tmp_path / "texts", {"train": sentences(50), "valid": sentences(8, 50),
+    """--val and --test are as they are; a text of theirs, in any dress, is left out of train. A
+    file that two of the sources have is counted once."""
+    folder, parts = tmp_path / "texts", {"train": sentences(50), "val/id": sentences(8, 50),
                                          "test": sentences(9, 60)}
     parts["train"][7] = "".join(sentences(20, 100))  # with both given, nothing needs to be cut
-    copies = [parts["valid"][0].replace("\n", "\r\n"),
+    copies = [parts["val/id"][0].replace("\n", "\r\n"),
               unicodedata.normalize("NFD", parts["test"][8])]
-    write(folder, {f"{name}.jsonl": jsonl(texts + copies * (name == "train"))
-                   for name, texts in parts.items()})
-    given = [f"--val={folder}/valid.jsonl", f"--test={folder}/test.jsonl"]
+    files = {f"{name}.jsonl": jsonl(texts + copies * (name == "train"))
+             for name, texts in parts.items()}
+    write(folder, {"test.json": files.pop("test.jsonl"), "val/id.csv": "x", **files})
+    given = [f"--val={folder}/val", f"--test={folder}/test.json"]
     made = make(monkeypatch, tmp_path / "both", folder, *given)
-    assert made == {"train": parts["train"], "val": parts["valid"], "test": parts["test"]}
+    assert made == {"train": parts["train"], "val": parts["val/id"], "test": parts["test"]}
     output = capsys.readouterr().out
-    assert "files read: 3" in output and "documents left out: in val or test 2\n" in output
+    assert "files read: 3; left out: .csv 1\n" in output
+    assert "documents left out: in val or test 2\n" in output
     facts = read_json(tmp_path / "both/made/meta.json")
     assert facts["documents_left_out"]["in val or test"] == 2
 
@@ -218,10 +245,10 @@ def test_ready_made_splits(tmp_path, monkeypatch, capsys):
     made = make(monkeypatch, tmp_path / "one", folder, given[1], "--heldout=0.2")
     assert made["test"] == parts["test"] and 5 <= len(made["val"]) <= 8
     del parts["train"][7]
-    assert {*parts["train"], *parts["valid"]} <= {*made["train"], *made["val"]}
+    assert {*parts["train"], *parts["val/id"]} <= {*made["train"], *made["val"]}
 
     write(tmp_path, {"copy.jsonl": jsonl(parts["test"])})
-    for source, reason in (folder / "test.jsonl", "none"), (tmp_path / "copy.jsonl", "in val .* 9"):
+    for source, reason in (folder / "test.json", "none"), (tmp_path / "copy.jsonl", "in val .* 9"):
         with pytest.raises(UserError, match=f"no text for train; documents left out: {reason}"):
             make(monkeypatch, tmp_path / "x", source, given[1])
 
@@ -252,13 +279,13 @@ def test_records_without_text(tmp_path, monkeypatch, capsys, name, row_group_siz
     """Null and empty texts are left out and counted; what is no text is named with its line or
     row, wherever shards begin."""
     monkeypatch.setattr(corpus, "SHARD_BYTES", 700)
-    values = [*sentences(60), None, "", " \n\t", *sentences(3, 60)]
+    values = [*sentences(60), None, "", " \n\t", END_OF_TEXT * 2, *sentences(3, 60)]
     for folder, column in {"good": values, "bad": [*[None] * 57, 7, *[None] * 8]}.items():
         write(tmp_path, {f"{folder}.jsonl": jsonl(column)} if name == "line 58" else
               {f"{folder}.parquet": parquet({"text": column}, row_group_size=row_group_size)})
     made = make(monkeypatch, tmp_path, tmp_path / "good.*")
     assert sorted(sum(made.values(), [])) == sorted(sentences(63))
-    assert "documents left out: null or empty 3\n" in capsys.readouterr().out
+    assert "documents left out: null or empty 4\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=f"{name} has no text that can be encoded: "):
         make(monkeypatch, tmp_path / "bad", tmp_path / "bad.*")
 
@@ -283,6 +310,8 @@ SPACES = "x" + " " * 1_100_000 + "x"  # too many for tiktoken
     ("mine.jsonl", "[" * 100_000 + "]" * 100_000, "line 1 is no JSON object"),
     ("mine.jsonl", jsonl([{"content": "x"}]), "line 1 has no text that can be encoded: \"{'content'"
      ": 'x'}\" (type dict)"),
+    ("mine.jsonl", jsonl([0]), "line 1 has no text that can be encoded: '0' (type int)"),
+    ("mine.jsonl", jsonl([[]]), "line 1 has no text that can be encoded: '[]' (type list)"),
     ("mine.jsonl", jsonl(["\ud800"]), "line 1 has no text that can be encoded: '\\ud800' ('utf-8'"),
     ("mine.jsonl", '{"id": 1, "body": "x"}\n{"id": 2}\n', "null or empty 2; --text_column says"),
     ("mine.parquet", parquet({"id": [1], "body": ["x"]}), "no column 'text' but id, body; choose"),
@@ -294,6 +323,13 @@ def test_what_is_refused(tmp_path, monkeypatch, name, content, message):
     write(tmp_path, {name: content})
     with pytest.raises(UserError, match=re.escape(message)):
         run_main(monkeypatch, "prepare", tmp_path / name, f"--data_dir={tmp_path}")
+
+
+def test_a_bad_byte_is_counted_from_the_files_start(tmp_path, monkeypatch):
+    write(tmp_path, {"a.txt": b"A line.\n" * 9 + b"\xff"})
+    monkeypatch.setattr(corpus, "SHARD_BYTES", 20)
+    with pytest.raises(UserError, match=r"a.txt is not UTF-8 text \(byte 72\)"):
+        make(monkeypatch, tmp_path, tmp_path / "a.txt")
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
