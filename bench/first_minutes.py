@@ -29,17 +29,11 @@ from nanolab.common import UserError, argument_parser, run_script, write_atomica
 
 SHAPE = {**shape_of("12x768-gpt2", "cuda", batch_size=12), "max_steps": 60}
 V0 = flags_of(SHAPE)  # the code as it is, as bench/gpu.py runs it
-# float32, as in the ladder
-SMALL = ["--n_layer=3", "--n_head=4", "--n_embd=128", "--block_size=128", "--vocab_size=257",
-         "--batch_size=16", "--global_batch_size=16", "--amp=off", "--tf32=False",
-         "--grad_clip=1"]
 # name: (files and flags of train.py, settings of torch._inductor.config)
 VARIANTS = {
     "V0 as it is": (V0, {}),
     "V2 CUDA graphs": ([*V0, "--compile=graphs"], {}),
-    "V3 split size 32": (V0, {"triton.mix_order_reduction_split_size": 32}),
     "V3 split size 64": (V0, {"triton.mix_order_reduction_split_size": 64}),
-    "V3 split size 128": (V0, {"triton.mix_order_reduction_split_size": 128}),
     "V3 no mixed order": (V0, {"triton.mix_order_reduction": False}),
     "V4 max-autotune": (V0, {"max_autotune": True}),
     "V5 6 sequences": ([*V0, "--batch_size=6", "--global_batch_size=48"], {}),
@@ -49,9 +43,6 @@ VARIANTS = {
                       "--save_every=0"], {}),
     "V7 float16": ([*V0, "--amp=float16"], {}),
     "V7 16-bit sums": ([*V0, "--amp=float16", "--fp16_sums"], {}),
-    "0.7M eager": ([*SMALL, "--compile=False"], {}),
-    "0.7M compiled": (SMALL, {}),
-    "0.7M CUDA graphs": ([*SMALL, "--compile=graphs"], {}),
 }
 GIB_EACH = 10  # of GPU memory, about: how many variants compile at a time
 
@@ -92,8 +83,6 @@ def main():
             write_atomically(args.json, json.dumps(record, indent=1) + "\n")
             figures = [row["error"], "", "", ""] if "error" in row else [
                 *cells(row, limit), f"{row['loss']:.4f}"]
-            if name.startswith("0.7M"):  # the limit is of another model
-                figures[1] = ""
             print_row(name, f"{turn}", *figures)
 
 
