@@ -85,7 +85,7 @@ def test_a_study_is_stopped_goes_on_and_grows(tmp_path):
 
     for number, whole_group in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         (tmp_path / "wait").touch()
-        process = begin(*words, "--seeds=1")
+        process = begin(*words, "--seeds=1", "--plot=a.png")  # of nothing
         n_calls = 2 if whole_group else 4
         while not calls.exists() or len(calls.read_text().splitlines()) < n_calls:
             assert process.poll() is None, process.communicate()
@@ -97,6 +97,8 @@ def test_a_study_is_stopped_goes_on_and_grows(tmp_path):
         assert not list(tmp_path.glob("out/s/*/1/summary.json"))
         assert len((tmp_path / "saved").read_text().split()) == n_calls
         assert "out/s/baseline/1 has not ended" in out
+        page = (tmp_path / "out/s/study.html").read_text()
+        assert "0 of 3 runs are done" in page and "location.reload()" not in page
     (tmp_path / "wait").unlink()
     calls.unlink()
 
