@@ -94,9 +94,12 @@ def print_table(args, study):
     if args.beside:
         others = group_by_experiment([run for run in read_file(args.beside)
                                       if has_loss(run, args.loss)])
+        theirs = baseline if baseline in others else choose_baseline(others, None)
+        if not theirs:
+            raise UserError(f"{args.beside} has no {baseline or 'baseline'} with a {args.loss}")
         path = Path(args.beside)
         title = path.parent.name if path.stem == "results" else path.stem
-        beside = title, tables.compare(others, choose_baseline(others, "baseline"), args.loss)
+        beside = title, tables.compare(others, theirs, args.loss)
     cells = tables.comparison_cells(rows, args.all, beside)
     print(wrapped(tables.format_heading(rows, baseline, args.loss), args.markdown), "",
           tables.format_table(cells, args.markdown), sep="\n")

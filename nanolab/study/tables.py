@@ -143,7 +143,7 @@ def comparison_cells(rows, all_columns=False, beside=None):
                 "95 % interval": format_interval((row["low"], row["high"]) if "low" in row
                                                  else None, "+.4f"),
                 "p": format_p(row.get("p_corrected")), "verdict": row["verdict"],
-                title: format_number(theirs.get(row["experiment"]), "+.4f"),
+                "beside": format_number(theirs.get(row["experiment"]), "+.4f"),
                 "if test set resampled": format_interval(row.get("resampled"), "+.4f"),
                 "compared": row.get("compared", ""),
                 "same seed": format_number(gaps[0] if len(gaps) == 1 else None, "+.4f"),
@@ -153,8 +153,9 @@ def comparison_cells(rows, all_columns=False, beside=None):
 
     lines = [cells(row) for row in rows]
     names = list(lines[0]) if all_columns else [
-        "experiment", "n", "loss", "difference", "95 % interval", "p", "verdict", title]
-    return [names, *([line[name] for name in names] for line in lines)]
+        "experiment", "n", "loss", "difference", "95 % interval", "p", "verdict", "beside"]
+    header = [title if name == "beside" else name for name in names]
+    return [header, *([line[name] for name in names] for line in lines)]
 
 
 def format_heading(rows, baseline, loss):
