@@ -73,6 +73,7 @@ def test_intervals_are_scipys(rows_of, n, n_baseline, shift, compared):
                       rel=1e-6, abs=1e-9))
     assert row["sd"] == (None if n == 1 else pytest.approx(np.std([*ours.values()], ddof=1)))
     verdict = "not shown" if low < 0 < high else "better" if difference < 0 else "worse"
+    assert ("mine: 5 of 7." in printed) == (compared == "paired, 5 of 7")  # a note
     [line] = [line for line in printed.splitlines() if line.startswith("mine ")]
     assert f"{difference:+.4f}  {low:+.4f} to {high:+.4f}" in line and line.endswith(verdict)
 

@@ -60,8 +60,8 @@ def in_order(experiments, rows, baseline):
 
 
 def read_logs(runs):
-    """{path of a run: the entries of its log}, without those that are missing or empty. Where a run
-    on record was, another may be now: it has another time of its end."""
+    """{path of a run: the entries of its log}, without those that are missing, empty or of another
+    run, which has since been made where one on record was."""
     logs = {}
     for run in runs:
         with suppress(OSError, KeyError, UserError):

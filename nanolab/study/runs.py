@@ -112,10 +112,10 @@ def read_json(path):
         raise UserError(f"{path} is missing or damaged") from None
 
 
-def read_file(path):
-    """The runs in a results file. Raises UserError."""
+def read_file(path, loss=None):
+    """The runs in a results file; each must have this loss, if one is named. Raises UserError."""
     def options_of(run):
-        beside = {key: run[key] for key in DEFAULTS if key in run}  # beside a config, some are of the test
+        beside = {key: run[key] for key in DEFAULTS if key in run}  # some of them eval.py's
         return {**beside, **shared, **run["config"]} if "config" in run else {**shared, **beside}
 
     try:
@@ -133,6 +133,8 @@ def read_file(path):
                     and all(type(seed) is int or seed == "not fixed"
                             for seed in [settings(run)["seed"], *seeds_of(run)])):
                 raise TypeError
+        if loss and not (runs and all(has_loss(run, loss) for run in runs)):
+            raise UserError(f"{path} is no file for this: it needs runs, each with a {loss}")
         return runs
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None

@@ -214,6 +214,9 @@ def format_notes(rows, baseline, independent=True):
     lines += listed("Not shown if the test set were resampled (bootstrap over its documents): {}.",
                     [row for row in tested if row["verdict"] != "not shown" and "resampled" in row
                      and row["resampled"][0] < 0 < row["resampled"][1]])
+    lines += listed("Over the common seeds only, so not the difference of the losses above: {}.",
+                    [row for row in rows if " of " in row.get("compared", "")],
+                    lambda row: f": {row['compared'].removeprefix('paired, ')}")
     if tested and independent:
         lines += listed("Some runs of {} have a seed in common, so they are not independent, and "
                         "the intervals are too narrow.",
