@@ -156,6 +156,7 @@ def test_cautions(compare, tmp_path):
                 for seed in seeds]
         printed = compare(made, "--all", "--json", tmp_path / "out.json")
         row = read_json(tmp_path / "out.json")["rows"][0]
+        assert row["text_error"] == pytest.approx(np.std(uneven - text, ddof=1) / 10)
         low, high = row["resampled"]
         assert (high - low > 3 * (row["high"] - row["low"])) == wider and low <= row["low"]
         assert ("Not shown if the test set were resampled" in printed) == wider

@@ -62,11 +62,11 @@ def add_verdicts(tested):
 
 def text_error(runs, others):
     """The standard error of a difference of two mean losses from the choice of the test documents:
-    by a paired bootstrap over groups of them. None if unknown."""
+    by the spread of the differences over groups of them. None if unknown."""
     (ours, sizes), (theirs, other_sizes) = mean_group_losses(runs), mean_group_losses(others)
-    if sizes is None or sizes != other_sizes or len(sizes) < 2:
+    if sizes is None or sizes != other_sizes:
         return None
-    return stats.bootstrap_error(ours - theirs, sizes)
+    return stats.weighted_error(ours - theirs, sizes)
 
 
 def mean_group_losses(runs):
@@ -211,7 +211,7 @@ def format_notes(rows, baseline, independent=True):
     lines += listed("Seeds that would show a difference as large as the one measured (80 % power): "
                     "{}.", [row for row in tested if "seeds_needed" in row],
                     lambda row: f": {row['seeds_needed'] or 'over 100'}")
-    lines += listed("Not shown if the test set were resampled (bootstrap over its documents): {}.",
+    lines += listed("Not shown if the test set were resampled (by the spread of its documents): {}.",
                     [row for row in tested if row["verdict"] != "not shown" and "resampled" in row
                      and row["resampled"][0] < 0 < row["resampled"][1]])
     lines += listed("Over the common seeds only, so not the difference of the losses above: {}.",
