@@ -190,7 +190,7 @@ def test_seeds(planned, text, seeds):
     ([*NEW, "..=--n_layer=1"], "cannot be the name"),
     ([*NEW, "a=--seed=3"], "--seed is no flag for a study"),
     ([*NEW, "qk_norm", "--dry_run"], "--dry_run is no flag for a study"),
-    ([*NEW, "a=--save_weights=False"], "save_weights=False is not for it"),
+    ([*NEW, "a=--save_weights=False"], "--save_weights is no flag"),
     ([*NEW, "a=--name=it's"], "cannot be read: No closing quotation"),
     ([*NEW, "qk_nrm"], "qk_nrm.py"), ([*NEW, "a=--n_lyer=2"], "n_lyer"),
     ([*NEW, "muon", "--optimizer=adamw"],

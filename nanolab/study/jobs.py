@@ -39,11 +39,7 @@ def plan(args):
         for name, words in experiments:
             folder = f"{args.out}/{name}/{seed}"
             words = [*args.words, *words, f"--name={name}", f"--seed={seed}", f"--out_dir={folder}"]
-            config = load(Config, words)
-            if not config.save_weights:
-                raise UserError("a study needs its runs' weights, so save_weights=False is not "
-                                "for it", exit_code=2)
-            check_earlier(folder, config)
+            check_earlier(folder, load(Config, words))
             jobs[folder] = [*words, "--resume"]
     return jobs
 
@@ -66,9 +62,9 @@ def check_flags(base, words):
     over a file of one arm."""
     (_, shared), (files, own) = (split_command_line(each, OPTIONS) for each in (base, words))
     for key, _ in shared + own:
-        if key in ("name", "seed", "out_dir", "resume", "extend", "dry_run"):
-            raise UserError(f"--{key} is no flag for a study, which gives each run its own name, "
-                            "seed and folder, and resumes it", exit_code=2)
+        if key in ("name", "seed", "out_dir", "resume", "extend", "dry_run", "save_weights"):
+            raise UserError(f"--{key} is no flag for a study: how its runs are named, seeded, "
+                            "saved and resumed, it decides itself", exit_code=2)
     for file in files:
         for key in dict(read_config_file(file)).keys() & dict(shared).keys() - dict(own).keys():
             raise UserError(f"--{key} would win over {file}, which sets it too; write it into a "

@@ -130,8 +130,7 @@ def read_file(path, loss=None):
             if not (isinstance(run["name"], str) and all(isinstance(state, dict) for state in
                                                          run.get("code") or ())
                     and all(isinstance(figure, (int, float)) for figure in figures)
-                    and all(type(seed) is int or seed == "not fixed"
-                            for seed in [settings(run)["seed"], *seeds_of(run)])):
+                    and all(type(seed) is int or seed == "not fixed" for seed in seeds_of(run))):
                 raise TypeError
         if loss and not (runs and all(has_loss(run, loss) for run in runs)):
             raise UserError(f"{path} is no file for this: it needs runs, each with a {loss}")

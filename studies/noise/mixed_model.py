@@ -125,7 +125,7 @@ def format_noise(runs):
     for source, values in sources_of_noise(runs).items():
         if len(values) > 1:
             rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
-                         f"{stats.sample_sd(values):.6f}",
+                         f"{np.std(values, ddof=1):.6f}",
                          format_interval(sd_interval(values), ".4f")])
     model = mixed_model(list(losses.values()), list(losses))
     sds = [f"{name} {math.sqrt(model[effect]):.4f}" for effect, name in EFFECTS.items()]
