@@ -211,7 +211,7 @@ def format_notes(rows, baseline, independent=True):
     lines += listed("Seeds that would show a difference as large as the one measured (80 % power): "
                     "{}.", [row for row in tested if "seeds_needed" in row],
                     lambda row: f": {row['seeds_needed'] or 'over 100'}")
-    lines += listed("Not shown if the test set were resampled (its documents, by their spread): {}.",
+    lines += listed("Not shown if the test set were resampled (by its documents' spread): {}.",
                     [row for row in tested if row["verdict"] != "not shown" and "resampled" in row
                      and row["resampled"][0] < 0 < row["resampled"][1]])
     lines += listed("Over the common seeds only, so not the difference of the losses above: {}.",
