@@ -38,17 +38,19 @@ def main():
         from nanolab.study.jobs import make_runs, plan
         status, failures, stopped = make_runs(plan(args), args,
                                               lambda status: draw_live_page(args, status))
-    study = read_study(args)
-    if not (study.rows or args.words):
-        raise UserError("; ".join(study.missing) or f"{' '.join(args.runs)}: no runs")
-    if study.rows:
-        print_table(args, study)
-    print(*study.missing, sep="\n", end="\n" if study.missing else "")
-    write_files(args, study, status)
-    if failures:
-        raise UserError("failed: " + "; ".join(map(": ".join, failures.items())))
-    if stopped:
-        raise KeyboardInterrupt
+    try:
+        study = read_study(args)
+        if not (study.rows or args.words):
+            raise UserError("; ".join(study.missing) or f"{' '.join(args.runs)}: no runs")
+        if study.rows:
+            print_table(args, study)
+        print(*study.missing, sep="\n", end="\n" if study.missing else "")
+        write_files(args, study, status)
+    finally:  # what became of the runs says more than an error here, as of --plot without rows
+        if failures:
+            raise UserError("failed: " + "; ".join(map(": ".join, failures.items())))
+        if stopped:
+            raise KeyboardInterrupt
 
 
 def read_study(args):
@@ -92,9 +94,12 @@ def print_table(args, study):
     if args.beside:
         others = group_by_experiment([run for run in read_file(args.beside)
                                       if has_loss(run, args.loss)])
+        theirs = baseline if baseline in others else choose_baseline(others, None)
+        if not theirs:
+            raise UserError(f"{args.beside} has no {baseline or 'baseline'} with a {args.loss}")
         path = Path(args.beside)
         title = path.parent.name if path.stem == "results" else path.stem
-        beside = title, tables.compare(others, choose_baseline(others, "baseline"), args.loss)
+        beside = title, tables.compare(others, theirs, args.loss)
     cells = tables.comparison_cells(rows, args.all, beside)
     print(wrapped(tables.format_heading(rows, baseline, args.loss), args.markdown), "",
           tables.format_table(cells, args.markdown), sep="\n")
@@ -119,10 +124,10 @@ def write_files(args, study, status):
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-    if args.plot or args.curves:
-        draw_pictures(args, study)
     if args.page:
         write_page(args, study, status)
+    if args.plot or args.curves:
+        draw_pictures(args, study)
     for path in filter(None, (args.json, args.csv, args.plot, args.curves, args.page)):
         print(f"wrote {path}", file=sys.stderr)
 

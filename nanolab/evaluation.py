@@ -14,6 +14,7 @@ from nanolab import distributed
 from nanolab.checkpoint import load_model
 from nanolab.common import UserError, describe, parse_json, write_atomically
 from nanolab.data import TokenDataset, read_meta
+from nanolab.study.stats import t_interval, weighted_error
 
 
 def mean_loss(model, dataset, n_tokens, batch_size, world):
@@ -97,25 +98,14 @@ def loss_of(result):
     return result[f"{result['split']}_loss"]
 
 
-def weighted_error(values, weights):
-    """The standard error of a weighted mean, such as that of a test loss from the choice of the
-    documents; None of a single value."""
-    values, weights = (torch.tensor(each, dtype=torch.float64) for each in (values, weights))
-    if len(values) < 2:
-        return None
-    deviations = weights * (values - (weights * values).sum() / weights.sum()) / weights.sum()
-    return float((deviations.square().sum() * len(values) / (len(values) - 1)).sqrt())
-
-
 def paired_difference(first, other):
     """The difference of two results' losses on the same windows, and the half-width of its 95 %
     interval; None for a single document. What is hard for one is hard for the other, so it is
     narrower than an interval of either."""
     gaps = [b - a for a, b in zip(first["group_losses"], other["group_losses"], strict=True)]
     error = weighted_error(gaps, first["group_windows"])
-    from scipy.special import stdtrit  # Student's t
     return (loss_of(other) - loss_of(first),
-            None if error is None else float(stdtrit(len(gaps) - 1, 0.975)) * error)
+            None if error is None else t_interval(0, error, len(gaps) - 1)[1])
 
 
 def result_path(path, split):

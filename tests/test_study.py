@@ -17,6 +17,7 @@ import scipy
 from conftest import HERE, read_json
 from nanolab import charts, report
 from nanolab.common import UserError
+from nanolab.study import page as study_page
 from nanolab.study import runs, stats
 
 
@@ -72,6 +73,7 @@ def test_intervals_are_scipys(rows_of, n, n_baseline, shift, compared):
                       rel=1e-6, abs=1e-9))
     assert row["sd"] == (None if n == 1 else pytest.approx(np.std([*ours.values()], ddof=1)))
     verdict = "not shown" if low < 0 < high else "better" if difference < 0 else "worse"
+    assert ("mine: 5 of 7." in printed) == (compared == "paired, 5 of 7")  # a note
     [line] = [line for line in printed.splitlines() if line.startswith("mine ")]
     assert f"{difference:+.4f}  {low:+.4f} to {high:+.4f}" in line and line.endswith(verdict)
 
@@ -154,10 +156,14 @@ def test_cautions(compare, tmp_path):
                 for seed in seeds]
         printed = compare(made, "--all", "--json", tmp_path / "out.json")
         row = read_json(tmp_path / "out.json")["rows"][0]
+        assert row["text_error"] == pytest.approx(np.std(uneven - text, ddof=1) / 10)
         low, high = row["resampled"]
         assert (high - low > 3 * (row["high"] - row["low"])) == wider and low <= row["low"]
         assert ("Not shown if the test set were resampled" in printed) == wider
         assert row["verdict"] == "better" and "if test set resampled" in printed
+    compare([{**run, "group_windows": [run["seed"]] * 100} for run in made],
+            "--json", tmp_path / "out.json")  # the groups of some runs are others
+    assert "resampled" not in read_json(tmp_path / "out.json")["rows"][0]
     made = [{**run, "val_loss": run["test_loss"]} for run in made]
     assert "resampled" not in compare(made, "--all", "--validation"), "its documents are others"
     made[0]["eval_tokens"] = 100
@@ -178,6 +184,19 @@ def test_what_counts_as_one_experiment():
                             "a, dropout=0.1, new_loss=0.0001, norm=new"}
     losses = runs.losses_by_seed(found["a, dropout=0.1, norm=layernorm"])
     assert list(losses.values()) == pytest.approx([3.1, 3.3])
+    assert len(runs.group_by_experiment([  # max_steps decides
+        {"name": "a", "config": {"max_steps": 9, "max_tokens": n}} for n in (5, 7)])) == 1
+
+
+def test_options_next_to_a_config(tmp_path):
+    """They count where neither the config nor the options of all runs say otherwise; and Windows'
+    editors write a mark before the text."""
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps({"options": {"amp": "bfloat16"}, "runs": [
+        {"name": "a", "seed": 3, "amp": "off", "dropout": 0.3, "config": {"dropout": 0.0}}]}),
+        "utf-8-sig")
+    [run] = runs.read_file(file)
+    assert [runs.settings(run)[key] for key in ("seed", "amp", "dropout")] == [3, "bfloat16", 0.0]
 
 
 def test_a_changed_default_does_not_relabel(compare, monkeypatch):
@@ -293,6 +312,19 @@ def test_columns_and_markdown(compare):
     assert "better, worse:" not in table  # studies/README.md explains the words
 
 
+def test_beside_another_study(compare, tmp_path):
+    """Its column may be called as another, and its baseline as ours."""
+    made = [{"name": name, "test_loss": loss} for name, loss in (("modern", 3.0), ("a", 2.75))]
+    other, p = [{**run, "test_loss": run["test_loss"] * 2} for run in made], tmp_path / "p.json"
+    p.write_text(json.dumps(other))
+    header, _, line, *_ = [line for line in compare(
+        made, "--baseline=modern", "--beside", p, "--markdown").splitlines() if line[:1] == "|"]
+    assert header.split()[-2] == "p" and line.split()[-2] == "-0.5000"
+    with pytest.raises(UserError, match="p.json has no a with a test_loss"):
+        p.write_text(json.dumps(other[:1]))
+        compare(made, "--baseline=a", "--beside", p)
+
+
 def test_the_baseline_that_was_asked_for(compare, tmp_path):
     made = [{"name": "a", "test_loss": 3.0, "dropout": 0.1},
             {"name": "a", "test_loss": 2.0, "dropout": 0.0},
@@ -311,6 +343,8 @@ def test_the_baseline_that_was_asked_for(compare, tmp_path):
     ('[{"test_loss": 3}]', "each with a name"),
     ('[{"name": "a", "test_loss": "3"}]', "figures must be numbers"),
     ('[{"name": "a", "test_loss": 3, "max_steps": "9"}]', "figures must be numbers"),
+    ('[{"name": "a", "test_loss": 3, "seed": "1"}]', "seeds whole ones"),
+    ('[{"name": "a", "test_loss": 3, "init_seed": 1.5}]', "seeds whole ones"),
     ('[{"name": 5, "test_loss": 3}]', "each with a name"),
     ('[{"name": "a", "test_loss": 3, "code": "abc"}]', "is no file of results"),
     ('[{"name": "a", "test_loss": 3, "config": {"dropout": [1]}}]', "figures must be numbers"),
@@ -328,11 +362,12 @@ def test_no_run_and_damaged_records(compare, tmp_path):
         compare(tmp_path / "no.json")
     make_run(tmp_path / "a", 3.0)
     (tmp_path / "a/best.test.json").write_text("{")
-    with pytest.raises(UserError, match="not measured"):
-        compare(tmp_path / "a")
-    (tmp_path / "a/summary.json").write_text("[")
+    (tmp_path / "a").rename(tmp_path / "a run")
+    with pytest.raises(UserError, match="not measured.*'.*/a run/best.pt'"):  # for a shell
+        compare(tmp_path / "a run")
+    (tmp_path / "a run/summary.json").write_text("[")
     with pytest.raises(UserError, match="summary.json is missing or damaged"):
-        compare(tmp_path / "a")
+        compare(tmp_path / "a run")
     with pytest.raises(UserError, match="log.jsonl, which is missing"):
         compare("studies/lab/results.json", "--curves", tmp_path / "curves.png")
 
@@ -410,9 +445,31 @@ def test_what_a_page_has(page):
     assert len(text) < 2e6 and not re.search(r'(src|href)="(https?:|//)', text)
     for part in ("<td>better</td>", "<td>not shown</td>", 'href="mine/1/report.html"',
                  "n_layer=2", "mine/4 has not ended", "a &lt;/script&gt; b",
-                 "&lt;/script&gt; changes the training loss itself (z_loss)", "c0ffee"):
+                 "&lt;/script&gt; changes the training loss itself (z_loss)", "c0ffee",
+                 "<td class=number>0.1</td>"):  # minutes
         assert part in body, part
     assert text.split("Object.entries(")[-1].count("</script>") == 1  # its own
+
+
+def test_a_record_has_the_curves_of_its_own_runs(page, compare):
+    """Not those of runs that were made in the same folders since."""
+    record = page.with_name("out.json")
+    compare(page.parent, "--json", record)
+    for is_there in (True, False):
+        compare(record, "--page", page)
+        assert ("<h2>Curves</h2>" in page.read_text()) == is_there
+        for summary in page.parent.glob("*/*/summary.json"):
+            summary.write_text(summary.read_text().replace("2026", "2027"))
+
+
+def test_differences_are_to_the_run_of_the_same_seed(monkeypatch):
+    monkeypatch.setattr(study_page, "curves_chart", lambda labels, curves, baseline: curves)
+    logs = {f"{name}{seed}": [{"step": 0, "tokens": 9, "loss": seed ** 2 + (name == "mine")}]
+            for name in ("baseline", "mine") for seed in (1, 2)}
+    experiments = {name: [{"path": f"{name}{seed}", "config": {"seed": seed}} for seed in (1, 2)]
+                   for name in ("baseline", "mine")}
+    curves = study_page.study_curves(experiments, "baseline", logs)
+    assert [losses[2, 0] for _, _, losses, _ in curves] == [0, 0, 1, 1]
 
 
 @pytest.mark.skipif(not BROWSER, reason="there is no browser to open the page with")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,9 @@ with open(folder + "/log.jsonl", "w") as log:
     print(json.dumps({"step": 4, "tokens": 5 * 512, "loss": 4.0}), file=log)
 while os.path.exists("wait"):
     time.sleep(0.05)
+if name == "killed":
+    print("a bar", flush=True)
+    os.kill(os.getpid(), 9)
 if name == "bad":
     sys.exit("first\\ntrain.py: it diverged")
 open(folder + "/best.pt", "w").close()
@@ -55,16 +59,21 @@ json.dump({"results": [{"name": config["name"], "test_loss": loss, "amp": "off",
 
 
 def test_a_study_is_stopped_goes_on_and_grows(tmp_path):
-    """With the stand-ins for train.py and eval.py."""
-    (tmp_path / "train.py").write_text(TRAIN)
-    (tmp_path / "eval.py").write_text(EVAL)
+    """With the stand-ins for train.py and eval.py, from another folder than theirs."""
+    program = tmp_path / "program"
+    program.mkdir()
+    shutil.copy(HERE / "study.py", program)
+    for folder in ("config", "nanolab"):
+        (program / folder).symlink_to(HERE / folder)
+    (program / "train.py").write_text(TRAIN)
+    (program / "eval.py").write_text(EVAL)
     calls = tmp_path / "calls"
     words = [BASE, "--max_steps=10", "--arms", "small=--n_layer=2", "bad=--dropout=0", "--jobs=2",
              "--out=out/s"]
 
     def begin(*words):
         return subprocess.Popen(
-            [sys.executable, HERE / "study.py", *words], cwd=tmp_path, text=True,
+            [sys.executable, program / "study.py", *words], cwd=tmp_path, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"})
 
@@ -76,7 +85,7 @@ def test_a_study_is_stopped_goes_on_and_grows(tmp_path):
 
     for number, whole_group in ((signal.SIGINT, True), (signal.SIGTERM, False)):
         (tmp_path / "wait").touch()
-        process = begin(*words, "--seeds=1")
+        process = begin(*words, "--seeds=1", "--plot=a.png")  # of nothing
         n_calls = 2 if whole_group else 4
         while not calls.exists() or len(calls.read_text().splitlines()) < n_calls:
             assert process.poll() is None, process.communicate()
@@ -88,6 +97,8 @@ def test_a_study_is_stopped_goes_on_and_grows(tmp_path):
         assert not list(tmp_path.glob("out/s/*/1/summary.json"))
         assert len((tmp_path / "saved").read_text().split()) == n_calls
         assert "out/s/baseline/1 has not ended" in out
+        page = (tmp_path / "out/s/study.html").read_text()
+        assert "0 of 3 runs are done" in page and "location.reload()" not in page
     (tmp_path / "wait").unlink()
     calls.unlink()
 
@@ -106,6 +117,9 @@ def test_a_study_is_stopped_goes_on_and_grows(tmp_path):
         "out/s/baseline/3 2 True", "out/s/small/3 2 True"]
     code, again, _ = command("out/s")
     assert code == 0 and again.split("missing")[0] in out
+    code, _, err = command(BASE, "--max_steps=10", "--arms", "killed=--n_layer=1", "--seeds=1",
+                           "--out=out/s")
+    assert code == 1 and "killed/1: killed by signal 9, perhaps because memory ran out\n" in err
     code, _, err = command(BASE, "--max_steps=10", "--learning_rate=1", "--out=out/s")
     assert code == 2 and "out/s/baseline/1 was made with learning_rate=0.0004, not 1" in err
 
@@ -173,6 +187,10 @@ def test_seeds(planned, text, seeds):
     ([*NEW, "qk_norm", "qk_norm=--n_layer=1"], "'qk_norm' cannot be the name of an arm"),
     ([*NEW, "baseline=--n_layer=1"], "'baseline' cannot be the name"),
     ([*NEW, "../x=--n_layer=1"], "cannot be the name"),
+    ([*NEW, "..=--n_layer=1"], "cannot be the name"),
+    ([*NEW, "a=--seed=3"], "--seed is no flag for a study"),
+    ([*NEW, "qk_norm", "--dry_run"], "--dry_run is no flag for a study"),
+    ([*NEW, "a=--save_weights=False"], "--save_weights is no flag"),
     ([*NEW, "a=--name=it's"], "cannot be read: No closing quotation"),
     ([*NEW, "qk_nrm"], "qk_nrm.py"), ([*NEW, "a=--n_lyer=2"], "n_lyer"),
     ([*NEW, "muon", "--optimizer=adamw"],

@@ -3,6 +3,7 @@ is tested. Each is a process of train.py, then one of eval.py."""
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import OPTIONS, Config
-from nanolab.common import StopSignal, UserError
+from nanolab.common import ROOT, StopSignal, UserError
 from nanolab.data import read_meta
 from nanolab.options import load, read_config_file, split_command_line
 from nanolab.study.runs import read_json, read_run, relevant_options
@@ -29,7 +30,7 @@ def plan(args):
     experiments = [(args.baseline, []), *map(parse_arm, args.arms)]
     names = [name for name, _ in experiments]
     for name, words in experiments:
-        if names.count(name) > 1 or not name or "/" in name:
+        if names.count(name) > 1 or name in ("", ".", "..") or "/" in name:
             raise UserError(f"'{name}' cannot be the name of an arm: each needs its own, without "
                             "/; --arms NAME='...' gives it one", exit_code=2)
         check_flags(args.words, words)
@@ -53,12 +54,17 @@ def parse_arm(arm):
             raise UserError(f"the arm {arm!r} cannot be read: {error}", exit_code=2) from None
     if arm.endswith(".py"):
         return Path(arm).stem, [arm]
-    return arm, [f"config/interventions/{arm}.py"]
+    return arm, [os.path.relpath(ROOT / f"config/interventions/{arm}.py")]
 
 
 def check_flags(base, words):
-    """Raises UserError where a flag of all runs would win over a file of one arm."""
+    """Raises UserError for a flag that a study sets itself, and where one of all runs would win
+    over a file of one arm."""
     (_, shared), (files, own) = (split_command_line(each, OPTIONS) for each in (base, words))
+    for key, _ in shared + own:
+        if key in ("name", "seed", "out_dir", "resume", "extend", "dry_run", "save_weights"):
+            raise UserError(f"--{key} is no flag for a study: how its runs are named, seeded, "
+                            "saved and resumed, it decides itself", exit_code=2)
     for file in files:
         for key in dict(read_config_file(file)).keys() & dict(shared).keys() - dict(own).keys():
             raise UserError(f"--{key} would win over {file}, which sets it too; write it into a "
@@ -102,9 +108,9 @@ def make_runs(jobs, args, draw):
     def make(folder):
         """Trains a run and tests it, as far as that is not done."""
         if not is_trained(folder) and not stop.requested:
-            last_words = call(["train.py", *jobs[folder]], folder, thread.environment, stop)
+            last_words = call([ROOT / "train.py", *jobs[folder]], folder, thread.environment, stop)
         if is_trained(folder) and not measured_loss(folder, args.loss) and not stop.requested:
-            last_words = call(["eval.py", "--ckpt", f"{folder}/best.pt"], folder,
+            last_words = call([ROOT / "eval.py", "--ckpt", f"{folder}/best.pt"], folder,
                               thread.environment, stop)
         if measured_loss(folder, args.loss):
             done.add(folder)
@@ -166,5 +172,8 @@ def call(command, folder, environment, stop):
         if stop.requested:
             process.terminate()  # train.py saves; a second request changes nothing
         time.sleep(0.5)
+    if (number := -process.returncode) > 0:
+        memory = ", perhaps because memory ran out" if number == signal.SIGKILL else ""
+        return f"killed by signal {number}{memory}"
     lines = output.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"it ended with {process.returncode}"

@@ -7,12 +7,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nanolab.charts import curves_chart, differences_chart
-from nanolab.common import code_name
+from nanolab.common import UserError, code_name
 from nanolab.log import curve, having, read_entries
 from nanolab.report import ZOOMING, chart, format_page, format_samples, html_table
 from nanolab.study import tables
-from nanolab.study.runs import (changed_objective, group_by_experiment, relevant_options, seeds_of,
-                                settings)
+from nanolab.study.runs import (changed_objective, group_by_experiment, read_run, relevant_options,
+                                seeds_of, settings)
 
 
 def study_page(path, status, runs, rows, baseline, loss, more="", is_running=False):
@@ -60,11 +60,13 @@ def in_order(experiments, rows, baseline):
 
 
 def read_logs(runs):
-    """{path of a run: the entries of its log}, without those that are missing or empty"""
+    """{path of a run: the entries of its log}, without those that are missing, empty or of another
+    run, which has since been made where one on record was."""
     logs = {}
     for run in runs:
-        with suppress(OSError, KeyError):
-            logs[run["path"]] = read_entries(Path(run["path"]).with_name("log.jsonl"))
+        with suppress(OSError, KeyError, UserError):
+            if read_run(run["path"], validation=True).get("ended") == run.get("ended"):
+                logs[run["path"]] = read_entries(Path(run["path"]).with_name("log.jsonl"))
     return {path: entries for path, entries in logs.items() if entries}
 
 

@@ -11,6 +11,7 @@ import glob
 import json
 import math
 import os
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def read_runs(words, loss):
             runs.append(run)
         else:
             unmeasured.append(path)
-    missing = [f"not measured: python eval.py --ckpt {' '.join(unmeasured)}"] * bool(unmeasured)
+    missing = [f"not measured: python eval.py --ckpt {shlex.join(unmeasured)}"] * bool(unmeasured)
     missing += [f"missing: {os.path.dirname(path)} has not ended (the same command with --resume "
                 "goes on)" for path in unfinished]
     missing += [f"missing: {run.get('path', run['name'])} has no {loss} that is a number"
@@ -111,28 +112,34 @@ def read_json(path):
         raise UserError(f"{path} is missing or damaged") from None
 
 
-def read_file(path):
-    """The runs in a results file. Raises UserError."""
+def read_file(path, loss=None):
+    """The runs in a results file; each must have this loss, if one is named. Raises UserError."""
+    def options_of(run):
+        beside = {key: run[key] for key in DEFAULTS if key in run}  # some of them eval.py's
+        return {**beside, **shared, **run["config"]} if "config" in run else {**shared, **beside}
+
     try:
-        content = parse_json(Path(path).read_text())
+        content = parse_json(Path(path).read_text("utf-8-sig"))
         content = content if isinstance(content, dict) else {"runs": content}
         shared = content.get("options", {})
-        runs = [{**run, "config": {**shared, **run.get("config", {
-            key: run[key] for key in DEFAULTS if key in run})}} for run in content["runs"]]
+        runs = [{**run, "config": options_of(run)} for run in content["runs"]]
         for run in runs:
             hash((run["name"], *run["config"].values()))  # a TypeError if one is a list
             figures = [run.get(key) or 0 for key in NUMBERS]
             figures += [settings(run)[key] for key in SIZES]
             if not (isinstance(run["name"], str) and all(isinstance(state, dict) for state in
                                                          run.get("code") or ())
-                    and all(isinstance(figure, (int, float)) for figure in figures)):
+                    and all(isinstance(figure, (int, float)) for figure in figures)
+                    and all(type(seed) is int or seed == "not fixed" for seed in seeds_of(run))):
                 raise TypeError
+        if loss and not (runs and all(has_loss(run, loss) for run in runs)):
+            raise UserError(f"{path} is no file for this: it needs runs, each with a {loss}")
         return runs
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no file of results: it needs a list of runs, each with a name, "
-                        "and figures must be numbers") from None
+                        "and figures must be numbers, seeds whole ones") from None
 
 
 def settings(run):

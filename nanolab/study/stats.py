@@ -1,13 +1,13 @@
 """Statistics of losses: numbers in, numbers out.
 
 Losses come as {seeds: loss}. The tests compare with scipy.stats, which takes a second to import;
-scipy.special does not.
+scipy.special takes less, and is imported by its first use.
 """
 
 import math
 
 import numpy as np
-from scipy.special import nctdtrinc, stdtr, stdtrit
+import scipy
 
 
 def compare_means(ours, theirs):
@@ -39,7 +39,7 @@ def compare_means(ours, theirs):
         error, df = add_errors(standard_error(a), len(a) - 1, standard_error(b), len(b) - 1)
     if error <= 1e-12 * max(map(abs, a + b)):
         return {**result, "compared": f"{result['compared']}, no spread"}
-    p = 2 * stdtr(df, -abs(result["difference"]) / error)
+    p = 2 * scipy.special.stdtr(df, -abs(result["difference"]) / error)
     return {**result, "error": float(error), "df": df, "p": float(p)}
 
 
@@ -54,7 +54,7 @@ def add_errors(error, df, other, other_df):
 
 
 def t_interval(mean, error, df, level=0.05):
-    half = float(stdtrit(df, 1 - level / 2)) * error
+    half = float(scipy.special.stdtrit(df, 1 - level / 2)) * error
     return [mean - half, mean + half]
 
 
@@ -72,7 +72,8 @@ def sample_sd(values):
 def detectable(error, df, level):
     """The minimum detectable effect: a two-sided t-test at this level shows it in 80 % of
     studies."""
-    return error * float(nctdtrinc(df, 0.2, stdtrit(df, 1 - level / 2)))
+    t = scipy.special.stdtrit(df, 1 - level / 2)
+    return error * float(scipy.special.nctdtrinc(df, 0.2, t))
 
 
 def seeds_to_show(effect, error, n, level):
@@ -82,9 +83,9 @@ def seeds_to_show(effect, error, n, level):
                  if detectable(error * math.sqrt(n / more), more - 1, level) <= abs(effect)), None)
 
 
-def bootstrap_error(values, weights, n_samples=2000):
-    """The standard error of a weighted mean, from resampling the values with their weights."""
-    n = len(values)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), n_samples)
-    drawn = counts * np.array(weights)  # (n_samples, n)
-    return float(np.std(drawn @ values / drawn.sum(1), ddof=1))
+def weighted_error(values, weights):
+    """The standard error of a weighted mean, such as that of a test loss from the choice of the
+    documents; None of a single value."""
+    n, shares = len(values), np.array(weights) / np.sum(weights)
+    deviations = shares * np.subtract(values, shares @ values)
+    return math.sqrt(deviations @ deviations * n / (n - 1)) if n > 1 else None

@@ -62,11 +62,11 @@ def add_verdicts(tested):
 
 def text_error(runs, others):
     """The standard error of a difference of two mean losses from the choice of the test documents:
-    by a paired bootstrap over groups of them. None if unknown."""
+    by the spread of the differences over groups of them. None if unknown."""
     (ours, sizes), (theirs, other_sizes) = mean_group_losses(runs), mean_group_losses(others)
-    if sizes is None or sizes != other_sizes or len(sizes) < 2:
+    if sizes is None or sizes != other_sizes:
         return None
-    return stats.bootstrap_error(ours - theirs, sizes)
+    return stats.weighted_error(ours - theirs, sizes)
 
 
 def mean_group_losses(runs):
@@ -143,7 +143,7 @@ def comparison_cells(rows, all_columns=False, beside=None):
                 "95 % interval": format_interval((row["low"], row["high"]) if "low" in row
                                                  else None, "+.4f"),
                 "p": format_p(row.get("p_corrected")), "verdict": row["verdict"],
-                title: format_number(theirs.get(row["experiment"]), "+.4f"),
+                "beside": format_number(theirs.get(row["experiment"]), "+.4f"),
                 "if test set resampled": format_interval(row.get("resampled"), "+.4f"),
                 "compared": row.get("compared", ""),
                 "same seed": format_number(gaps[0] if len(gaps) == 1 else None, "+.4f"),
@@ -153,8 +153,9 @@ def comparison_cells(rows, all_columns=False, beside=None):
 
     lines = [cells(row) for row in rows]
     names = list(lines[0]) if all_columns else [
-        "experiment", "n", "loss", "difference", "95 % interval", "p", "verdict", title]
-    return [names, *([line[name] for name in names] for line in lines)]
+        "experiment", "n", "loss", "difference", "95 % interval", "p", "verdict", "beside"]
+    header = [title if name == "beside" else name for name in names]
+    return [header, *([line[name] for name in names] for line in lines)]
 
 
 def format_heading(rows, baseline, loss):
@@ -210,9 +211,12 @@ def format_notes(rows, baseline, independent=True):
     lines += listed("Seeds that would show a difference as large as the one measured (80 % power): "
                     "{}.", [row for row in tested if "seeds_needed" in row],
                     lambda row: f": {row['seeds_needed'] or 'over 100'}")
-    lines += listed("Not shown if the test set were resampled (bootstrap over its documents): {}.",
+    lines += listed("Not shown if the test set were resampled (by its documents' spread): {}.",
                     [row for row in tested if row["verdict"] != "not shown" and "resampled" in row
                      and row["resampled"][0] < 0 < row["resampled"][1]])
+    lines += listed("Over the common seeds only, so not the difference of the losses above: {}.",
+                    [row for row in rows if " of " in row.get("compared", "")],
+                    lambda row: f": {row['compared'].removeprefix('paired, ')}")
     if tested and independent:
         lines += listed("Some runs of {} have a seed in common, so they are not independent, and "
                         "the intervals are too narrow.",

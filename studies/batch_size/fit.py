@@ -38,8 +38,8 @@ def fit_batch_size(sizes, losses):
 
 def points(path, *names):
     """-> global batch sizes and losses of the runs of these names, or of all"""
-    found = [(settings(run)["global_batch_size"], run["test_loss"]) for run in read_file(path)
-             if not names or run["name"] in names]
+    found = [(settings(run)["global_batch_size"], run["test_loss"])
+             for run in read_file(path, "test_loss") if not names or run["name"] in names]
     return np.array(sorted(found), float).reshape(-1, 2).T
 
 

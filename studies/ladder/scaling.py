@@ -67,7 +67,7 @@ def with_size(run, loss):
 def collect_cells(runs):
     """-> {(name, parameters of the size, training tokens): runs}. Raises UserError."""
     def shape(run):
-        return run["config"]["n_layer"], run["config"]["n_embd"]
+        return settings(run)["n_layer"], settings(run)["n_embd"]
     largest, cells = {}, {}
     for run in sorted(runs, key=lambda run: run["parameters"]):
         largest[shape(run)] = run["parameters"]
@@ -262,7 +262,11 @@ def main():
     parser.add_argument("--validation", action="store_const", dest="loss", const="val_loss",
                         default="test_loss", help="by validation loss")
     args = parser.parse_args()
-    runs = [run for path in args.results for run in read_file(path)]
+    runs = [run for path in args.results for run in read_file(path, args.loss)]
+    known = {run["name"] for run in runs}
+    if unknown := {*args.against} - {*parser.get_default("against")} - known:
+        raise UserError(f"--against: no run is named {', '.join(sorted(unknown))}; there are "
+                        f"{', '.join(sorted(known))}", exit_code=2)
     print(format_analysis(analyse(runs, args.target, args.against, args.loss)))
 
 

@@ -123,8 +123,10 @@ def sd_interval(losses):
 def format_noise(runs):
     losses, rows = losses_by_seed(runs), [["varies", "n", "mean", "SD", "95 % interval"]]
     for source, values in sources_of_noise(runs).items():
-        rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
-                     f"{np.std(values, ddof=1):.6f}", format_interval(sd_interval(values), ".4f")])
+        if len(values) > 1:
+            rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
+                         f"{np.std(values, ddof=1):.6f}",
+                         format_interval(sd_interval(values), ".4f")])
     model = mixed_model(list(losses.values()), list(losses))
     sds = [f"{name} {math.sqrt(model[effect]):.4f}" for effect, name in EFFECTS.items()]
     mean, one_more = (format_interval(stats.t_interval(*mean_loss(losses, n_new)), ".4f")
@@ -138,9 +140,10 @@ def format_noise(runs):
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS.json")
-    runs = [run for run in read_file(parser.parse_args().results) if run["name"] in NAMES]
-    if not runs:
-        raise UserError(f"no run is named {', '.join(NAMES)}")
+    runs = [run for run in read_file(parser.parse_args().results, "test_loss")
+            if run["name"] in NAMES]
+    if len(losses_by_seed(runs)) < 3:
+        raise UserError(f"the model needs three seeds or more of runs named {', '.join(NAMES)}")
     print(format_noise(runs))
 
 
