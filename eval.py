@@ -97,13 +97,12 @@ def format_difference(first, other):
     same = ("split", "block_size", "group_windows", f"{first['split']}_sha256")
     if any(first[key] != other[key] for key in same):
         return "difference: none, the windows are not the same (--block_size=N cuts both alike)"
-    difference, half_width = paired_difference(first, other)
-    interval = "no interval, for the text is a single document"
-    if half_width is not None:
-        low, high = difference - half_width, difference + half_width
-        interval = (f"95 % interval {low:+.4f} to {high:+.4f} for other such documents; another "
-                    "seed is not in it")
-    return f"difference: {difference:+.4f}, {interval}"
+    difference, interval = paired_difference(first, other)
+    words = "no interval, for the text is a single document"
+    if interval:
+        words = (f"95 % interval {interval[0]:+.4f} to {interval[1]:+.4f} for other such "
+                 "documents; another seed is not in it")
+    return f"difference: {difference:+.4f}, {words}"
 
 
 def format_result(result):

@@ -213,13 +213,6 @@ def versions():
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
 
 
-def format_duration(seconds):
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
-
-
 def parse_json(text):
     """json.loads. ValueError for all that is wrong; nesting too deep is a RecursionError there."""
     try:

@@ -99,13 +99,13 @@ def loss_of(result):
 
 
 def paired_difference(first, other):
-    """The difference of two results' losses on the same windows, and the half-width of its 95 %
-    interval; None for a single document. What is hard for one is hard for the other, so it is
-    narrower than an interval of either."""
+    """The difference of two results' losses on the same windows, and its 95 % interval; None for a
+    single document. What is hard for one is hard for the other, so it is narrower than an interval
+    of either."""
     gaps = [b - a for a, b in zip(first["group_losses"], other["group_losses"], strict=True)]
     error = weighted_error(gaps, first["group_windows"])
-    return (loss_of(other) - loss_of(first),
-            None if error is None else t_interval(0, error, len(gaps) - 1)[1])
+    difference = loss_of(other) - loss_of(first)
+    return difference, error and t_interval(difference, error, len(gaps) - 1)
 
 
 def result_path(path, split):

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from statistics import median
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from config import divisors
-from nanolab.common import UserError, format_duration, is_out_of_memory
+from nanolab.common import UserError, is_out_of_memory
 from nanolab.distributed import print0
 
 MARGIN = 0.1  # the fraction of a GPU that a trial leaves free, for what comes later in a run
@@ -125,7 +126,7 @@ def dry_run(config, n_steps, model, optimizer, dataset, batch_size, grad_accum_s
     print0(f"memory: {peak_memory(world.device) / 2**20:,.0f} MB at the peak of a step\n"
            f"time:   {seconds:,.4f} s a step ({grad_accum_steps} micro-steps of "
            f"{micro_step:,.4f} s, {update:,.4f} s for the update), {rate:,.0f} tokens/s; "
-           f"{n_steps:,} steps take about "
-           f"{format_duration(seconds * n_steps)}, validations and saves not counted"
+           f"{n_steps:,} steps take about {timedelta(seconds=round(seconds * n_steps))} hours, "
+           "validations and saves not counted"
            f"{f', and cost {cost:,.2f} dollars' if cost else ''}\n"
            f"dry run: nothing was written to {config.out_dir}")

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from nanolab.common import UserError, run_script
-from nanolab.study.runs import read_file, settings
+from nanolab.study.runs import read_file
 from nanolab.study.stats import standard_error
 from nanolab.study.tables import format_table
 
@@ -26,10 +26,7 @@ def read_losses(path):
     """-> {flag: {seed: validation loss}}"""
     losses = {}
     for run in read_file(path, "val_loss"):
-        losses.setdefault(run["name"], {})[settings(run)["seed"]] = run["val_loss"]
-    for name, seeds in losses.items():
-        if not seeds.keys() <= losses.get(BASELINE, {}).keys():
-            raise UserError(f"{path} has no run of {BASELINE} for each seed of {name}")
+        losses.setdefault(run["name"], {})[run["config"]["seed"]] = run["val_loss"]
     return losses
 
 
@@ -68,11 +65,8 @@ def main():
         raise UserError("name choose or agreement, and two results files", exit_code=2)
     sizes = [read_losses(path) for path in sys.argv[2:]]
     labels = [Path(path).stem.split("_")[-1] for path in sys.argv[2:]]
-    found = {name: compare(name, sizes) for name in sizes[0]
-             if name in sizes[1] and name != BASELINE}
-    if not found:
-        raise UserError("the two files have no flag in common")
-    print(what(found, labels))
+    print(what({name: compare(name, sizes) for name in sizes[0]
+                if name in sizes[1] and name != BASELINE}, labels))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # The ladder's recipes with heads of 32 and attention logits up to 12, each step of the stack alone:
-# two blocks, 20 tokens a parameter. First half, once, twice ... the ladder's best rate, one seed
-# each, by validation loss; then five seeds a recipe at the best of these rates. Other values are
-# those of the ladder's trials; `rope`, which it has not, is tried with those of both neighbours. At
-# width 64, where the ladder has heads of 32 too, the rates are the ladder's; at 96, those of its
-# law. Needs `python prepare.py pypi`, once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
+# two blocks, 20 tokens a parameter. First rates at 2x32, one seed each, by validation loss; then the
+# runs at the best of these. `rope`, which the ladder has not, is tried with the values of both its
+# neighbours. Rates at 64 are the ladder's, at 96 those of its law. Needs `python prepare.py pypi`,
+# once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
 set -euo pipefail
 
 first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's

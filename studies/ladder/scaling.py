@@ -263,10 +263,6 @@ def main():
                         default="test_loss", help="by validation loss")
     args = parser.parse_args()
     runs = [run for path in args.results for run in read_file(path, args.loss)]
-    known = {run["name"] for run in runs}
-    if unknown := {*args.against} - {*parser.get_default("against")} - known:
-        raise UserError(f"--against: no run is named {', '.join(sorted(unknown))}; there are "
-                        f"{', '.join(sorted(known))}", exit_code=2)
     print(format_analysis(analyse(runs, args.target, args.against, args.loss)))
 
 
