@@ -163,23 +163,20 @@ class RunLog:
                 values["sample"] = Html(f"<pre>{html.escape(entry['sample'])}</pre>")
             self.tracker.log(values, step=entry["step"])
 
-    def cost(self):
-        """In dollars, so far."""
-        return self.state.seconds / 3600 * self.config.dollars_per_hour
-
     def summary(self, best_val_loss):
-        state = self.state
+        state, hours = self.state, self.state.seconds / 3600
         return {"name": self.config.name, "steps": state.step, "tokens": state.tokens,
                 "final_val_loss": finite_or_none(state.val_loss),
                 "best_val_loss": finite_or_none(best_val_loss),
                 "skipped_steps": state.skipped, "seconds": round(state.seconds, 3),
                 "tokens_per_second": round(state.tokens_per_second(), 1),
                 "peak_memory_mb": round(peak_memory(self.world.device) / 2**20),
-                "cost": round(self.cost(), 2), "started": state.started, "ended": utc_now(),
-                "machine": machine(self.world), "versions": versions(), "code": state.code}
+                "cost": round(hours * self.config.dollars_per_hour, 2),
+                "started": state.started, "ended": utc_now(), "machine": machine(self.world),
+                "versions": versions(), "code": state.code}
 
     def report(self, best_val_loss, stopped=False):
-        """Writes report.html, but for a timing run: every 30 seconds, or less often if drawing takes
+        """Writes report.html, but for a timing run: every 30 seconds, less often if drawing takes
         more than 1 % of the time; when the run ends loss.png too, and summary.json."""
         start, state = time.perf_counter(), self.state
         is_last = state.step == self.max_steps
@@ -227,7 +224,8 @@ class RunLog:
               f"{self.peak_flops / 1e9:,.1f} of matrix products here {share}; peak memory "
               f"{peak_memory(self.world.device) / 2**20:,.0f} MB")
         if self.config.save_weights:
-            cost = f", {self.cost():,.2f} dollars" if self.config.dollars_per_hour else ""
+            cost = self.summary(best_val_loss)["cost"]
+            cost = f", {cost:,.2f} dollars" if cost else ""
             print(f"done:   {state.tokens:,} tokens in {state.seconds:,.0f} s{cost}; validation "
                   f"loss {state.val_loss:.4f}, best {best_val_loss:.4f}")
             for i, command in enumerate(self.next_commands()):

@@ -85,8 +85,8 @@ def test_no_split_named_test(small_run, tiny_data, tmp_path, monkeypatch, output
 
 
 def test_a_copy_of_the_data(small_run, tiny_data, tmp_path, output_of):
-    """The result on a copy of the data, under another name, is not that on the run's own. Of a glob,
-    a run that has saved nothing yet is left out."""
+    """The result on a copy of the data, under another name, is not that on the run's own. A run
+    of a glob that has saved nothing yet is left out."""
     run = small_run("run 1", *tiny_data)
     shutil.copytree(tiny_data[1].removeprefix("--data_dir=") + "/tiny", tmp_path / "data" / "copy")
     (tmp_path / "run 2").mkdir()

@@ -1,7 +1,7 @@
 """How fast the loss falls with a model's size, what that predicts of a larger one, and with which
 fraction of another recipe's tokens a recipe reaches its loss.
 
-    python -m studies.ladder.scaling RESULTS.json ... [--target N] [--against NAME ...] [--validation]
+    python -m studies.ladder.scaling FILE.json ... [--target N] [--against NAME ...] [--validation]
 
 A ladder is recipes (runs of one name) at several sizes, where tokens grow with parameters. A size
 is a shape, n_layer x n_embd. It counts as many parameters as the largest model of that shape has:
@@ -237,8 +237,8 @@ def format_analysis(result):
         fractions.append([ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
                           format_interval(limits, ".3f")])
     tables = {
-        f"Laws over {len(result['fitted'])} sizes, {smallest} to {max(result['fitted'], default=0):,} "
-        f"parameters, and their predictions for {result['target']:,}. The line: through the last "
+        f"Laws over {len(result['fitted'])} sizes, {smallest} to {max(result['fitted'], default=0):,}"
+        f" parameters, and their predictions for {result['target']:,}. The line: through the last "
         "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
         "another form.": laws,
         "Differences in loss, seed by seed. Each interval is for one test.": differences,

@@ -25,8 +25,8 @@ study alone lab_modern config/cloud.py --batch_size=8 --max_tokens=307_200 \
   wsd="config/interventions/wsd.py --learning_rate=4e-3" \
   muon="config/interventions/muon.py --learning_rate=8e-3"
 
-study later lab_later config/cloud.py --batch_size=8 --max_tokens=307_200 \
-  --learning_rate=4e-3 --baseline=tuned_stack --arms z_loss qk_norm_12=config/interventions/qk_norm.py
+study later lab_later config/cloud.py --batch_size=8 --max_tokens=307_200 --learning_rate=4e-3 \
+  --baseline=tuned_stack --arms z_loss qk_norm_12=config/interventions/qk_norm.py
 
 study core lab_core $modern --batch_size=8 --max_tokens=307_200 --learning_rate=8e-3 \
   --schedule=wsd --baseline=core --arms core_cosine=--schedule=cosine \

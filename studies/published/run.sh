@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The published interventions on eight A100s with 40 GB: 3.2 hours and about US$40 each; no_amp on
-# 80 GB: 8.1 hours and over US$135. Nobody has run them with nanolab. Needs `python prepare.py fineweb`. Writes
-# out/published/NAME and out/published.json; shows the published differences in a column.
+# 80 GB: 8.1 hours and over US$135. Nobody has run them with nanolab. Needs `python prepare.py
+# fineweb`. Writes out/published/NAME, out/published.json; shows the published differences beside.
 #
 #     bash studies/published/run.sh baseline remove_dropout      these two; without names, all
 set -euo pipefail
