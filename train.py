@@ -230,7 +230,8 @@ def make_fast(model, config, batch_size, world):
         # first, would give training a graph for any batch size.
         dynamic = None if batch_size == "auto" else False
         # A CUDA graph has the addresses of its weights: the averaged model needs one of its own.
-        isolated = config.compile == "graphs" and config.tail_average > 0  # torch 2.11 cannot
+        # Only then: an older torch may lack isolate_recompiles.
+        isolated = config.compile == "graphs" and config.tail_average > 0
         model = torch.compile(model, fullgraph=one_gpu, dynamic=dynamic, options={
             "triton.cudagraphs": graphs, "triton.cudagraph_trees": False},
             **{"isolate_recompiles": True} if isolated else {})

@@ -88,8 +88,8 @@ def checkpoint_to_resume(config, meta):
     must belong to this run. Raises UserError."""
     paths = [Path(config.out_dir, name) for name in ("last.pt", "best.pt")]
     paths = [path for path in paths if path.exists() and (config.resume or not config.dry_run)]
-    if not (paths or config.dry_run) and all(Path(config.out_dir, name).exists()
-                         for name in ("config.json", "summary.json")):
+    if not (paths or config.dry_run) and all(
+            Path(config.out_dir, name).exists() for name in ("config.json", "summary.json")):
         raise config_error(f"{config.out_dir} has the record of a finished run, without its "
                            "checkpoints; --out_dir=ANOTHER keeps it")
     if paths and not config.resume:
@@ -133,8 +133,8 @@ def with_budget(config, meta):
     if not config.epochs:
         return config
     n_windows = (meta["splits"]["train"]["tokens"] - 1) // config.block_size
-    return replace(config, epochs=0.0,
-                   max_steps=math.ceil(config.epochs * n_windows / config.global_batch_size - 1e-9))
+    n_steps = config.epochs * n_windows / config.global_batch_size
+    return replace(config, epochs=0.0, max_steps=math.ceil(n_steps - 1e-9))  # 1.1 * 100 is 110.0...
 
 
 def check_init_from(weights, config, tokenizer):
