@@ -33,9 +33,10 @@ def read_meta(data_dir, dataset, vocab_size=0):
     try:
         meta = parse_json(path.read_text())
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
+        facts = ("tokens", "documents", "bytes", "sha256", "chunks")
         if ([type(meta[key]) for key in keys] != [str, int, str, int, dict, str, str] or any(
-                [type(facts[key]) for key in ("tokens", "sha256", "chunks")] != [int, str, list]
-                for facts in (meta["splits"]["train"], *meta["splits"].values()))):
+                [type(split[key]) for key in facts] != [int, int, int, str, list]
+                for split in (meta["splits"]["train"], *meta["splits"].values()))):
             raise ValueError
         np.dtype(meta["dtype"])  # a TypeError if that is no type
         return {key: meta[key] for key in keys}

@@ -316,7 +316,10 @@ def test_info(tmp_path, texts, output_of):
         with pytest.raises(UserError, match=f"is a path{advice}"):
             read_meta(tmp_path, path)
     meta = (folder / "meta.json").read_text()
-    for key, value in ("dtype", "x"), ("vocab_size", "257"), ("plan", None), ("splits", [1]):
+    splits = json.loads(meta)["splits"]
+    splits["train"]["bytes"] = "12 kB"
+    for key, value in (("dtype", "x"), ("vocab_size", "257"), ("plan", None), ("splits", [1]),
+                       ("splits", splits)):
         (folder / "meta.json").write_text(json.dumps({**json.loads(meta), key: value}))
         with pytest.raises(UserError, match="meta.json is damaged or not nanolab's"):
             output_of("prepare", *info)
