@@ -125,6 +125,14 @@ def test_a_study_makes_its_results(name, tmp_path, monkeypatch):
         assert made == on_record, key
 
 
+def test_the_plan_for_a_gpu_is_valid(tmp_path):
+    lines = command_lines("heads_of_32/run.sh", tmp_path, "gpu", "--max_steps=2")
+    configs = [load(Config, argv) for argv in trained(lines)]
+    assert [(config.n_embd, config.name, config.seed) for config in configs[:4]] == [
+        (448, "published", 1), (448, "rope", 1), (448, "modern", 1), (320, "published", 1)]
+    assert len(configs) == 27 and {config.max_steps for config in configs} == {2}
+
+
 @pytest.mark.parametrize("page", update.pages(), ids=lambda page: page.parent.name)
 def test_pages_have_the_tables_of_their_data(page):
     text = page.read_text()

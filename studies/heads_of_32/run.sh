@@ -4,6 +4,9 @@
 # runs at the best of these. `rope`, which the ladder has not, is tried with the values of both its
 # neighbours. Rates at 64 are the ladder's, at 96 those of its law. Needs `python prepare.py pypi`,
 # once. Writes out/heads_of_32/ and out/heads_of_32_*.json.
+#
+#     bash studies/heads_of_32/run.sh        what README.md has
+#     bash studies/heads_of_32/run.sh gpu    NOT RUN YET, on one GPU: 2.3 to 19.6 million parameters
 set -euo pipefail
 
 first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's
@@ -31,6 +34,24 @@ rates() {  # WIDTH TOKENS, and the rates of published, of the two with rope, of 
   study rates $1 $2 --learning_rate=${3%% *} --validation --seeds=1 \
     --baseline="${arms[0]%%=*}" --arms "${arms[@]:1}"
 }
+
+# 243 PFLOP: 34 minutes where two runs together reach 120 TFLOP/s; `nvidia-cuda-mps-control -d` lets
+# them share a GPU. Rates: twice the law's, with four times its batch (assumed: they grow with its
+# root). Commit a prediction first. `gpu --max_steps=2` shows whether it starts.
+gpu() {  # LAYERS WIDTH TOKENS SEEDS BATCH, and the rates of published, rope, modern
+  study gpu $2 $3 --n_layer=$1 --seeds=$4 --batch_size=$5 --global_batch_size=$5 --amp=bfloat16 \
+    --compile=graphs --learning_rate=$6 --baseline=published "${flags[@]}" --arms \
+    rope="$rope $second --learning_rate=$7" modern="$modern --batch_size=$5 --learning_rate=$8"
+}
+
+if [ "${1:-}" = gpu ]; then
+  flags=("${@:2}")
+  gpu 8 448 391838720 1 64 0.00106 0.00052 0.00212
+  gpu 8 320 201241600 2 64 0.00162 0.00088 0.00324
+  gpu 6 256  97976320 3 64 0.0026 0.00158 0.00514
+  gpu 5 192  46901760 3 16 0.00209 0.00143 0.0041
+  exit
+fi
 
 rates 32 916_480 "0.0123 0.0246 0.0492" "0.0153 0.0306 0.0612" "0.02085 0.0417 0.0834 0.1668"
 study runs 32 916_480 --learning_rate=0.0246 --baseline=published --arms \

@@ -1,6 +1,7 @@
 """Where the noise of a study comes from: the seed of the initial weights, or those of the loop.
 
     python -m studies.noise.mixed_model RESULTS.json    # its runs of NAMES
+    python -m studies.noise.mixed_model RESULTS.json --baseline=NAME    # study.py's table
 
 Each loss is taken for a mean, plus an effect of the seed of the initial weights, one of the seeds
 of the training loop (data order, dropout), and a rest. REML estimates their three variances from
@@ -17,9 +18,9 @@ from scipy.optimize import Bounds, minimize
 from scipy.special import chdtri, stdtr
 
 from nanolab.common import UserError, argument_parser, run_script
-from nanolab.study import stats
-from nanolab.study.runs import losses_by_seed, read_file, seeds_of, settings
-from nanolab.study.tables import format_interval, format_table
+from nanolab.study import stats, tables
+from nanolab.study.runs import (group_by_experiment, losses_by_seed, read_file, seeds_of,
+                                settings)
 
 NAMES = ("baseline", "weights", "loop")  # the last two: the baseline with seeds of these alone
 EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
@@ -126,22 +127,36 @@ def format_noise(runs):
         if len(values) > 1:
             rows.append([source, str(len(values)), f"{np.mean(values):.6f}",
                          f"{np.std(values, ddof=1):.6f}",
-                         format_interval(sd_interval(values), ".4f")])
+                         tables.format_interval(sd_interval(values), ".4f")])
     model = mixed_model(list(losses.values()), list(losses))
     sds = [f"{name} {math.sqrt(model[effect]):.4f}" for effect, name in EFFECTS.items()]
-    mean, one_more = (format_interval(stats.t_interval(*mean_loss(losses, n_new)), ".4f")
+    mean, one_more = (tables.format_interval(stats.t_interval(*mean_loss(losses, n_new)), ".4f")
                       for n_new in (0, 1))
-    return (f"{format_table(rows, markdown=True)}\n\n"
+    return (f"{tables.format_table(rows, markdown=True)}\n\n"
             f"SD by the mixed model of all {len(losses)} runs: {', '.join(sds)}. "
             f"Mean {np.mean(list(losses.values())):.6f} (95 % interval {mean}); "
             f"one more run falls between {one_more.replace('to', 'and')}, 95 times in 100.")
 
 
+def format_comparison(runs, baseline):
+    """As study.py does it, but by `difference`."""
+    rows = tables.compare(group_by_experiment(runs), baseline, test=difference)
+    cells = tables.comparison_cells(rows, all_columns=True)
+    return (f"{tables.format_heading(rows, baseline, 'test_loss')}\n\n"
+            f"{tables.format_table(cells, markdown=True)}\n\n"
+            f"{tables.format_notes(rows, baseline, independent=False)}")
+
+
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS.json")
-    runs = [run for run in read_file(parser.parse_args().results, "test_loss")
-            if run["name"] in NAMES]
+    parser.add_argument("--baseline", metavar="NAME", help="compare the others with it")
+    args = parser.parse_args()
+    runs = read_file(args.results, "test_loss")
+    if args.baseline:
+        print(format_comparison(runs, args.baseline))
+        return
+    runs = [run for run in runs if run["name"] in NAMES]
     if len(losses_by_seed(runs)) < 3:
         raise UserError(f"the model needs three seeds or more of runs named {', '.join(NAMES)}")
     print(format_noise(runs))
