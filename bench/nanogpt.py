@@ -32,7 +32,7 @@ import torch
 
 from nanolab.common import UserError, argument_parser, git, run_script, write_atomically
 from nanolab.distributed import World, machine
-from nanolab.log import read_log
+from nanolab.log import having, read_entries
 from nanolab.memory import peak_memory
 
 DATA_DIR = ROOT / "data"  # of the data set stdlib, which the first run makes
@@ -123,7 +123,7 @@ def run_nanolab(flags, settings=None):
     with tempfile.TemporaryDirectory() as out_dir:
         run_python(*script, "config/bench.py", *flags, f"--data_dir={DATA_DIR}",
                    f"--out_dir={out_dir}")
-        log = read_log(Path(out_dir, "log.jsonl"))[0]
+        log = having("loss", read_entries(Path(out_dir, "log.jsonl")))
         summary = json.loads(Path(out_dir, "summary.json").read_text())
     rates = [step["tokens_per_second"] for step in log[STEPS_NOT_TIMED:]]
     return {"tokens_per_second": harmonic_mean(rates), "peak_memory_mb": summary["peak_memory_mb"],

@@ -18,12 +18,6 @@ def read_entries(path):
     return entries
 
 
-def read_log(path):
-    """-> (training entries, validation entries)"""
-    entries = read_entries(path)
-    return having("loss", entries), having("val_loss", entries)
-
-
 def having(key, entries):
     return [entry for entry in entries if key in entry]
 
