@@ -138,15 +138,6 @@ def format_noise(runs):
             f"one more run falls between {one_more.replace('to', 'and')}, 95 times in 100.")
 
 
-def format_comparison(runs, baseline):
-    """As study.py does it, but by `difference`."""
-    rows = tables.compare(group_by_experiment(runs), baseline, test=difference)
-    cells = tables.comparison_cells(rows, all_columns=True)
-    return (f"{tables.format_heading(rows, baseline, 'test_loss')}\n\n"
-            f"{tables.format_table(cells, markdown=True)}\n\n"
-            f"{tables.format_notes(rows, baseline, independent=False)}")
-
-
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("results", metavar="RESULTS.json")
@@ -154,7 +145,10 @@ def main():
     args = parser.parse_args()
     runs = read_file(args.results, "test_loss")
     if args.baseline:
-        print(format_comparison(runs, args.baseline))
+        rows = tables.compare(group_by_experiment(runs), args.baseline, test=difference)
+        print(tables.format_heading(rows, args.baseline, "test_loss"), "",
+              tables.format_table(tables.comparison_cells(rows, all_columns=True), markdown=True),
+              "", tables.format_notes(rows, args.baseline, independent=False), sep="\n")
         return
     runs = [run for run in runs if run["name"] in NAMES]
     if len(losses_by_seed(runs)) < 3:
