@@ -91,4 +91,4 @@ fewer 32 916480 5 0.0306 0.0834
 fewer 64 2816000 3 0.0158 0.0284
 python study.py out/heads_of_32/fewer --validation --json=out/heads_of_32_fewer.json
 python -m studies.ladder.scaling out/heads_of_32_{runs_32,runs_64,runs_96,fewer}.json --validation \
-  --against published rope rope_qk_norm
+  --against published rope_qk_norm rope
