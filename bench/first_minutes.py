@@ -3,11 +3,12 @@ H200, half an hour or more on a 3090 (predicted).
 
     python bench/first_minutes.py --nanogpt=nanoGPT --json=first_minutes.json
 
-First it times the card's products, attention and copies (bench/gpu.py). Then it compiles all
-variants at once into one cache, as many at a time as fit in memory, and times them in turn, A B A
-B, from the cache. Each row is printed as it is known, and the JSON file is written again after each
-row, so that a call that is cut off still counts. Every variant is a run of train.py; its loss after
-its last step stands next to its speed, and should be V0's to 1e-3. Close other programs first.
+First it times the card's products, attention and copies (bench/gpu.py), and float16 products with
+32-bit and with 16-bit sums. Then it compiles all variants at once into one cache, as many at a time
+as fit in memory, and times them in turn, A B A B, from the cache. Each row is printed as it is
+known, and the JSON file is written again after each row, so that a call that is cut off still
+counts. Every variant is a run of train.py. "Of the limit" is of V0's. The last loss of V2 to V4
+should be V0's to 1e-3, those of V5 each other's. Close other programs first.
 """
 
 import json
@@ -26,6 +27,8 @@ from bench.gpu import RATES, cells, print_rates, tokens_per_second
 from bench.nanogpt import (describe, flags_of, nanogpt_folder, print_row, run_nanogpt, run_nanolab,
                            shape_of)
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
+from nanolab.distributed import World
+from nanolab.runlog import matmul_peak
 
 SHAPE = {**shape_of("12x768-gpt2", "cuda", batch_size=12), "max_steps": 60}
 V0 = flags_of(SHAPE)  # the code as it is, as bench/gpu.py runs it
@@ -33,7 +36,8 @@ V0 = flags_of(SHAPE)  # the code as it is, as bench/gpu.py runs it
 VARIANTS = {
     "V0 as it is": (V0, {}),
     "V2 CUDA graphs": ([*V0, "--compile=graphs"], {}),
-    "V3 split size 64": (V0, {"triton.mix_order_reduction_split_size": 64}),
+    **{f"V3 split size {n}": (V0, {"triton.mix_order_reduction_split_size": n})
+       for n in (32, 64, 128)},
     "V3 no mixed order": (V0, {"triton.mix_order_reduction": False}),
     "V4 max-autotune": (V0, {"max_autotune": True}),
     "V5 6 sequences": ([*V0, "--batch_size=6", "--global_batch_size=48"], {}),
@@ -57,7 +61,10 @@ def main():
     rates = print_rates(SHAPE)
     limit = tokens_per_second(SHAPE, rates)
     print(f"the limit of 12 x 1,024 tokens a step: {limit:,.0f} tokens/s", flush=True)
-    record = {"conditions": describe("cuda"), "rates": dict(zip(RATES, rates)), "rows": []}
+    sums = {f"float16, {bits}-bit sums": float16_products(bits == 16) for bits in (32, 16)}
+    print(", ".join(f"{name}: {rate:,.0f} TFLOP/s" for name, rate in sums.items()), flush=True)
+    record = {"conditions": describe("cuda"), "rates": {**dict(zip(RATES, rates)), **sums},
+              "rows": []}
 
     def run(name, steps=SHAPE["max_steps"]):
         try:
@@ -74,16 +81,22 @@ def main():
         list(pool.map(lambda name: run(name, steps=4), VARIANTS))
     print(f"compiled, {n_at_once} at a time, {time.perf_counter() - start:.0f} s after the start\n")
 
-    print_row("variant", "turn", "tokens/s", "of the limit", "peak memory, MB", "loss")
-    print_row("---", *["---:"] * 5)
+    print_row("variant", "turn", "tokens/s", "of the limit", "peak memory, MB", "loss", "skipped")
+    print_row("---", *["---:"] * 6)
     for turn in (1, 2):
         for name in [*VARIANTS, *["nanoGPT"] * bool(args.nanogpt)]:
             row = run(name)
             record["rows"].append({"variant": name, "turn": turn, **row})
             write_atomically(args.json, json.dumps(record, indent=1) + "\n")
-            figures = [row["error"], "", "", ""] if "error" in row else [
-                *cells(row, limit), f"{row['loss']:.4f}"]
+            figures = [row["error"], *[""] * 4] if "error" in row else [
+                *cells(row, limit), f"{row['loss']:.4f}", f"{row.get('skipped', '')}"]
             print_row(name, f"{turn}", *figures)
+
+
+def float16_products(sums_in_16_bits):
+    """TFLOP/s of large matrix products."""
+    torch.backends.cuda.matmul.allow_fp16_accumulation = sums_in_16_bits
+    return matmul_peak(World(torch.device("cuda"), torch.float16)) / 1e12
 
 
 if __name__ == "__main__":

@@ -117,6 +117,10 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({}, [*TRAIN, "--extend"], "it goes with --resume"),
     ({}, [*TRAIN, "--vocab_size=100"], "less than the 257"),
     ({}, [*TRAIN, "--device=cuda"], "not available"),
+    ({}, [*TRAIN, "--fp16_sums"], "needs --amp=float16, not amp='auto'"),
+    ({}, [*TRAIN, "--fp16_sums", "--amp=float16"], "fp16_sums is for CUDA; this run is on cpu"),
+    ({}, [*TRAIN, "--compile=graphs", "--dropout=0.1"], "it wants --dropout=0, not dropout=0.1"),
+    ({}, [*TRAIN, "--compile=graphs", "--dropout=0", "--batch_size=auto"], "would try sizes"),
     ({}, [*TRAIN, "--wandb=project"], "pip install wandb"),
     # weights to start from
     ({}, [*TUNE, "--n_layer=3"], "was asked for, but init_from='out/best.pt' has n_layer=2"),

@@ -90,6 +90,8 @@ def fake_gpu(monkeypatch, tmp_path):
     for module in (gpu, first_minutes):
         monkeypatch.setattr(module, "print_rates", lambda shape: gpu.CARDS["H200"])
     monkeypatch.setattr(first_minutes, "describe", lambda device: f"fake {device}")
+    monkeypatch.setattr(first_minutes, "matmul_peak", lambda world: (
+        1e14 * (1 + torch.backends.cuda.matmul.allow_fp16_accumulation)))
     (tmp_path / "model.py").write_text("")
     return started
 
@@ -110,7 +112,7 @@ def test_first_minutes(fake_gpu, tmp_path, monkeypatch, capsys):
     def run_nanogpt(*args):
         n_rows.append(len(read_json(file)["rows"]))
         for line, name, figure in zip(capsys.readouterr().out.splitlines()[-2:], names[-2:],
-                                      ("1,000 | 0.00 | 5,000", "out of memory")):
+                                      ("1,000 | 0.00 | 5,000 | 3.0000 | 0", "out of memory")):
             assert line.startswith(f"| {name} | {len(n_rows)} | {figure} |")
         raise UserError("nanoGPT failed")
     monkeypatch.setattr(first_minutes, "run_nanogpt", run_nanogpt)
@@ -120,6 +122,7 @@ def test_first_minutes(fake_gpu, tmp_path, monkeypatch, capsys):
     assert n_rows == [n, 2 * n + 1]
     record = read_json(file)
     assert record["conditions"] == "fake cuda" and record["rates"]["products"] == 711
+    assert [record["rates"][f"float16, {bits}-bit sums"] for bits in (32, 16)] == [100, 200]
     assert [row["variant"] for row in record["rows"]] == 2 * [*names, "nanoGPT"]
     assert [row["error"] for row in record["rows"] if "error" in row] == [
         "out of memory", "nanoGPT failed"] * 2
