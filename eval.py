@@ -7,7 +7,7 @@
 
 The loss is the mean cross-entropy over all whole windows of the test split. Each token is predicted
 from its own window only. It is computed in float32 unless --amp says otherwise, and is the same, to
-about 1e-6, for any batch size and number of processes. A result is saved beside its checkpoint, in
+about 1e-6, for any batch size and number of processes. A result is saved next to its checkpoint, in
 NAME.test.json, and not measured again until the checkpoint or the data change.
 """
 
@@ -21,9 +21,10 @@ from nanolab.checkpoint import checkpoint_file
 from nanolab.common import UserError, argument_parser, run_script, write_atomically
 from nanolab.data import read_meta
 from nanolab.distributed import end_distributed, init_distributed
-from nanolab.evaluation import (amp_name, load_results, loss_of, measure_loss, paired_difference,
-                                result_path, save_results, weighted_error)
+from nanolab.evaluation import (amp_name, load_results, loss_of, measure_loss, result_path,
+                                save_results)
 from nanolab.huggingface import read_any
+from nanolab.study.stats import t_interval, weighted_error
 
 
 def main():
@@ -90,6 +91,16 @@ def is_current(result, args, world):
             result.get("block_size")) == (
                 args.split, args.dataset or config["dataset"], sha256, amp_name(world),
                 args.block_size or config["block_size"])
+
+
+def paired_difference(first, other):
+    """The difference of two results' losses on the same windows, and its 95 % interval; None for a
+    single document. What is hard for one is hard for the other, so it is narrower than an interval
+    of either."""
+    gaps = [b - a for a, b in zip(first["group_losses"], other["group_losses"], strict=True)]
+    error = weighted_error(gaps, first["group_windows"])
+    difference = loss_of(other) - loss_of(first)
+    return difference, error and t_interval(difference, error, len(gaps) - 1)
 
 
 def format_difference(first, other):

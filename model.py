@@ -108,7 +108,7 @@ class MLP(nn.Module):
     same number of parameters."""
 
     # A larger activation (in elements; 16 MiB in float32) is recomputed in the backward pass:
-    # stored, it would be a quarter of a block's memory.
+    # stored, it would be a quarter of a block's memory. It costs one more pass of the activation.
     RECOMPUTE_ABOVE = 2**22
 
     def __init__(self, config):
@@ -222,10 +222,11 @@ class GPT(nn.Module):
         matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    def generate(self, tokens, max_new_tokens, **options):
-        """(B, T) prompts -> (B, T + max_new_tokens), prompts first. options: as for stream."""
-        new = [token[:, None] for token in self.stream(tokens, max_new_tokens, **options)]
-        return torch.cat((tokens, *new), dim=1)
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
+                 generator=None):
+        """(B, T) prompts -> (B, T + max_new_tokens), prompts first. The rest: as for stream."""
+        new = self.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator)
+        return torch.cat((tokens, *(token[:, None] for token in new)), dim=1)
 
     @torch.no_grad()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
@@ -251,7 +252,9 @@ class GPT(nn.Module):
             x = self.hidden_states(context[:, position:], cache, position)
             position = context.shape[1]
             logits = self.logits(x[:, -1])  # (B, V)
-            check_finite(logits)
+            if not logits.isfinite().all():
+                raise FloatingPointError("the model's logits are not finite: its weights are too "
+                                         "large")
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
@@ -316,11 +319,6 @@ def initialise(model, generator):
                 raise ValueError(f"no initialisation rule matches the parameter {name}")
         if zero_init and ".proj." in name:  # zeroed after drawing: the other weights stay as drawn
             nn.init.zeros_(p)
-
-
-def check_finite(logits):
-    if not logits.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite: its weights are too large")
 
 
 def sample_token(logits, top_k, top_p, generator):

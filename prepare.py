@@ -14,6 +14,7 @@ the same command again: it continues where it was.
 """
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -129,6 +130,11 @@ def prepare_own(args, folder):
     n_files = len(files) + sum(map(len, given.values()))
     left_out = Counter(why for file, why in left_out.items() if file not in taken)
     print(f"files read: {n_files:,}; left out: {format_counts(left_out)}")
+    is_split = r"(?i)(^|[\W_])(val|valid|validation|dev|test)([\W\d_]|$)"
+    named = [file for file in files if re.search(is_split, os.path.relpath(file, args.source))]
+    if named and len(files) > 1 and not given:
+        print(f"note: {named[0]} has the name of a split, but goes into all; --val and --test take "
+              "ready-made ones")
     prepare_text(files, folder, args.tokenizer, args.text_column, args.workers, args.source,
                  args.heldout, given, {"files": n_files, "files_left_out": left_out})
 

@@ -28,7 +28,7 @@ from config import Config, divisors_near
 from model import GPT, GPTConfig
 from nanolab.checkpoint import CheckpointSaver, pack
 from nanolab.common import OutputThatMayFail, StopSignal, UserError, run_script
-from nanolab.data import NANOGPT, TokenDataset, read_meta, window_ids
+from nanolab.data import TokenDataset, read_meta, window_ids
 from nanolab.dataset_writer import prepare_stdlib
 from nanolab.distributed import (DEFAULT_THREADS, SharedModel, end_distributed, init_distributed,
                                  n_threads, print0, use_threads)
@@ -117,14 +117,15 @@ def train(config, on_step=lambda step, model: None):
             scaler.update()  # a lower scale after a skipped update
             if is_averaged(step, max_steps, config):
                 state.averaged_steps = average_weights(average, model, state.averaged_steps)
+            # a skipped step counts: its windows are not read again
             state.count_step(config.global_batch_size * config.block_size, skipped, clock)
-            log.step(loss, lr, norm, skipped)
+            last_step, stopping = state.step == max_steps, n_asked > 0
+            log.step(loss, lr, norm, skipped, last_step or is_due(config.log_every, step))
             if state.skipped_in_a_row == MAX_SKIPPED:
                 raise_too_many_bad_updates(model, step, saver)
             optimizer.zero_grad(set_to_none=world.size == 1)  # under DDP they are views of buckets
 
             # sample, validate, report, save: none of them changes the training or its timing
-            last_step, stopping = state.step == max_steps, n_asked > 0
             with clock.stopped():
                 if last_step or is_due(config.sample_every, state.step):
                     log.sample(average if state.averaged_steps else model)
@@ -166,7 +167,7 @@ def seed_dropout(config, step, micro_batch):
 def average_over_ranks(loss, grad_norm, stop_requested):
     """-> [the mean loss, the gradient norm (DDP has averaged the gradients), how many ranks were
     asked to stop], the same on all ranks."""
-    sums = torch.stack((loss, loss.new_full((), float(stop_requested))))
+    sums = torch.stack((loss, loss.new_full((), float(stop_requested))))  # one message for both
     if dist.is_initialized():
         dist.all_reduce(sums)
         sums[0] /= dist.get_world_size()
@@ -174,7 +175,7 @@ def average_over_ranks(loss, grad_norm, stop_requested):
 
 
 def raise_too_many_bad_updates(model, step, saver):
-    saver.wait()
+    saver.wait()  # last.pt may be half written
     bad = [name for name, p in model.named_parameters() if not p.grad.isfinite().all()]
     reason = (f"the first gradient that is not finite is that of {bad[0]}" if bad else
               "all gradients are finite, but their norm or the loss is not")
@@ -185,7 +186,7 @@ def raise_too_many_bad_updates(model, step, saver):
 
 
 def is_due(every, step):
-    return every and step % every == 0
+    return every and step % every == 0  # 0: never
 
 
 def open_split(config, split):
@@ -250,7 +251,8 @@ def wrap_ddp(model, world):
         return model
     return DistributedDataParallel(
         model, device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True, forward_sync_buffers=False)
+        gradient_as_bucket_view=True,  # else gradients exist twice
+        forward_sync_buffers=False)  # rope's tables are constants
 
 
 def make_stdlib_if_missing(config, world):
@@ -261,12 +263,13 @@ def make_stdlib_if_missing(config, world):
         if my_turn and not Path(config.data_dir, "stdlib", "meta.json").exists():
             prepare_stdlib(config.data_dir)
         if world.size > 1:
-            dist.barrier()
+            dist.barrier()  # nobody opens the files before they are there
 
 
 def is_finished(start, state, max_steps, world):
     """Whether nothing is left to do, which it then prints."""
     has_ended = world.all(start.has_ended)
+    # killed between the last step and summary.json: what the end leaves is made again
     if state.step < max_steps or state.step == max_steps and not has_ended:
         return False
     print0(f"{start.config.out_dir} is finished: {state.step:,} steps are done, {max_steps:,} were "
@@ -280,17 +283,16 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
     print0(format_config(config))
     print0(f"model:  {model.num_params():,} parameters on {world.size} x {world.device.type}"
            f"{threads}, {str(world.dtype or torch.float32).removeprefix('torch.')}")
-    print0(f"data:   {config.dataset}, {train_data.n_tokens:,} training tokens; the run reads "
+    print0(f"data:   {config.dataset}, {train_data.n_tokens:,} training tokens, tokenizer "
+           f"{meta['tokenizer'][:20]}; the run reads "
            f"{max_steps * tokens:,}, {max_steps * sequences / len(train_data):.2f} epochs")
     print0(f"batch:  {sequences} sequences x {config.block_size:,} tokens = {tokens:,} tokens a "
            f"step, {max_steps:,} steps; {world.size} processes x {grad_accum_steps} micro-steps x "
            f"batch_size {batch_size}")
-    if meta["source"] == NANOGPT:
-        print0(f"note:   {config.dataset} has no meta.json; it is read as uint16 tokens of "
-               f"{config.vocab_size:,} kinds, tokenizer {meta['tokenizer']}; it has no test split")
 
 
 def main():
+    # a full disk or a closed terminal ends no run
     sys.stdout, sys.stderr = OutputThatMayFail(sys.stdout), OutputThatMayFail(sys.stderr)
     train(load(Config, sys.argv[1:]))
     end_distributed()

@@ -198,7 +198,7 @@ class Config(GPTConfig):
         False, "float16 products sum in 16 bits too (CUDA), at twice the speed on GeForce cards. "
         "Needs amp='float16'; attention and one product of the head keep 32 bits")
     threads: int = option(
-        0, "CPU threads; 0: one a core, or OMP_NUM_THREADS", within="[0, 1024]")
+        0, "CPU threads; 0: by the rule in docs/speed.md", within="[0, 1024]")
     device: str = option(
         "auto", "auto: cuda, else mps, else cpu", choices=("auto", "cuda", "mps", "cpu"))
 

@@ -9,8 +9,7 @@
 # minutes for 6,219 steps. Not counted: averaging gradients, 649 MB a step; Muon's products, 1.6
 # TFLOP a step, which the GPUs share, and exchange; 25 validations and saves; compiling. The
 # environment, the data and the test take about 10 minutes more (runs/cloud.sh). So a step has 0.48
-# s where 0.42 are predicted. For other cards, --dry_run says; 8 H100s (limit 516,929) would take 18
-# minutes, 4 A100s twice as long. To fill another hour, give another --max_steps.
+# s where 0.42 are predicted. For other cards, --dry_run says. To fill an hour: another --max_steps.
 #
 # Batch: 8 processes x 2 micro-steps x 32 sequences, with the memory of config/overnight_3090.py,
 # 18 GB predicted. 1, 2, 4 or 16 GPUs make the same run.

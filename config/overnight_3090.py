@@ -48,14 +48,14 @@ learning_rate = 4.5e-3         # T3: 0.025 / 5.54
 embedding_lr = 155.0           # T3: 0.7 / 4.5e-3
 head_lr = 0.89                 # T3: 0.004 / 4.5e-3
 scalar_lr = 3.3                # T3: 0.015 / 4.5e-3
-weight_decay = 0.28            # T3: 0.025 x 0.05 / 4.5e-3, the same share a step
+weight_decay = 0.28            # T3: 0.025 x 0.05 / 4.5e-3, the same fraction a step
 adamw_weight_decay = 0.001     # T3
 beta1 = 0.8                    # T3
 beta2 = 0.95                   # T3
 eps = 1e-10                    # T3
 
 schedule = "wsd"               # T3: no warm-up, constant, then 70 % of the steps down to zero
-cooldown_fraction = 0.7        # T3; the best share in marin's sweep at 130M was 0.8 (0.6 +0.004)
+cooldown_fraction = 0.7        # T3; the best fraction in marin's sweep at 130M was 0.8 (0.6 +0.004)
 min_lr_ratio = 0.0             # T3
 
 eval_every = 125               # T3

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -51,19 +50,15 @@ def run_script(main, if_interrupted="stopped", if_failed=""):
     full disk, no permission).
     """
     for i, word in enumerate(sys.argv):  # the shell leaves the ~ of --out_dir=~/x as it is
-        if re.match(r"--\w+=~/", word):
+        if re.match(r"--\w+=~(/|$)", word):
             sys.argv[i] = word.replace("~", os.path.expanduser("~"), 1)
     for stream in (sys.stdout, sys.stderr):  # a terminal that has only ASCII shows the rest as \xe9
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")
     try:
-        for word in sys.argv:
-            word.encode()
         main()
     except UserError as error:
         stop(error.exit_code, error, error.each_rank, error.details)
-    except UnicodeEncodeError:  # bytes that are not text became surrogates
-        stop(2, "the command line has bytes that are not UTF-8 text", each_rank=False)
     except MemoryError:
         stop(1, OUT_OF_MEMORY, each_rank=True)
     except FloatingPointError as error:
@@ -213,14 +208,6 @@ def versions():
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}}
 
 
-def parse_json(text):
-    """json.loads. ValueError for all that is wrong; nesting too deep is a RecursionError there."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def write_atomically(path, content):
     """Writes a file completely or not at all: to a temporary file, then to the disk, then under its
     name. content: text (in UTF-8), bytes, or a function that writes to the file it is given."""
@@ -273,18 +260,10 @@ def load_tensors(path, mmap=False):
 
 
 def reachable(host, seconds=1.2):
-    """Whether a TCP connection to `host` opens in time. Behind a proxy it is assumed.
-
-    The thread bounds the name lookup too, which no socket timeout covers.
-    """
+    """Whether a TCP connection to `host` opens in time. Behind a proxy it is assumed."""
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return True
-    answered = threading.Event()
-
-    def connect():
-        with contextlib.suppress(OSError):
-            socket.create_connection((host, 443), timeout=seconds).close()
-            answered.set()
-
-    threading.Thread(target=connect, daemon=True).start()
-    return answered.wait(seconds)
+    with contextlib.suppress(OSError):
+        socket.create_connection((host, 443), timeout=seconds).close()
+        return True
+    return False

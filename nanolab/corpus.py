@@ -6,6 +6,7 @@ The shards depend on the files alone, not on the number of processes that will r
 
 import contextlib
 import glob
+import json
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanolab.common import UserError, describe, parse_json, reachable
+from nanolab.common import UserError, describe, reachable
 from nanolab.tokenizer import END_OF_TEXT
 
 # pyarrow, datasets and huggingface_hub are imported where they are used: without them, the
@@ -228,8 +229,8 @@ def records(file_range, text_column="text", is_own=False):
     for i, line in enumerate(text.split("\n")):
         try:
             if line.strip():
-                yield i, parse_json(line).get(text_column)
-        except (ValueError, AttributeError) as error:
+                yield i, json.loads(line).get(text_column)
+        except (ValueError, AttributeError, RecursionError) as error:
             start = getattr(error, "colno", 1) - 1  # a comma behind a long object, for example
             raise UserError(f"{locate(file_range, i)} is no JSON object, as each line must be: see "
                             f"column {start + 1:,}, {line[start:start + 60]!r}") from None

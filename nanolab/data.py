@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanolab.common import UserError, parse_json
+from nanolab.common import UserError
 from nanolab.corpus import FINEWEBS
 from nanolab.tokenizer import CHARACTERS, UNKNOWN, get_tokenizer, guess_tokenizer
 
@@ -31,7 +31,7 @@ def read_meta(data_dir, dataset, vocab_size=0):
     folder = Path(data_dir, dataset)
     path = folder / "meta.json"
     try:
-        meta = parse_json(path.read_text())
+        meta = json.loads(path.read_text())
         keys = ("tokenizer", "vocab_size", "dtype", "eot_id", "splits", "source", "plan")
         facts = ("tokens", "documents", "bytes", "sha256", "chunks")
         if ([type(meta[key]) for key in keys] != [str, int, str, int, dict, str, str] or any(

@@ -67,11 +67,11 @@ def prepare_text(files, folder, tokenizer, text_column, workers, source, heldout
     n_bytes = sum(file_range.n_bytes for file_range in ranges["text"])
     if is_own:
         plan = fingerprint(source, stats, tokenizer, text_column, heldout, OWN_RULES)
-        share = heldout or choose_heldout(n_bytes)
+        fraction = heldout or choose_heldout(n_bytes)
         # A text longer than val is cut: into eighths of val, but not into less than a window's
         # 4 KiB or, of little text, than half a percent of it.
-        size = int(min(max(share / 16 * n_bytes, 2**12), max(n_bytes / 200, 100), 2**20))
-        limit = min(max(share / 2 * n_bytes, size), 2**20) if len(given) < 2 else 2**20
+        size = int(min(max(fraction / 16 * n_bytes, 2**12), max(n_bytes / 200, 100), 2**20))
+        limit = min(max(fraction / 2 * n_bytes, size), 2**20) if len(given) < 2 else 2**20
         split = functools.partial(own_texts, limit=limit, size=size)
     else:
         plan, heldout = fingerprint(source, stats["text"], tokenizer, text_column), HELDOUT
@@ -127,7 +127,7 @@ def leave_out(documents, known):
 
 
 def choose_heldout(n_bytes):
-    """The share of val and test: at least 256 KiB each, 60 windows of GPT-2's tokens; or 5 %."""
+    """For val and test: at least 256 KiB each, 60 windows of GPT-2's tokens; or 5 % each."""
     return min(max(HELDOUT, 2**19 / (n_bytes + 1)), 0.1)
 
 

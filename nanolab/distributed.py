@@ -205,7 +205,7 @@ def use_threads(n, shared):
     """Lets n CPU threads share every batch or, without `shared`, every operator.
 
     Threads that share a batch wait for each other once a step, the others hundreds of times. So a
-    small model loses no time, and a run beside a busy core keeps about 0.6 of its speed instead of
+    small model loses no time, and a run next to a busy core keeps about 0.6 of its speed instead of
     0.09 (docs/speed.md).
     """
     global n_parts

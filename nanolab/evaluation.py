@@ -1,5 +1,4 @@
-"""Mean losses; the test result of a checkpoint, which is saved in NAME.test.json beside it, and its
-difference to another's."""
+"""Mean losses; the test result of a checkpoint, which is saved in NAME.test.json next to it."""
 
 import hashlib
 import json
@@ -12,9 +11,8 @@ import torch.distributed as dist
 
 from nanolab import distributed
 from nanolab.checkpoint import load_model
-from nanolab.common import UserError, describe, parse_json, write_atomically
+from nanolab.common import UserError, describe, write_atomically
 from nanolab.data import TokenDataset, read_meta
-from nanolab.study.stats import t_interval, weighted_error
 
 
 def mean_loss(model, dataset, n_tokens, batch_size, world):
@@ -98,16 +96,6 @@ def loss_of(result):
     return result[f"{result['split']}_loss"]
 
 
-def paired_difference(first, other):
-    """The difference of two results' losses on the same windows, and its 95 % interval; None for a
-    single document. What is hard for one is hard for the other, so it is narrower than an interval
-    of either."""
-    gaps = [b - a for a, b in zip(first["group_losses"], other["group_losses"], strict=True)]
-    error = weighted_error(gaps, first["group_windows"])
-    difference = loss_of(other) - loss_of(first)
-    return difference, error and t_interval(difference, error, len(gaps) - 1)
-
-
 def result_path(path, split):
     return Path(path).with_suffix(f".{split}.json")
 
@@ -119,7 +107,7 @@ def load_results(path, split):
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
-        saved = parse_json(result_path(path, split).read_text())
+        saved = json.loads(result_path(path, split).read_text())
         if saved["checkpoint_sha256"] == sha256:
             return saved
     except (OSError, ValueError, KeyError, TypeError):

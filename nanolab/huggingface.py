@@ -4,6 +4,7 @@ ckpt.pt. And the command that writes ours in Hugging Face's layout:
     python -m nanolab.huggingface export out/best.pt FOLDER
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 from config import GPTConfig
 from nanolab.checkpoint import (CHECKPOINT_FORMAT, are_weights, checked, checked_options,
                                 checkpoint_file, load_model)
-from nanolab.common import (UserError, argument_parser, describe, load_tensors, parse_json,
-                            reachable, run_script)
+from nanolab.common import (UserError, argument_parser, describe, load_tensors, reachable,
+                            run_script)
 from nanolab.data import read_meta
 from nanolab.export import (GPT2_ACTIVATIONS, GPT2_FIXED, GPT2_NAMES, GPT2_SHAPE, TRANSPOSED,
                             export)
@@ -106,7 +107,7 @@ def read_hugging_face(folder, source):
     path, hf_config = folder / "config.json", {}
     try:
         if path.is_file():
-            hf_config = dict(parse_json(path.read_text(encoding="utf-8")))
+            hf_config = dict(json.loads(path.read_text(encoding="utf-8")))
         if "model_type" not in hf_config:
             raise UserError(f"{folder} is a folder, neither a run with best.pt or last.pt nor a "
                             "model in Hugging Face's layout, whose config.json has a model_type")
@@ -162,7 +163,7 @@ def read_weights(folder):
     paths, weights = [path], {}
     try:
         if path.suffix == ".json":  # says which file has which tensor
-            shards = parse_json(path.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
             paths = [folder / name for name in sorted(set(shards))]
         for path in paths:
             weights |= load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
@@ -184,7 +185,7 @@ def find_tokenizer(folder, hf_config):
     if path is None:
         return guess_tokenizer(hf_config.get("vocab_size"))
     try:
-        vocabulary = parse_json(path.read_text(encoding="utf-8"))
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
         if path.name == "tokenizer.json":
             vocabulary = vocabulary["model"]["vocab"]
         return "gpt2" if vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256 else UNKNOWN

@@ -2,6 +2,7 @@
 
 import codecs
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,8 @@ from nanolab.checkpoint import load_model
 from nanolab.common import UserError
 from nanolab.distributed import pick_device
 from nanolab.huggingface import read_any
-from nanolab.tokenizer import END_OF_TEXT, encode_prompt, get_tokenizer, text_of
+from nanolab.tokenizer import (END_OF_TEXT, encode_prompt, get_tokenizer, gpt2_from_file,
+                               text_of)
 
 
 class Loss(NamedTuple):
@@ -30,7 +32,9 @@ class LanguageModel:
     def __init__(self, source, device="auto", tokenizer=None):
         checkpoint = read_any(source)
         self.options = checkpoint["config"]  # of its run
-        self.tokenizer = get_tokenizer(tokenizer or checkpoint["tokenizer"])
+        name, own = tokenizer or checkpoint["tokenizer"], Path(source, "vocab.json")
+        self.tokenizer = gpt2_from_file(own) if name == "gpt2" and own.is_file() else get_tokenizer(
+            name)
         self.device = pick_device(device)
         self.model = load_model(checkpoint).to(self.device)
 

@@ -1,11 +1,10 @@
 """The log of a run: its lines, and the curves that charts draw of it."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-
-from nanolab.common import parse_json
 
 
 def read_entries(path):
@@ -13,7 +12,7 @@ def read_entries(path):
     entries = []
     for line in Path(path).read_text(errors="replace").splitlines():
         with suppress(ValueError, AttributeError):
-            entry = parse_json(line)
+            entry = json.loads(line)
             entries += [entry] if {"step", "tokens"} <= entry.keys() else []
     return entries
 

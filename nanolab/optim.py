@@ -216,15 +216,15 @@ class CautiousAdamW(torch.optim.AdamW):
             group["weight_decay"] = decay
 
 
-def decay_weights(params, updates, share, cautious):
-    """Takes a share of each weight away, before the optimiser subtracts its updates, of the same
+def decay_weights(params, updates, fraction, cautious):
+    """Takes a fraction of each weight away, before the optimiser subtracts its updates, of the same
     shapes. Cautious: only where the update does not enlarge the weight, that is where the two have
     one sign (Chen et al., "Cautious weight decay", 2025, arXiv 2510.12402)."""
     if not cautious:
-        torch._foreach_mul_(params, 1 - share)
-    elif share:
+        torch._foreach_mul_(params, 1 - fraction)
+    elif fraction:
         for p, update in zip(params, updates):
-            p.mul_(1 - share * (p * update >= 0))
+            p.mul_(1 - fraction * (p * update >= 0))
 
 
 def normalise_neurons(matrices, states, beta2=0.95):

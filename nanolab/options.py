@@ -6,6 +6,7 @@ It knows no option by name. The dataclass says which there are (config/__init__.
 import ast
 import difflib
 import math
+import os
 import runpy
 import sys
 import textwrap
@@ -112,6 +113,8 @@ def check(option, value, origin):
         names = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
         raise config_error(f"{wrong}: wants {names}, not {type(value).__name__}"
                            f"{allowed_values(option)}")
+    if isinstance(value, str) and value.startswith("~/"):  # as a shell does it
+        value = os.path.expanduser(value)
     if value == "" and option.default != "":
         raise config_error(f"{wrong}: must not be empty")
     if isinstance(value, str) and limits["choices"] and value not in limits["choices"]:

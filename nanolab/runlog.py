@@ -112,17 +112,16 @@ class RunLog:
             Path(self.lock.lock_file).unlink(missing_ok=True)
             self.lock.release()
 
-    def step(self, loss, lr, grad_norm, skipped):
-        """After every step: writes a line every log_every steps."""
+    def step(self, loss, lr, grad_norm, skipped, writes_line):
+        """After every step."""
         clipped = not skipped and 0 < self.config.grad_clip < grad_norm
-        done = self.state.step
-        if (done - 1) % self.config.log_every == 0 or done == self.max_steps:
+        if writes_line:
             tokens, seconds = self.last_line
             self.last_line = self.state.tokens, self.clock.in_laps
             rate = (self.state.tokens - tokens) / (self.clock.in_laps - seconds)
             # this step's number, from 0; validations and samples have the number of steps done
-            self.write({"step": done - 1, "tokens": self.state.tokens, "loss": loss, "lr": lr,
-                        "grad_norm": grad_norm, "clipped": clipped, "skipped": skipped,
+            self.write({"step": self.state.step - 1, "tokens": self.state.tokens, "loss": loss,
+                        "lr": lr, "grad_norm": grad_norm, "clipped": clipped, "skipped": skipped,
                         "tokens_per_second": rate,
                         "mfu": rate * self.flops_per_token / self.peak_flops,
                         "seconds": self.state.seconds})
@@ -202,7 +201,7 @@ class RunLog:
         self.next_report = now + max(30, 100 * (now - start))
 
     def finish(self, best_val_loss):
-        """Prints how fast the run was and what to do next, and hands plot and summary to W&B."""
+        """Prints how fast the run was and what to do next, and hands the summary to W&B."""
         if not self.enabled:
             return
         self.bar.close()
@@ -212,7 +211,9 @@ class RunLog:
             print(f"stopped after {state.step:,} steps{saved * self.config.save_weights}")
             self.report(best_val_loss, stopped=True)
         if self.tracker:
-            finish_wandb(self.tracker, self.out_dir)
+            if (file := self.out_dir / "summary.json").exists():
+                self.tracker.summary.update(json.loads(file.read_text()))
+            self.tracker.finish()
         if state.step < self.max_steps:
             return
         rate = state.tokens_per_second()
@@ -349,13 +350,3 @@ def start_wandb(config, id_file, resumed):
                         "--wandb") from None
     write_atomically(id_file, tracker.id)
     return tracker
-
-
-def finish_wandb(tracker, out_dir):
-    """Adds loss.png and the figures of summary.json, where there are such files."""
-    if (out_dir / "loss.png").exists():
-        from wandb import Image
-        tracker.log({"plot": Image(str(out_dir / "loss.png"))})
-    if (out_dir / "summary.json").exists():
-        tracker.summary.update(json.loads((out_dir / "summary.json").read_text()))
-    tracker.finish()

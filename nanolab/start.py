@@ -35,7 +35,7 @@ class Start:
         if resumed:
             try:
                 model.load_state_dict(resumed.get("training_model", resumed["model"]))
-                # unless the run was extended, so that the average begins anew, later
+                # unless the run was extended, so that the average begins again, later
                 goes_on = is_averaged(resumed["step"] - 1, count_steps(self.config), self.config)
                 if resumed.get("averaged_steps") and goes_on:
                     average.load_state_dict(resumed["model"])

@@ -11,7 +11,7 @@ import numpy as np
 import tiktoken
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from nanolab.common import UserError, describe, parse_json, reachable
+from nanolab.common import UserError, describe, reachable
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "unknown"  # for weights and token files whose tokenizer nothing names
@@ -30,7 +30,7 @@ def get_tokenizer(name):
     """'gpt2': 50,257 tokens. 'bytes': the 256 bytes and an end-of-text token. CHARACTERS + '"abc"':
     a is 0, b is 1, c is 2, and what these lack has higher ids. -> tiktoken.Encoding"""
     if name == "bytes" or name.startswith(CHARACTERS):
-        characters = parse_json(name[len(CHARACTERS):]) if name != "bytes" else ""
+        characters = json.loads(name[len(CHARACTERS):]) if name != "bytes" else ""
         ranks = {character.encode(): i for i, character in enumerate(characters)}
         for byte in range(256):
             ranks.setdefault(bytes([byte]), len(ranks))
@@ -68,7 +68,7 @@ def gpt2_vocabulary_files():
 def gpt2_from_file(path):
     """GPT-2's tokenizer from its encoder.json, under any name. Raises UserError."""
     try:
-        vocabulary = parse_json(path.read_text(encoding="utf-8"))
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))
         is_gpt2 = vocabulary_sha256(vocabulary) == GPT2_VOCABULARY_SHA256
     except (ValueError, AttributeError, TypeError):
         is_gpt2 = False

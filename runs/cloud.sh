@@ -132,7 +132,7 @@ all_of_it() {
     python sample.py --ckpt "$OUT_DIR/best.pt"
     rm -rf "$OUT_DIR/export"
     python -m nanolab.huggingface export "$OUT_DIR/best.pt" "$OUT_DIR/export"
-    bash -c "$ON_SAVE"
+    bash -c "$ON_SAVE" || echo "cloud.sh: the last ON_SAVE failed"
     echo "cloud.sh: all done, $((SECONDS / 60)) minutes after the question: $OUT_DIR/report.html" \
          "and $OUT_DIR/export, for transformers. The box costs money until you give it back"
 }

@@ -1,4 +1,4 @@
-"""Makes the tables of Markdown pages anew: what the command in each marker prints.
+"""Remakes the tables of Markdown pages: what the command in each marker prints.
 
     python -m studies.update
 
@@ -27,7 +27,7 @@ def pages():
 
 
 def updated(text, draw=True):
-    """The text with every table made anew. draw: the pictures, too."""
+    """The text with every table remade. draw: the pictures, too."""
     def table(found):
         command = found[2] if draw else re.sub(r"(--plot )?\S+\.png", "", found[2])
         return f"{found[1]}\n{printed(command)}\n\n{found[3]}"

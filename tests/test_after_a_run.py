@@ -12,9 +12,11 @@ from scipy.stats import ttest_rel
 
 import conftest
 from conftest import read_json
+from eval import paired_difference
+from nanolab import huggingface
 from nanolab.checkpoint import read_checkpoint
 from nanolab.common import UserError
-from nanolab.evaluation import paired_difference, weighted_error
+from nanolab.study.stats import weighted_error
 
 
 def without_test_split(tiny_data, folder):
@@ -95,6 +97,13 @@ def test_a_copy_of_the_data(small_run, tiny_data, tmp_path, output_of):
         output_of("eval", "--ckpt", tmp_path / "run *", *flags)
     results = read_json(run / "best.test.json")["results"]
     assert [result["dataset"] for result in results] == ["copy", "tiny"]
+
+
+def test_a_checkpoint_is_read_once(small_run, output_of, monkeypatch):
+    reads, load = [], huggingface.load_tensors
+    monkeypatch.setattr(huggingface, "load_tensors", lambda path: reads.append(path) or load(path))
+    output_of("eval", "--ckpt", small_run("run"), "--split=val", "--device=cpu")
+    assert len(reads) == 1
 
 
 def test_paired_difference():

@@ -230,3 +230,6 @@ def test_bad_numbers_now_and_then(small_run, monkeypatch):
     monkeypatch.setattr(train, "average_over_ranks", lambda *args: (
         [math.nan, *real(*args)[1:]] if next(calls) % 2 else real(*args)))
     assert read_checkpoint(small_run("run") / "last.pt")["skipped"] == 5
+    monkeypatch.setattr(train, "average_over_ranks", lambda *args: [math.nan, *real(*args)[1:]])
+    with pytest.raises(UserError, match="2 updates in a row .* all gradients are finite"):
+        small_run("bad")

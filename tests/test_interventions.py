@@ -55,13 +55,14 @@ INTERVENTIONS = {
     "weight_decay_gpt2": {"weight_decay": 0.01},
     "weight_tying": {"tie_weights": True},
     "weight_tying_gpt2_init": {"tie_weights": True, "init": "gpt2"},
+    "z_loss": {"z_loss": 1e-4},
     "wsd": {"learning_rate": 1.4e-3, "schedule": "wsd", "warmup_fraction": 0.05,
             "cooldown_fraction": 0.2, "min_lr_ratio": 0.1},
     **{name: {name: True} for name in (
         "cautious_decay", "embed_norm", "qkv_bias", "value_embeddings", "value_residual",
         "x0_lambdas", "zero_init")}}
 # what train.py alone does; fp16_sums are a GPU's
-IN_THE_LOOP = {"fp16_sums", "gradient_clipping", "no_amp", "tail_average"}
+IN_THE_LOOP = {"fp16_sums", "gradient_clipping", "no_amp", "tail_average", "z_loss"}
 
 STACKS = {
     "modern": {"n_layer": 2, "n_head": 3, "norm": "rmsnorm", "position": "rope", "qk_norm": True,
@@ -77,8 +78,9 @@ STACKS = {
     "muon": {"optimizer": "muon", "weight_decay": 2.0, "adamw_weight_decay": 0.0,
              "cautious_decay": True, "activation": "swiglu", "qkv_bias": True, "head_lr": 2.0,
              "n_embd": 36, "n_head": 2},
-    "cautious adamw": {"cautious_decay": True, "weight_decay": 2.0, "decay": "matrices",
-                       "tie_weights": True, "embedding_lr": 0.1, "scalar_lr": 2.0}}
+    "cautious adamw": {"cautious_decay": True, "activation": "gelu_erf", "weight_decay": 2.0,
+                       "decay": "matrices", "tie_weights": True, "embedding_lr": 0.1,
+                       "scalar_lr": 2.0}}
 
 TINY = {"vocab_size": 61, "block_size": 16, "n_layer": 3, "n_embd": 48}
 MAX_STEPS = 40
@@ -184,7 +186,10 @@ def reference_logits(weights, tokens, options, training=False):
             hidden = gate / (1 + torch.exp(-gate)) * linear(x, f"{name}.up")
         elif options.activation == "relu2":  # So et al., "Primer", 2021
             hidden = linear(x, f"{name}.fc").clamp(min=0)**2
-        else:  # Hendrycks and Gimpel, "Gaussian error linear units", 2016
+        elif options.activation == "gelu_erf":  # Hendrycks and Gimpel, 2016
+            x = linear(x, f"{name}.fc")
+            hidden = x / 2 * (1 + torch.erf(x / 2**0.5))
+        else:  # their approximation
             x = linear(x, f"{name}.fc")
             hidden = x / 2 * (1 + torch.tanh((2 / math.pi)**0.5 * (x + 0.044715 * x**3)))
         return linear(hidden, f"{name}.proj")

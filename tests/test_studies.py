@@ -398,7 +398,7 @@ def test_noise_by_its_source():
                                      (1, 3, 3.5), (1, 4, 3.6))]
     sources = mixed_model.sources_of_noise(made)
     assert {source.split(",")[0]: losses for source, losses in sources.items()} == {
-        "both": pytest.approx([3.0, 3.15]), "the loop": [3.0, 3.3],
+        "both": pytest.approx([3.0, 3.15]), "data order and dropout": [3.0, 3.3],
         "initial weights": [3.0, 3.5, 3.6]}
     losses = [2.1, 2.12, 2.11, 2.13, 2.115]
     spread = np.std(losses, ddof=1)

@@ -143,8 +143,10 @@ def test_cautions(compare, tmp_path):
                for name, loss in (("baseline", loss), ("a", 2 * loss - 0.1))]
     assert "Some runs of baseline; a have a seed in common" in compare(crossed)
     printed = compare([{"name": "baseline", "test_loss": 3.0, "max_steps": 100},
-                       {"name": "a", "test_loss": 2.9, "max_steps": 200}])
-    assert "baseline's 9,830,400 tokens" in printed and "a: 19,660,800" in printed
+                       {"name": "a", "test_loss": 2.9, "max_steps": 200},
+                       {"name": "b", "test_loss": 2.9, "max_steps": 200, "block_size": 512}])
+    assert "baseline's 9,830,400 tokens" in printed and "alone: a: 19,660,800." in printed
+    assert "baseline's of 1,024 tokens" in printed and "contexts: b: 512." in printed
 
     rng = np.random.default_rng(0)
     text, sizes = rng.normal(0, 0.3, 100), [5] * 100
@@ -378,6 +380,12 @@ def test_study_needs_neither_torch_nor_scipy_stats():
             "print(sorted({'torch', 'scipy.stats', 'vl_convert'} & sys.modules.keys()))")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout.endswith("[]\n"), done.stderr
+
+
+def test_training_needs_no_statistics():
+    code = "import sys, train; print(sorted({'scipy', 'nanolab.study'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_different_code_is_said(compare):

@@ -239,6 +239,8 @@ def test_ready_made_splits(tmp_path, monkeypatch, capsys):
     facts = read_json(tmp_path / "both/made/meta.json")
     assert facts["documents_left_out"]["in val or test"] == 2
 
+    make(monkeypatch, tmp_path / "named", folder)
+    assert "val/id.jsonl has the name of a split, but goes into all" in capsys.readouterr().out
     make(monkeypatch, tmp_path / "same", folder, given[1], given[1].replace("--test", "--val"))
     assert "note: 9 documents of val are in test too" in capsys.readouterr().out
 

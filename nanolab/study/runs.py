@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from config import OBJECTIVE_OPTIONS, RESUME_MAY_CHANGE, SEEDS, Config
-from nanolab.common import UserError, code_name, parse_json
+from nanolab.common import UserError, code_name
 
 DEFAULTS = {option.name: option.default for option in fields(Config)}
 
@@ -97,7 +97,7 @@ def read_run(checkpoint, validation):
     try:
         if path.exists() and path.stat().st_mtime > result_path.stat().st_mtime:
             return None
-        results = parse_json(result_path.read_text())["results"]
+        results = json.loads(result_path.read_text())["results"]
         own = [result for result in results if result["amp"] == "off"
                and result["dataset"] == result["config"]["dataset"]]
         return {**(own or results)[-1], **facts}
@@ -107,7 +107,7 @@ def read_run(checkpoint, validation):
 
 def read_json(path):
     try:
-        return dict(parse_json(path.read_text()))
+        return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         raise UserError(f"{path} is missing or damaged") from None
 
@@ -119,7 +119,7 @@ def read_file(path, loss=None):
         return {**beside, **shared, **run["config"]} if "config" in run else {**shared, **beside}
 
     try:
-        content = parse_json(Path(path).read_text("utf-8-sig"))
+        content = json.loads(Path(path).read_text("utf-8-sig"))
         content = content if isinstance(content, dict) else {"runs": content}
         shared = content.get("options", {})
         runs = [{**run, "config": options_of(run)} for run in content["runs"]]

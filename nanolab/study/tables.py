@@ -20,7 +20,8 @@ def compare(experiments, baseline, loss="test_loss", test=stats.compare_means):
         losses = list(ours.values())
         row = {"experiment": label, "n": len(ours), "loss": float(np.mean(losses)),
                "sd": stats.sample_sd(losses), "losses": losses, "verdict": "",
-               "tokens": budget(runs), "tokens_per_second": mean_of(runs, "tokens_per_second"),
+               "tokens": budget(runs), "block_size": settings(runs[0])["block_size"],
+               "tokens_per_second": mean_of(runs, "tokens_per_second"),
                "hours": (mean_of(runs, "seconds") or 0) / 3600 or None, "cost": cost_of(runs),
                "seeds_cross": any(len(set(column)) < len(ours) for column in zip(*ours)),
                "code": code_states(runs)}
@@ -232,6 +233,11 @@ def format_notes(rows, baseline, independent=True):
                         [row for row in rows if row["verdict"] != "reference"
                          and abs(row["tokens"] / base["tokens"] - 1) > 0.01],
                         lambda row: f": {row['tokens']:,}")
+    if base:
+        lines += listed(f"Other windows than {baseline}'s of {base['block_size']:,} tokens, so the "
+                        "losses are for other contexts: {}.",
+                        [row for row in rows if row["block_size"] != base["block_size"]],
+                        lambda row: f": {row['block_size']:,}")
     if len({sha256 for row in rows for sha256 in row["code"]}) > 1:
         lines += listed("Different code, so a difference may not be due to the option alone "
                         "(code.diff in a run's folder has its changes): {}.",

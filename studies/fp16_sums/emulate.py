@@ -16,6 +16,7 @@ and train.py skips that update.
 
 import json
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -23,11 +24,8 @@ import torch
 from torch import nn
 
 import nanolab.head
-import train
-from config import Config
 from model import GPT, GPTConfig
 from nanolab.common import run_script
-from nanolab.options import load
 from nanolab.study.tables import format_table
 
 PRECISIONS = ("bfloat16", "float16", "fp16_sums")
@@ -194,7 +192,8 @@ def main():
         print(show(*words))
     else:
         emulate(what)
-        train.train(load(Config, words))
+        sys.argv = ["train.py", *words]
+        runpy.run_path("train.py", run_name="__main__")
 
 
 if __name__ == "__main__":

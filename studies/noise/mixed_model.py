@@ -1,10 +1,10 @@
-"""Where the noise of a study comes from: the seed of the initial weights, or those of the loop.
+"""Where the noise of a study comes from: the initial weights, or data order and dropout.
 
     python -m studies.noise.mixed_model RESULTS.json    # its runs of NAMES
     python -m studies.noise.mixed_model RESULTS.json --baseline=NAME    # study.py's table
 
 Each loss is taken for a mean, plus an effect of the seed of the initial weights, one of the seeds
-of the training loop (data order, dropout), and a rest. REML estimates their three variances from
+of data order and dropout, and a rest. REML estimates their three variances from
 all runs at once. `difference` compares two experiments by such a model, for runs that share seeds
 with each other and so are not independent.
 """
@@ -23,7 +23,7 @@ from nanolab.study.runs import (group_by_experiment, losses_by_seed, read_file, 
                                 settings)
 
 NAMES = ("baseline", "weights", "loop")  # the last two: the baseline with seeds of these alone
-EFFECTS = {"weights": "initial weights", "loop": "loop", "rest": "rest"}
+EFFECTS = {"weights": "initial weights", "loop": "data order and dropout", "rest": "rest"}
 
 
 def mixed_model(losses, seeds, side=None):
@@ -109,8 +109,8 @@ def sources_of_noise(runs):
     weights = Counter(seeds[0] for seeds in losses).most_common(1)[0][0]
     loop = Counter(seeds[1:] for seeds in losses).most_common(1)[0][0]
     sources = {"both, by one seed": one_seed.__contains__,
-               "the loop, with the same initial weights": lambda seeds: seeds[0] == weights,
-               "initial weights, with the same loop": lambda seeds: seeds[1:] == loop}
+               "data order and dropout, same initial weights": lambda seeds: seeds[0] == weights,
+               "initial weights, same data order and dropout": lambda seeds: seeds[1:] == loop}
     return {source: [loss for seeds, loss in losses.items() if belongs(seeds)]
             for source, belongs in sources.items()}
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Where the lab's noise comes from: the baseline with seeds 1 to 5, then with seeds 2 to 5 of the
-# initial weights alone and of the loop alone (data order, dropout). 13 runs, about 15 minutes of
+# initial weights alone, and of data order and dropout alone. 13 runs, about 15 minutes of
 # training on 2 cores of an AMD EPYC. Writes out/noise/ and out/noise.json; prints the tables.
 set -euo pipefail
 
