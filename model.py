@@ -252,9 +252,7 @@ class GPT(nn.Module):
             x = self.hidden_states(context[:, position:], cache, position)
             position = context.shape[1]
             logits = self.logits(x[:, -1])  # (B, V)
-            if not logits.isfinite().all():
-                raise FloatingPointError("the model's logits are not finite: its weights are too "
-                                         "large")
+            check_finite(logits)
             if temperature == 0:
                 token = logits.argmax(dim=-1)
             else:
@@ -319,6 +317,11 @@ def initialise(model, generator):
                 raise ValueError(f"no initialisation rule matches the parameter {name}")
         if zero_init and ".proj." in name:  # zeroed after drawing: the other weights stay as drawn
             nn.init.zeros_(p)
+
+
+def check_finite(logits):
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite: its weights are too large")
 
 
 def sample_token(logits, top_k, top_p, generator):

@@ -283,8 +283,7 @@ def print_setup(config, meta, model, train_data, max_steps, batch_size, grad_acc
     print0(format_config(config))
     print0(f"model:  {model.num_params():,} parameters on {world.size} x {world.device.type}"
            f"{threads}, {str(world.dtype or torch.float32).removeprefix('torch.')}")
-    print0(f"data:   {config.dataset}, {train_data.n_tokens:,} training tokens, tokenizer "
-           f"{meta['tokenizer'][:20]}; the run reads "
+    print0(f"data:   {config.dataset}, {train_data.n_tokens:,} training tokens; the run reads "
            f"{max_steps * tokens:,}, {max_steps * sequences / len(train_data):.2f} epochs")
     print0(f"batch:  {sequences} sequences x {config.block_size:,} tokens = {tokens:,} tokens a "
            f"step, {max_steps:,} steps; {world.size} processes x {grad_accum_steps} micro-steps x "

@@ -277,7 +277,7 @@ def test_published_token_files(tmp_path, monkeypatch):
     assert meta["splits"]["train"]["documents"] == (train_tokens[:2049] == 50256).sum()
 
 
-def test_files_of_nanogpt(tmp_path, capsys):
+def test_files_of_nanogpt(tmp_path):
     """train.bin and val.bin without meta.json are read when --vocab_size says what they hold."""
     tokens = np.random.default_rng(1).integers(65, size=1_200_000).astype("<u2")
     assert tokens.nbytes > 2 * 2**20, "more than what is hashed"
@@ -285,7 +285,6 @@ def test_files_of_nanogpt(tmp_path, capsys):
         tokens.tofile(tmp_path / f"{split}.bin")
     flags = [*SMALL, f"--dataset={tmp_path}", f"--out_dir={tmp_path}/run", "--vocab_size=65"]
     run_quickly([*flags, "--max_steps=2"])
-    assert "tokenizer unknown" in capsys.readouterr().out
     assert losses(tmp_path / "run")[0] == pytest.approx(math.log(65), abs=0.7)
     assert read_checkpoint(tmp_path / "run" / "last.pt")["tokenizer"] == "unknown"
     inputs, _ = TokenDataset("", tmp_path, "train", 32, 65).batch([3])

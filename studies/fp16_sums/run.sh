@@ -2,10 +2,8 @@
 # What 16-bit sums do, emulated on a CPU. Needs `python prepare.py pypi`, once. First the relative
 # errors of products and gradients: about five minutes and 7 GB. Then the ladder's recipe `modern`
 # at 2x64, five seeds, with sums in 32 bits and in 16: about 45 core-minutes on an AMD EPYC. Writes
-# out/fp16_sums*; prints the tables. Run it again after an interruption: it goes on.
-#
-#     bash studies/fp16_sums/run.sh          size 2x64
-#     bash studies/fp16_sums/run.sh 3x80     the next size, about 3 core-hours; not run yet
+# out/fp16_sums*; prints the tables. Run it again after an interruption: it goes on. `run.sh 3x80`:
+# the next size, about 3 core-hours, by validation loss.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 size=${1:-2x64}
@@ -32,5 +30,6 @@ for what in products gradients; do
   python -m studies.fp16_sums.emulate show $file
 done
 study | xargs -P "${JOBS:-2}" -L 1 python -m studies.fp16_sums.emulate
-python eval.py --ckpt out/fp16_sums/$size/*/*/best.pt
-python study.py out/fp16_sums/$size --baseline float16 --json out/fp16_sums_$size.json
+[ $size = 3x80 ] || python eval.py --ckpt out/fp16_sums/$size/*/*/best.pt
+[ $size = 2x64 ] || by=--validation
+python study.py out/fp16_sums/$size ${by:-} --baseline float16 --json out/fp16_sums_$size.json
