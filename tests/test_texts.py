@@ -419,7 +419,7 @@ def nanogpt_folder(folder, characters, **meta):
                    "meta.pkl": pickle.dumps(meta)})
 
 
-def test_nanogpt_characters(tmp_path, output_of, capsys):
+def test_nanogpt_characters(tmp_path, output_of):
     """A character-level data set of nanoGPT's has its own characters everywhere."""
     nanogpt_folder(tmp_path / "chars", "\n abcdeé“漢")
     output = output_of("prepare", "info", "chars", f"--data_dir={tmp_path}")
@@ -428,7 +428,6 @@ def test_nanogpt_characters(tmp_path, output_of, capsys):
     run_quickly([*SMALL, "--dataset=chars", f"--data_dir={tmp_path}", f"--out_dir={tmp_path}/out",
                  "--max_steps=60", "--learning_rate=1e-2", "--sample_every=60",
                  "--sample_prompt=abc"])
-    assert 'tokenizer character:"\\n abc' in capsys.readouterr().out
     assert logged("sample", tmp_path / "out")[0].startswith("abcdeé“漢\n abcd")
     assert read_checkpoint(tmp_path / "out/best.pt")["config"]["vocab_size"] == 10
     assert output_of("sample", f"--ckpt={tmp_path}/out", "--prompt=abc", "--temperature=0",
