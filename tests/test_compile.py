@@ -9,7 +9,7 @@ import nanolab.head
 import train
 from config import Config
 from conftest import (flag_sets, force_gpu_head, logged, losses, run_quickly, run_ranks,
-                      small_gpt_config)
+                      small_gpt_config, stop_at)
 from model import GPT, GPTConfig
 from nanolab.distributed import World
 
@@ -60,7 +60,7 @@ def as_with_trees(outputs):
 @pytest.mark.parametrize("give, same", [(list, True), (as_with_trees, False)])
 def test_cuda_graphs_change_no_loss(small_run, monkeypatch, give, same):
     """A run of 4 micro-steps with fake graphs, and validations of several batches between its
-    steps, is the eager run. With what trees would do it is another."""
+    steps, is the eager run, in one piece or resumed. With what trees would do it is another."""
     flags = ["--batch_size=2", "--eval_every=2", "--grad_clip=0.1", "--max_steps=4", "--n_layer=1",
              "--tail_average=0.5"]
     eager = small_run("eager", *flags)
@@ -72,6 +72,9 @@ def test_cuda_graphs_change_no_loss(small_run, monkeypatch, give, same):
     if same:
         expected = pytest.approx(logged("val_loss", eager), rel=1e-6)
         assert logged("val_loss", captured) == expected
+        small_run("parts", *flags, "--compile=graphs", on_step=stop_at(2))
+        parts = small_run("parts", *flags, "--compile=graphs", "--resume")
+        assert losses(parts) == losses(captured)
 
 
 def compiled_rank(argv):

@@ -131,15 +131,15 @@ def test_the_model_is_one_graph(monkeypatch, i):
     assert len(graphs) == 1
 
 
-def test_no_copy_of_the_logits(monkeypatch):
-    """In eager code, 12 operators make a tensor of at least the logits' size: they are HeadLoss's,
-    of which the next test counts the bytes."""
+def test_no_copy_of_the_logits_or_the_head(monkeypatch):
+    """In eager code, 21 operators make a tensor of at least the head's size, 12 of them one of the
+    logits' size. The next test counts the bytes of HeadLoss's."""
     force_gpu_head(monkeypatch)
     gpt, are_large = GPT(small_gpt_config(n_layer=1)), []
     with Operators(lambda function, args, kwargs, results: are_large.append(any(
-            isinstance(x, torch.Tensor) and x.numel() >= 64 * V for x in tree_leaves(results)))):
+            isinstance(x, torch.Tensor) and x.numel() >= 32 * V for x in tree_leaves(results)))):
         gpt(*small_batch()).backward()
-    assert sum(are_large) == 12
+    assert sum(are_large) == 21
 
 
 def test_bytes_kernels_and_memory():
