@@ -1,6 +1,5 @@
 """Weights out, to a folder that transformers reads: as its GPT-2 where that computes the same, else
-with model.py's own code next to them.
-"""
+with model.py's own code next to them."""
 
 import json
 import os

@@ -1,6 +1,5 @@
 """Our GPT as a class of transformers. Nothing imports this file: export.py writes its text, after
-model.py's, into the folder of a model that transformers' GPT-2 cannot express.
-"""
+model.py's, into the folder of a model that transformers' GPT-2 cannot express."""
 
 import torch
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel

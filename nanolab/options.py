@@ -84,7 +84,7 @@ def read_config_file(file):
     try:
         namespace = runpy.run_path(file)
     except SyntaxError as error:
-        raise config_error(f"{error.filename or file}, line {error.lineno}: {error.msg}") from None
+        raise config_error(f"{error.filename or file}, line {error.lineno or 1}: {error.msg}") from None
     except (Exception, SystemExit) as error:
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == file), 1)
@@ -179,7 +179,8 @@ def refuse_unknown(files, settings, options):
             advice = "docs/from_nanogpt.md has other trainers' names, --help all of nanolab's"
             lines.append(f"{problem}; {foreign[word]}")
         else:
-            lines.append(f"{problem}{nearest(word, known)}")
+            helper = f"; a helper may be called _{name}" if problem.endswith(".py)") else ""
+            lines.append(f"{problem}{nearest(word, known) or helper}")
     if len(lines) == 1:
         raise config_error(f"{lines[0]}; {advice}")
     if lines:
