@@ -100,7 +100,7 @@ LAST, BEST = "out/last.pt", "out/best.pt"
     ({}, [*TRAIN, "out"], "'out' is neither a config file"),
     ({"config/cloud.py": write("")}, [*TRAIN, "config/clod.py"], "did you mean 'config/cloud.py'"),
     ({"mine.py": write("dropout = (")}, [*TRAIN, "mine.py"], "mine.py, line 1: '(' was never"),
-    ({"mine.py": write("half = 2")}, [*TRAIN, "mine.py"], "a helper may be called _half"),
+    ({"mine.py": write("zzz = 2")}, [*TRAIN, "mine.py"], "a helper may be called _zzz"),
     ({"mine.py": write("x_ = 1\nx_ / 0")}, [*TRAIN, "mine.py"], "mine.py, line 2: ZeroDivision"),
     # options that do not go together
     ({}, [*TRAIN, "--n_head=3"], "n_head=3 (from --n_head); n_head could be 2 or 4"),
