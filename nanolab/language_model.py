@@ -33,8 +33,8 @@ class LanguageModel:
         checkpoint = read_any(source)
         self.options = checkpoint["config"]  # of its run
         name, own = tokenizer or checkpoint["tokenizer"], Path(source, "vocab.json")
-        self.tokenizer = gpt2_from_file(own) if name == "gpt2" and own.is_file() else get_tokenizer(
-            name)
+        is_own = name == "gpt2" and own.is_file()  # an export needs no network
+        self.tokenizer = gpt2_from_file(own) if is_own else get_tokenizer(name)
         self.device = pick_device(device)
         self.model = load_model(checkpoint).to(self.device)
 

@@ -84,7 +84,8 @@ def read_config_file(file):
     try:
         namespace = runpy.run_path(file)
     except SyntaxError as error:
-        raise config_error(f"{error.filename or file}, line {error.lineno or 1}: {error.msg}") from None
+        place = f"{error.filename or file}, line {error.lineno or 1}"
+        raise config_error(f"{place}: {error.msg}") from None
     except (Exception, SystemExit) as error:
         frames = reversed(traceback.extract_tb(error.__traceback__))
         line = next((frame.lineno for frame in frames if frame.filename == file), 1)
