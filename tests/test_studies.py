@@ -26,6 +26,7 @@ from nanolab.study import page as study_page
 from studies import update
 from studies.batch_size import fit
 from studies.fp16_sums import emulate
+from studies.heads_of_32 import by_position
 from studies.ladder import scaling
 from studies.noise import mixed_model
 
@@ -404,3 +405,16 @@ def test_noise_by_its_source():
     spread = np.std(losses, ddof=1)
     assert mixed_model.sd_interval(losses) == pytest.approx([
         spread * math.sqrt(4 / scipy.stats.chi2.ppf(p, 4)) for p in (0.975, 0.025)])
+
+
+def test_losses_by_position_are_those_of_the_run(shared_run, tmp_path, monkeypatch, output_of):
+    folder = shared_run()
+    run = json.loads((folder / "config.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    monkeypatch.setattr(by_position, "EDGES", (0, 1, run["block_size"]))
+    printed = output_of("studies.heads_of_32.by_position", f"{tmp_path}/a.json", f"{folder}/last.pt")
+    [row] = json.loads((tmp_path / "a.json").read_text())
+    assert np.mean(row["losses"]) == pytest.approx(summary["final_val_loss"], abs=1e-5)
+    assert row["losses"][0] > np.mean(row["losses"][1:])  # the first token has no context
+    assert f"| {row['losses'][0]:.3f} |" in printed
+    assert output_of("studies.heads_of_32.by_position", f"{tmp_path}/a.json") == printed

@@ -1,49 +1,62 @@
-"""The validation loss of checkpoints by position in the context, and what it falls from 16 - 31 to
-the last quarter: what a model gets out of text that is far away.
+"""The validation loss at each position of the context: what a model gets out of text further back.
 
-    python -m studies.heads_of_32.by_position FILE.json CHECKPOINT ...
+    python -m studies.heads_of_32.by_position FILE.json [CHECKPOINT ...]
+
+Adds the checkpoints to the file, then prints the means over seeds of all that are in it.
 """
 
 import json
 import sys
+from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from nanolab.checkpoint import load_model, read_checkpoint
-from nanolab.common import run_script
+from nanolab.common import UserError, run_script, write_atomically
 from nanolab.data import TokenDataset
+from nanolab.study.tables import format_table
+
+EDGES = (0, 16, 32, 64, 96, 128)
 
 
 @torch.no_grad()
-def losses_by_position(checkpoint):
-    """-> the mean loss at each position, over the text that its run validated on."""
-    config = checkpoint["config"]
-    model = load_model(checkpoint).eval()
-    data = TokenDataset("data", config["dataset"], "val", config["block_size"],
+def measure(path):
+    """The losses of a checkpoint, over the text that its run validated on."""
+    checkpoint = read_checkpoint(path)
+    config, model = checkpoint["config"], load_model(checkpoint).eval()
+    data = TokenDataset(config["data_dir"], config["dataset"], "val", config["block_size"],
                         config["vocab_size"])
-    sums = torch.zeros(config["block_size"], dtype=torch.float64)
     n_windows = min(config["eval_tokens"] // config["block_size"], len(data))
+    losses = torch.zeros(config["block_size"], dtype=torch.float64)
     for start in range(0, n_windows, 64):
-        x, y = data.batch(range(start, min(start + 64, n_windows)), torch.device("cpu"))
-        logits = model.logits(model.hidden_states(x))
-        sums += F.cross_entropy(logits.mT, y, reduction="none").sum(0)  # (64, T) -> (T,)
-    return (sums / n_windows).tolist()
+        ids = range(start, min(start + 64, n_windows))
+        x, y = data.batch(ids, torch.device("cpu"))
+        logits = model.logits(model.hidden_states(x))  # (64, T, V)
+        losses += F.cross_entropy(logits.mT, y, reduction="none").sum(0)  # (64, T) -> (T,)
+    return {"name": config["name"], "seed": config["seed"], "n_embd": config["n_embd"],
+            "step": checkpoint["step"], "losses": (losses / n_windows).tolist()}
 
 
-def main(path, *checkpoints):
-    rows = []
-    for checkpoint in map(read_checkpoint, checkpoints):
-        config, losses = checkpoint["config"], losses_by_position(checkpoint)
-        rows.append({"name": config["name"], "seed": config["seed"], "n_embd": config["n_embd"],
-                     "n_head": config["n_head"], "step": checkpoint["step"], "losses": losses})
-        means = [sum(losses[a:b]) / (b - a) for a, b in ((0, 16), (16, 32), (32, 64), (64, 96),
-                                                         (96, 128))]
-        print("|", config["n_embd"], "|", config["name"], "|", config["seed"], "|",
-              " | ".join(f"{each:.3f}" for each in means), f"| {means[-1] - means[1]:+.3f} |")
-    with open(path, "w") as file:
-        json.dump(rows, file)
+def main():
+    if len(sys.argv) < 2:
+        raise UserError("name a results file", exit_code=2)
+    file, groups = Path(sys.argv[1]), {}
+    rows = json.loads(file.read_text()) if file.exists() else []
+    if len(sys.argv) > 2:
+        rows += map(measure, sys.argv[2:])
+        write_atomically(file, json.dumps(rows) + "\n")
+    for row in rows:
+        groups.setdefault((f"{row['n_embd']}", row["name"]), []).append(row["losses"])
+    table = [["width", "recipe", "n", *(f"{a}-{b - 1}" for a, b in pairwise(EDGES))]]
+    for key, losses in sorted(groups.items()):
+        mean = np.mean(losses, axis=0)
+        table.append([*key, f"{len(losses)}", *(f"{mean[a:b].mean():.3f}"
+                                                for a, b in pairwise(EDGES))])
+    print(format_table(table, markdown=True))
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(*sys.argv[1:]))
+    run_script(main)
