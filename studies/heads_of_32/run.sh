@@ -52,15 +52,15 @@ if [ "${1:-}" = gpu ]; then
 fi
 
 rates 32 916_480 "0.0123 0.0246 0.0492" "0.0153 0.0306 0.0612" "0.02085 0.0417 0.0834 0.1668"
-study runs 32 916_480 --learning_rate=0.0246 --baseline=published --arms \
-  rope="$rope $second --learning_rate=0.0306" modern="$modern --learning_rate=0.0834" \
-  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0306"
-study runs 64 2_816_000 --learning_rate=0.0120 --baseline=published --validation --arms \
-  rope="$rope $second --learning_rate=0.0158" modern="$modern --learning_rate=0.0284" \
-  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0158"
-study runs 96 5_698_560 --learning_rate=0.0082 --baseline=published --validation --seeds=3 --arms \
-  rope="$rope $second --learning_rate=0.0078" modern="$modern --learning_rate=0.0157" \
-  rope_qk_norm="$rope_qk_norm $second --learning_rate=0.0078"
+runs() {  # WIDTH TOKENS SEEDS, and the rates of published, of the two with rope, of modern
+  study runs $1 $2 --seeds=$3 --learning_rate=$4 --baseline=published "${@:7}" --arms \
+    rope="$rope $second --learning_rate=$5" modern="$modern --learning_rate=$6" \
+    rope_qk_norm="$rope_qk_norm $second --learning_rate=$5"
+}
+
+runs 32 916_480 5 0.0246 0.0306 0.0834
+runs 64 2_816_000 5 0.0120 0.0158 0.0284 --validation
+runs 96 5_698_560 3 0.0082 0.0078 0.0157 --validation
 # half and twice these rates, seed 1
 study checks 96 5_698_560 --learning_rate=0.0041 --baseline=published_0.0041 --validation \
   --seeds=1 --arms published_0.0164=--learning_rate=0.0164 \
