@@ -40,14 +40,15 @@ def analyse(runs, target=None, against=("published", "rope_qk_norm"), loss="test
     sds, warnings = noise(cells)
     same_text, samples = (sample_means(cells, sds, with_text)
                           for with_text in (False, loss == "test_loss"))
-    recipes = {name: [full[name, size] for size in fitted] for name, _ in full
-               if len(fitted) > 3}  # a law has three unknowns
+    recipes = {name: [full[name, size] for size in fitted if (name, size) in full]
+               for name, _ in full}
     pairs = [(full[name, size], full[other, size]) for i, other in enumerate(against)
              for name, size in full if name not in against[:i + 1] and (other, size) in full]
     return {"fitted": fitted, "target": target, "warnings": warnings,
             "losses": {cell: values(cells[cell]) for cell in full.values()},
             "laws": [fit_recipe(chosen, full.get((name, target)), target, cells, sds, same_text)
-                     for name, chosen in recipes.items()],
+                     for name, chosen in recipes.items()
+                     if len(chosen) > 3],  # a law has three unknowns
             "differences": {pair: stats.compare_means(*(losses_by_seed(cells[cell], "loss")
                                                         for cell in pair)) for pair in pairs},
             "fractions": {pair: found for pair in pairs
