@@ -288,6 +288,12 @@ def test_few_sizes_and_validation():
         assert fraction == pytest.approx(FRACTION, abs=0.015)
 
 
+def test_a_recipe_may_lack_a_size():
+    found = [run for run in ladder() if (run["name"], run["config"]["n_embd"]) != ("better", 24)]
+    result = scaling.analyse(found, None, ["published"])
+    assert [law["name"] for law in result["laws"]] == ["published"]  # the other has three sizes
+
+
 def test_batch_size_fit_is_the_published_one():
     sizes, losses = fit.points("studies/published/results.json", "batch_size")
     found = fit.fit_batch_size(sizes, losses)
