@@ -171,29 +171,6 @@ def curves_chart(labels, curves, baseline=None, n_shown=5):
                                     " + 17 * (datum.rank - (datum.count + 1) / 2)"}}}]}
 
 
-def run_chart(name, entries):
-    """A run's loss, learning rate and gradient norm over its tokens; entries: of its log."""
-    def panel(field, height, scale, *layers, **axis):
-        y = {"type": "quantitative", "title": None, "axis": axis, "scale": scale}
-        return {"title": VIEWS[field], "width": WIDTH, "height": height, "layer": [
-            {"transform": transform, "mark": {"clip": True, "color": "black", **mark},
-             "encoding": {"x": TOKENS, "y": {"field": field, **y}}}
-            for mark, *transform in layers]}
-
-    curves = [(0, name, *curve(entries))]
-    losses = curves[0][2][1]
-    low, high = np.nanmin(losses), np.nanquantile(losses, 0.98)  # the first steps are far above
-    mean = {"window": [{"op": "mean", "field": "loss", "as": "loss"}], "frame": [-10, 10]}
-    powers = [digit * 10.0 ** power for power in range(-6, 7) for digit in (1, 2, 5)]
-    line = {"type": "line"}
-    return {**CHART, "title": name, "data": curve_data(curves), "vconcat": [
-        panel("loss", 380, {"domain": [low - 0.1, high + 0.1]},
-              ({**line, "color": "#bbb"}, IS_TRAINING), (line, IS_TRAINING, mean),
-              ({"type": "point", "opacity": 1, "fill": "white"}, IS_VALIDATION)),
-        panel("learning_rate", 100, {}, (line, IS_TRAINING)),
-        panel("gradient_norm", 100, {"type": "log"}, (line, IS_TRAINING), values=powers)]}
-
-
 def differences_chart(rows, baseline):
     """The differences of tables.compare's rows, with the intervals that their verdicts use."""
     looks = {"better": (COLORS[1], COLORS[1]), "worse": (COLORS[2], "transparent")}

@@ -105,5 +105,9 @@ def run_page(options, summary, entries, status, is_running):
         "Samples": format_samples((f"After step {entry['step']:,}", entry["sample"])
                                   for entry in reversed(having("sample", entries))),
         "Options": details(f"all {len(options)}", html_table(options.items()))}
-    charts = {"curves": curves_chart([name], [(0, name, *curve(entries))])}
-    return format_page(name, f"A training run of nanolab: {status}.", sections, charts, is_running)
+    return format_page(name, f"A training run of nanolab: {status}.", sections,
+                       {"curves": run_curves(name, entries)}, is_running)
+
+
+def run_curves(name, entries):
+    return curves_chart([name], [(0, name, *curve(entries))])

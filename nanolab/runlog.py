@@ -17,14 +17,14 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from nanolab.charts import run_chart, save_picture
+from nanolab.charts import save_picture
 from nanolab.checkpoint import checkpoint_file
 from nanolab.common import (ROOT, UserError, code_diff, code_state, describe, utc_now, versions,
                             write_atomically)
 from nanolab.distributed import machine, n_threads
 from nanolab.log import read_entries
 from nanolab.memory import peak_memory
-from nanolab.report import run_page
+from nanolab.report import run_curves, run_page
 from nanolab.tokenizer import encode_prompt, get_tokenizer, text_of
 
 SAMPLE_TOKENS = 128  # at most; a sample also ends at an end-of-text token
@@ -193,7 +193,7 @@ class RunLog:
             write_atomically(self.out_dir / "report.html", run_page(
                 vars(self.config), summary, entries, status, is_running))
             if not is_running:  # it takes seconds
-                save_picture(run_chart(self.config.name, entries), self.out_dir / "loss.png")
+                save_picture(run_curves(self.config.name, entries), self.out_dir / "loss.png")
         except Exception as error:  # a picture ends no run
             tqdm.write(f"could not draw the run in {self.out_dir} ({describe(error)})",
                        file=sys.stderr)
