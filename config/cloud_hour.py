@@ -5,14 +5,13 @@
 #     bash runs/cloud.sh                                                  # all of it
 #     torchrun --standalone --nproc_per_node=8 train.py config/cloud_hour.py      # training alone
 #
-# Time. 8 x 208,338 tokens/s, the card's limit, x 0.75 (docs/gpu.md) = 1,250,000 tokens/s: 43
-# minutes for 6,219 steps. Not counted: averaging gradients, 649 MB a step; Muon's products, 1.6
-# TFLOP a step, which the GPUs share, and exchange; 25 validations and saves; compiling. The
-# environment, the data and the test take about 10 minutes more (runs/cloud.sh). So a step has 0.48
-# s where 0.42 are predicted. For other cards, --dry_run says. To fill an hour: another --max_steps.
+# Time: 8 x 208,338 tokens/s x 0.75 (docs/gpu.md) make 43 minutes for 6,219 steps. Not counted:
+# averaging gradients, 649 MB a step; Muon's products, 1.6 TFLOP a step, which the GPUs share, and
+# exchange; 25 validations and saves; compiling. What else runs/cloud.sh does takes 10 minutes. For
+# other cards, --dry_run says. To fill an hour: another --max_steps.
 #
-# Batch: 8 processes x 2 micro-steps x 32 sequences, with the memory of config/overnight_3090.py,
-# 18 GB predicted. 1, 2, 4 or 16 GPUs make the same run.
+# Batch: 8 processes x 2 micro-steps x 32 sequences, 18 GB as in config/overnight_3090.py. 1, 2, 4
+# or 16 GPUs make the same run.
 
 from config.modern_3090 import *
 

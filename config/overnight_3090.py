@@ -18,11 +18,9 @@
 # Newton-Schulz steps, not twelve; rope over the whole head with base 10,000, not over half of it
 # with 1,024; no bias in the head, which starts at random, not at zero.
 #
-# Time, a prediction. 51,000 tokens/s, 0.75 of the card's limit (docs/gpu.md), make 9.3 hours, and
-# validations 0.1. At the 22,421 of the published run on this card, it takes 21 hours. Where a night
-# is too short, give fewer steps: T3's README has 0.0091 for 200 steps fewer, so --max_steps=2450,
-# 12 hours at 30,000 tokens/s, would cost 0.04 or somewhat more. Memory, a prediction (docs/gpu.md):
-# 18 of 24 GB, and 10 with --batch_size=16.
+# Predicted (docs/gpu.md): 9.4 hours at 51,000 tokens/s; 18 of 24 GB, 10 with --batch_size=16. At
+# the published run's 22,421 it takes 21 hours. Where a night is too short, give fewer steps: T3's
+# README has 0.0091 for 200 fewer, so --max_steps=2450 would cost 0.04 or somewhat more.
 
 name = "overnight_3090"
 out_dir = "out/overnight_3090"

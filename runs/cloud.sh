@@ -13,17 +13,11 @@
 # early. A process that dies is started again with --resume, ten times at most. To stop:
 #     kill -- -$(cat out/cloud_hour/cloud.pid)
 #
-# NOT RUN ON RENTED GPUS YET. Predicted for 8 x A100 of 40 GB, at 12 dollars an hour (the published
-# baseline cost 35 to 42 dollars in 3.41 hours):
-#
-#                              minutes   dollars   GB
-#     environment                    3      0.60    6   torch and CUDA
-#     dry run                        2      0.40
-#     data, copied                   1      0.20    7   3.3e9 tokens x 2 bytes; 1 Gbit/s
-#     or prepared here               5      1.00   24   10 to download, and twice the copy's 7
-#     training                      46      9.20    4   43 (config/cloud_hour.py); compiling, saves
-#     test, sample, export           3      0.60    1
-#     in all                  55 to 59  11 to 12   35
+# NOT RUN ON RENTED GPUS YET. Predicted for 8 x A100 of 40 GB, at 12 dollars an hour: 55 to 59
+# minutes, 11 to 12 dollars (the published baseline: 3.41 hours, 35 to 42 dollars), 35 GB of disk.
+# In minutes: environment 3 (6 GB), dry run 2, data 1 copied at 1 Gbit/s (7 GB) or 5 prepared here
+# (24 GB), training 46 (43 by config/cloud_hour.py, and compiling and saves; 4 GB), test, sample and
+# export 3 (1 GB).
 #
 # What is copied: `python prepare.py fineweb` on a cheaper machine; then here
 #     DATA_FROM=me@HOST:nanolab/data/fineweb

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanolab.checkpoint import load_model, read_checkpoint
-from nanolab.common import UserError, run_script, write_atomically
+from nanolab.common import UserError, run_script
 from nanolab.data import TokenDataset
 from nanolab.study.tables import format_table
 
@@ -29,15 +29,12 @@ def measure(path):
     config, model = checkpoint["config"], load_model(checkpoint).eval()
     data = TokenDataset(config["data_dir"], config["dataset"], "val", config["block_size"],
                         config["vocab_size"])
-    n_windows = min(config["eval_tokens"] // config["block_size"], len(data))
-    losses = torch.zeros(config["block_size"], dtype=torch.float64)
-    for start in range(0, n_windows, 64):
-        ids = range(start, min(start + 64, n_windows))
-        x, y = data.batch(ids, torch.device("cpu"))
-        logits = model.logits(model.hidden_states(x))  # (64, T, V)
-        losses += F.cross_entropy(logits.mT, y, reduction="none").sum(0)  # (64, T) -> (T,)
+    losses = []  # (T,) of each window
+    for window in range(min(config["eval_tokens"] // config["block_size"], len(data))):
+        x, y = data.batch([window], torch.device("cpu"))
+        losses.append(F.cross_entropy(model(x)[0], y[0], reduction="none"))
     return {"name": config["name"], "seed": config["seed"], "n_embd": config["n_embd"],
-            "step": checkpoint["step"], "losses": (losses / n_windows).tolist()}
+            "losses": torch.stack(losses).double().mean(0).tolist()}
 
 
 def main():
@@ -47,13 +44,13 @@ def main():
     rows = json.loads(file.read_text()) if file.exists() else []
     if len(sys.argv) > 2:
         rows += map(measure, sys.argv[2:])
-        write_atomically(file, json.dumps(rows) + "\n")
+        file.write_text(json.dumps(rows) + "\n")
     for row in rows:
         groups.setdefault((f"{row['n_embd']}", row["name"]), []).append(row["losses"])
     table = [["width", "recipe", "n", *(f"{a}-{b - 1}" for a, b in pairwise(EDGES))]]
     for key, losses in sorted(groups.items()):
         mean = np.mean(losses, axis=0)
-        table.append([*key, f"{len(losses)}", *(f"{mean[a:b].mean():.3f}"
+        table.append([*key, str(len(losses)), *(f"{mean[a:b].mean():.3f}"
                                                 for a, b in pairwise(EDGES))])
     print(format_table(table, markdown=True))
 
