@@ -54,7 +54,11 @@ def export(checkpoint, model, folder):
         weights, hf_config, code = gpt2_weights(weights, config), gpt2_config(config), {}
     else:
         weights = {f"gpt.{name}": tensor for name, tensor in weights.items()}
-        hf_config, code = own_config(config), {"modeling_nanolab.py": own_code().encode()}
+        hf_config = {"architectures": ["NanolabForCausalLM"], "model_type": "nanolab",
+                     "auto_map": {"AutoConfig": "modeling_nanolab.NanolabConfig",
+                                  "AutoModelForCausalLM": "modeling_nanolab.NanolabForCausalLM"},
+                     **vars(config), "nanolab_options": list(vars(config))}
+        code = {"modeling_nanolab.py": own_code().encode()}
         card += CODE_NOTE
     # a text begins and ends with the token that stands between documents, if it is known
     token = get_tokenizer(tokenizer).eot_token if tokenizer in ("gpt2", "bytes") else None
@@ -118,13 +122,6 @@ def gpt2_weights(weights, config):
 
 
 # --- with its own code
-
-def own_config(config):
-    return {"architectures": ["NanolabForCausalLM"], "model_type": "nanolab",
-            "auto_map": {"AutoConfig": "modeling_nanolab.NanolabConfig",
-                         "AutoModelForCausalLM": "modeling_nanolab.NanolabForCausalLM"},
-            **vars(config), "nanolab_options": list(vars(config))}
-
 
 def own_code():
     """for_transformers.py and what it needs of ours, as one file, without imports of each other. Of

@@ -44,7 +44,8 @@ def read_runs(words, loss):
     for path in dict.fromkeys(path for word in words for path in find_paths(word)):
         if path.endswith(".json"):
             runs += read_file(path)
-        elif path not in words and is_unfinished(os.path.dirname(path)):
+        elif path not in words and (Path(path).with_name("config.json").exists()
+                                    and not Path(path).with_name("summary.json").exists()):
             unfinished.append(path)
         elif run := read_run(path, validation=loss == "val_loss"):
             runs.append(run)
@@ -77,10 +78,6 @@ def configs_below(folder):
     found = glob.glob("**/config.json", root_dir=folder, recursive=True)
     return [path for path in (Path(folder, name) for name in found)
             if not path.with_name("model.safetensors").exists()]  # our export is no run
-
-
-def is_unfinished(folder):
-    return Path(folder, "config.json").exists() and not Path(folder, "summary.json").exists()
 
 
 def read_run(checkpoint, validation):

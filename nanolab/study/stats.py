@@ -36,7 +36,9 @@ def compare_means(ours, theirs):
         error = math.sqrt(variance * (1 / len(a) + 1 / len(b)))
     else:
         result["compared"] = "unpaired"
-        error, df = add_errors(standard_error(a), len(a) - 1, standard_error(b), len(b) - 1)
+        errors = np.array([standard_error(a), standard_error(b)])
+        error = math.hypot(*errors)
+        df = error ** 4 / sum(errors ** 4 / [len(a) - 1, len(b) - 1]) if error else 1
     if error <= 1e-12 * max(map(abs, a + b)):
         return {**result, "compared": f"{result['compared']}, no spread"}
     p = 2 * scipy.special.stdtr(df, -abs(result["difference"]) / error)
@@ -45,12 +47,6 @@ def compare_means(ours, theirs):
 
 def standard_error(values):
     return float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
-def add_errors(error, df, other, other_df):
-    """-> the standard error of a sum of independent parts, Satterthwaite's degrees of freedom"""
-    both = math.hypot(error, other)
-    return both, both ** 4 / (error ** 4 / df + other ** 4 / other_df) if both else 1
 
 
 def t_interval(mean, error, df, level=0.05):
