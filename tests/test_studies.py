@@ -9,14 +9,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import scipy
+import torch
 
 import study
 from config import OPTIONS, Config
-from conftest import HERE
+from conftest import HERE, read_json
 from model import GPT, GPTConfig
 from nanolab import charts
 from nanolab.common import UserError
@@ -414,13 +416,21 @@ def test_noise_by_its_source():
 
 
 def test_losses_by_position_are_those_of_the_run(shared_run, tmp_path, monkeypatch, output_of):
-    folder = shared_run()
-    run = json.loads((folder / "config.json").read_text())
-    summary = json.loads((folder / "summary.json").read_text())
-    monkeypatch.setattr(by_position, "EDGES", (0, 1, run["block_size"]))
-    printed = output_of("studies.heads_of_32.by_position", f"{tmp_path}/a.json", f"{folder}/last.pt")
+    folder, script = shared_run(), "studies.heads_of_32.by_position"
+    T = read_json(folder / "config.json")["block_size"]
+    monkeypatch.setattr(by_position, "EDGES", (0, 1, T))
+    printed = output_of(script, f"{tmp_path}/a.json", f"{folder}/last.pt")
     [row] = json.loads((tmp_path / "a.json").read_text())
-    assert np.mean(row["losses"]) == pytest.approx(summary["final_val_loss"], abs=1e-5)
+    final = read_json(folder / "summary.json")["final_val_loss"]
+    assert np.mean(row["losses"]) == pytest.approx(final, abs=1e-5)
     assert row["losses"][0] > np.mean(row["losses"][1:])  # the first token has no context
     assert f"| {row['losses'][0]:.3f} |" in printed
-    assert output_of("studies.heads_of_32.by_position", f"{tmp_path}/a.json") == printed
+    assert output_of(script, f"{tmp_path}/a.json") == printed
+
+    def copier(x):  # knows nothing but what stood half a window before
+        logits = torch.zeros(*x.shape, 257)
+        logits[:, T // 2 - 1:-1].scatter_(2, x[:, :T // 2, None], 50.0)
+        return logits
+    monkeypatch.setattr(by_position, "load_model", lambda checkpoint: Mock(eval=lambda: copier))
+    line = output_of(script, f"{tmp_path}/b.json", f"{folder}/last.pt").splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[-3:-1]] == ["5.549", "0.000"]  # ln(257)

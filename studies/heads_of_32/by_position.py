@@ -1,4 +1,6 @@
-"""The validation loss at each position of the context: what a model gets out of text further back.
+"""What a model gets out of text further back: its validation loss at each position of the context,
+and on a text that is repeated, which a model with induction heads copies (Olsson et al.,
+"In-context learning and induction heads", 2022).
 
     python -m studies.heads_of_32.by_position FILE.json [CHECKPOINT ...]
 
@@ -29,12 +31,15 @@ def measure(path):
     config, model = checkpoint["config"], load_model(checkpoint).eval()
     data = TokenDataset(config["data_dir"], config["dataset"], "val", config["block_size"],
                         config["vocab_size"])
-    losses = []  # (T,) of each window
+    losses, repeated = [], []  # (T,) of each window; (T - 1,) of its first half, twice
     for window in range(min(config["eval_tokens"] // config["block_size"], len(data))):
         x, y = data.batch([window], torch.device("cpu"))
+        twice = x[:, :config["block_size"] // 2].repeat(1, 2)
         losses.append(F.cross_entropy(model(x)[0], y[0], reduction="none"))
+        repeated.append(F.cross_entropy(model(twice)[0, :-1], twice[0, 1:], reduction="none"))
+    losses, repeated = (torch.stack(each).double().mean(0).tolist() for each in (losses, repeated))
     return {"name": config["name"], "seed": config["seed"], "n_embd": config["n_embd"],
-            "losses": torch.stack(losses).double().mean(0).tolist()}
+            "losses": losses, "repeated": repeated}
 
 
 def main():
@@ -46,12 +51,16 @@ def main():
         rows += map(measure, sys.argv[2:])
         file.write_text(json.dumps(rows) + "\n")
     for row in rows:
-        groups.setdefault((f"{row['n_embd']}", row["name"]), []).append(row["losses"])
-    table = [["width", "recipe", "n", *(f"{a}-{b - 1}" for a, b in pairwise(EDGES))]]
-    for key, losses in sorted(groups.items()):
-        mean = np.mean(losses, axis=0)
-        table.append([*key, str(len(losses)), *(f"{mean[a:b].mean():.3f}"
-                                                for a, b in pairwise(EDGES))])
+        groups.setdefault((f"{row['n_embd']}", row["name"]), []).append(row)
+    table = [["width", "recipe", "n", *(f"{a}-{b - 1}" for a, b in pairwise(EDGES)),
+              "half, from 8 on", "again"]]
+    for key, members in sorted(groups.items()):
+        losses, repeated = (np.mean([row[name] for row in members], axis=0)
+                            for name in ("losses", "repeated"))
+        half = len(losses) // 2
+        parts = [*(losses[a:b] for a, b in pairwise(EDGES)), repeated[8:half - 1],
+                 repeated[half + 8:]]  # a copy has something to go by
+        table.append([*key, str(len(members)), *(f"{part.mean():.3f}" for part in parts)])
     print(format_table(table, markdown=True))
 
 
