@@ -418,13 +418,12 @@ def test_noise_by_its_source():
 def test_losses_by_position_are_those_of_the_run(shared_run, tmp_path, monkeypatch, output_of):
     folder, script = shared_run(), "studies.heads_of_32.by_position"
     T = read_json(folder / "config.json")["block_size"]
-    monkeypatch.setattr(by_position, "EDGES", (0, 1, T))
+    monkeypatch.setattr(by_position, "POSITIONS", {"0": slice(0, 1), "all": slice(T)})
     printed = output_of(script, f"{tmp_path}/a.json", f"{folder}/last.pt")
     [row] = json.loads((tmp_path / "a.json").read_text())
-    final = read_json(folder / "summary.json")["final_val_loss"]
-    assert np.mean(row["losses"]) == pytest.approx(final, abs=1e-5)
-    assert row["losses"][0] > np.mean(row["losses"][1:])  # the first token has no context
-    assert f"| {row['losses'][0]:.3f} |" in printed
+    assert row["all"] == pytest.approx(read_json(folder / "summary.json")["final_val_loss"], 1e-5)
+    assert row["0"] > row["all"]  # the first token has no context
+    assert f"{row['0']:.3f} | {row['all']:.3f} |" in printed
     assert output_of(script, f"{tmp_path}/a.json") == printed
 
     def copier(x):  # knows nothing but what stood half a window before
@@ -432,5 +431,7 @@ def test_losses_by_position_are_those_of_the_run(shared_run, tmp_path, monkeypat
         logits[:, T // 2 - 1:-1].scatter_(2, x[:, :T // 2, None], 50.0)
         return logits
     monkeypatch.setattr(by_position, "load_model", lambda checkpoint: Mock(eval=lambda: copier))
-    line = output_of(script, f"{tmp_path}/b.json", f"{folder}/last.pt").splitlines()[-1]
-    assert [cell.strip() for cell in line.split("|")[-3:-1]] == ["5.549", "0.000"]  # ln(257)
+    output_of(script, f"{tmp_path}/b.json", f"{folder}/last.pt")
+    [row] = json.loads((tmp_path / "b.json").read_text())
+    assert row["half, read once"] == pytest.approx(math.log(257))
+    assert row["again"] == pytest.approx(0, abs=1e-5)

@@ -1,6 +1,6 @@
-"""What a model gets out of text further back: its validation loss at each position of the context,
-and on a text that is repeated, which a model with induction heads copies (Olsson et al.,
-"In-context learning and induction heads", 2022).
+"""What a model gets out of text further back: its validation loss by the position in the context,
+and on a text that it reads twice, which induction heads copy (Olsson et al., "In-context learning
+and induction heads", 2022).
 
     python -m studies.heads_of_32.by_position FILE.json [CHECKPOINT ...]
 
@@ -9,7 +9,6 @@ Adds the checkpoints to the file, then prints the means over seeds of all that a
 
 import json
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +20,28 @@ from nanolab.common import UserError, run_script
 from nanolab.data import TokenDataset
 from nanolab.study.tables import format_table
 
-EDGES = (0, 16, 32, 64, 96, 128)
+POSITIONS = {f"{a}-{b - 1}": slice(a, b) for a, b in (
+    (0, 16), (16, 32), (32, 64), (64, 96), (96, 128))}
 
 
 @torch.no_grad()
 def measure(path):
-    """The losses of a checkpoint, over the text that its run validated on."""
-    checkpoint = read_checkpoint(path)
+    """The mean losses of a checkpoint, over the text that its run validated on."""
+    checkpoint, losses, repeated = read_checkpoint(path), [], []
     config, model = checkpoint["config"], load_model(checkpoint).eval()
-    data = TokenDataset(config["data_dir"], config["dataset"], "val", config["block_size"],
-                        config["vocab_size"])
-    losses, repeated = [], []  # (T,) of each window; (T - 1,) of its first half, twice
-    for window in range(min(config["eval_tokens"] // config["block_size"], len(data))):
-        x, y = data.batch([window], torch.device("cpu"))
-        twice = x[:, :config["block_size"] // 2].repeat(1, 2)
-        losses.append(F.cross_entropy(model(x)[0], y[0], reduction="none"))
-        repeated.append(F.cross_entropy(model(twice)[0, :-1], twice[0, 1:], reduction="none"))
-    losses, repeated = (torch.stack(each).double().mean(0).tolist() for each in (losses, repeated))
-    return {"name": config["name"], "seed": config["seed"], "n_embd": config["n_embd"],
-            "losses": losses, "repeated": repeated}
+    data = TokenDataset(config["data_dir"], config["dataset"], "val", config["block_size"])
+    half, ids = config["block_size"] // 2, range(config["eval_tokens"] // config["block_size"])
+    for start in range(0, min(len(ids), len(data)), 64):
+        x, y = data.batch(ids[start:min(start + 64, len(data))])
+        twice = x[:, :half].repeat(1, 2)
+        losses.append(F.cross_entropy(model(x).mT, y, reduction="none"))
+        repeated.append(F.cross_entropy(model(twice)[:, :-1].mT, twice[:, 1:], reduction="none"))
+    parts = {name: torch.cat(losses)[:, part] for name, part in POSITIONS.items()}
+    # the first tokens of a copy cannot be told from another text
+    parts["half, read once"] = torch.cat(repeated)[:, 8:half - 1]
+    parts["again"] = torch.cat(repeated)[:, half + 8:]
+    return {"width": config["n_embd"], "recipe": config["name"], "steps": checkpoint["step"],
+            "seed": config["seed"], **{name: part.mean().item() for name, part in parts.items()}}
 
 
 def main():
@@ -49,18 +51,14 @@ def main():
     rows = json.loads(file.read_text()) if file.exists() else []
     if len(sys.argv) > 2:
         rows += map(measure, sys.argv[2:])
-        file.write_text(json.dumps(rows) + "\n")
+        file.write_text(json.dumps(rows, indent=0) + "\n")
     for row in rows:
-        groups.setdefault((f"{row['n_embd']}", row["name"]), []).append(row)
-    table = [["width", "recipe", "n", *(f"{a}-{b - 1}" for a, b in pairwise(EDGES)),
-              "half, from 8 on", "again"]]
-    for key, members in sorted(groups.items()):
-        losses, repeated = (np.mean([row[name] for row in members], axis=0)
-                            for name in ("losses", "repeated"))
-        half = len(losses) // 2
-        parts = [*(losses[a:b] for a, b in pairwise(EDGES)), repeated[8:half - 1],
-                 repeated[half + 8:]]  # a copy has something to go by
-        table.append([*key, str(len(members)), *(f"{part.mean():.3f}" for part in parts)])
+        groups.setdefault(tuple(map(row.pop, ("width", "recipe", "steps"))), []).append(row)
+    names = [name for name in rows[0] if name != "seed"]
+    table = [["width", "recipe", "steps", "n", *names]]
+    for (width, recipe, steps), members in sorted(groups.items()):
+        table.append([f"{width}", recipe, f"{steps:,}", f"{len(members)}", *(
+            f"{np.mean([row[name] for row in members]):.3f}" for name in names)])
     print(format_table(table, markdown=True))
 
 
