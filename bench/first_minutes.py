@@ -3,12 +3,11 @@ H200, half an hour or more on a 3090 (predicted).
 
     python bench/first_minutes.py --nanogpt=nanoGPT --json=first_minutes.json
 
-First it times the card's products, attention and copies (bench/gpu.py), and float16 products with
-32-bit and with 16-bit sums. Then it compiles all variants at once into one cache, as many at a time
-as fit in memory, and times them in turn, A B A B, from the cache. Each row is printed as it is
-known, and the JSON file is written again after each row, so that a call that is cut off still
-counts. Every variant is a run of train.py. "Of the limit" is of V0's. The last loss of V2 to V4
-should be V0's to 1e-3, those of V5 each other's. Close other programs first.
+First it times the card (bench/gpu.py), and float16 products with 32-bit and 16-bit sums. Then it
+compiles all variants at once into one cache, as many at a time as fit in memory, and times them in
+turn, A B A B. The JSON file is written after each row, so a call that is cut off still counts.
+Every variant is a run of train.py. "Of the limit" is of V0's. The last loss of V2 to V4 should be
+V0's to 1e-3, those of V5 each other's. Close other programs first.
 """
 
 import json

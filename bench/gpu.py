@@ -4,9 +4,8 @@
     python bench/gpu.py --nanogpt=nanoGPT      # next to a copy of github.com/karpathy/nanoGPT
     python bench/gpu.py --cards                # the limits of known cards; measures nothing
 
-First it times a large matrix product, attention at the model's shape, and a copy of 2 GB. From
-these rates follows the least time that a step can take (least_seconds). Then train.py runs, and
-nanoGPT if it is given. Prints Markdown. Close other programs on the GPU first.
+It times a large matrix product, attention, and a copy of 2 GB, from which follows the least time
+of a step (least_seconds); then train.py, and nanoGPT if given. Close other programs first.
 """
 
 import sys

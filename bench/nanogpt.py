@@ -4,13 +4,11 @@
     python bench/nanogpt.py nanoGPT --pairs=5
     python bench/nanogpt.py nanoGPT --device=cuda --compile --shapes 12x768-gpt2 --batch_size=12
 
-nanoGPT's side is its model.py with its own optimiser, gradient clipping and batches; nanolab's is
-`python train.py config/bench.py`. Both: no dropout, tied embeddings, AdamW, clipping at 1, and
-bytes of Python's library as tokens; float32 on a CPU, bfloat16 and TF32 on a GPU. As in its own
-training script, nanoGPT has no biases, which nanolab always has, and on a GPU its vocabulary of
-50,257 becomes 50,304. The first three steps are not timed. Threads: OMP_NUM_THREADS, or one a core.
-
-Prints a Markdown table: medians over the pairs, and the ratios with their lowest and highest pair.
+nanoGPT's side is its model.py with its own optimiser, clipping and batches; nanolab's is train.py
+config/bench.py. Both: no dropout, tied embeddings, AdamW, clipping at 1, bytes of Python's library
+as tokens; float32 on a CPU, bfloat16 and TF32 on a GPU. As in its own script, nanoGPT has no
+biases, which nanolab always has, and on a GPU 50,304 tokens for 50,257. Threads: OMP_NUM_THREADS,
+or one a core. Prints medians over the pairs, and the ratios with their lowest and highest pair.
 Close other programs first: they slow down the two sides unequally.
 """
 

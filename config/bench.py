@@ -1,9 +1,5 @@
-# A short timed run: tokens per second, memory, and the time outside forward, backward and
-# optimizer. Its loss means nothing, so it keeps no weights. The GPT-2-small shape by default, any
-# other by flags:
-#
-#     python train.py config/bench.py --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 \
-#         --vocab_size=257
+# A short timed run, of GPT-2 small's shape or, by flags, any other. Its loss means nothing, so it
+# keeps no weights.
 
 name = "bench"
 out_dir = "out/bench"

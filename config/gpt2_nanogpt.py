@@ -1,6 +1,5 @@
-# nanoGPT's train_gpt2, with its values: GPT-2 (124M) on OpenWebText, 295 billion tokens. Published:
-# validation loss about 2.85 after 4 days on eight A100s (nanoGPT's README). Not run here.
-# docs/from_nanogpt.md says what still differs.
+# nanoGPT's train_gpt2, with its values; docs/from_nanogpt.md says what still differs. Published:
+# validation loss about 2.85 on OpenWebText after 4 days on eight A100s. Not run here.
 #
 #     python data/openwebtext/prepare.py                                        # in nanoGPT's clone
 #     torchrun --standalone --nproc_per_node=8 train.py config/gpt2_nanogpt.py \

@@ -1,9 +1,7 @@
 # The small CPU study: every intervention on a 4 x 128 byte-level model of Python's own library, in
-# about a minute on one core. It sets the shape and the budget only; all else is the baseline's, so
-# that config/interventions/ stack on it:
+# about a minute on one core. It sets shape and budget only, so that config/interventions/ stack:
 #
-#     python train.py config/lab.py config/interventions/qkv_bias.py --seed=2 \
-#         --out_dir=out/lab/qkv_bias/2
+#     python train.py config/lab.py config/interventions/qkv_bias.py --out_dir=out/qkv_bias
 
 name = "baseline"
 out_dir = "out/lab_trial"

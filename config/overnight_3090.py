@@ -9,14 +9,12 @@
 #
 # The values are those of modded-nanogpt's records/track_3_optimization, #36, a model of this shape:
 # 3,250 steps of 524,288 tokens end at 3.2787 on llm.c's validation tokens (n = 10). Below, "T3" is
-# its train_gpt_simple.py. Rates: an update of T3's Muon has the size of ours at a rate 0.2
-# sqrt(768) = 5.54 times as low (for the MLP's second matrix half that: ours takes steps twice as
-# large there, as in Liu et al., "Muon is scalable for LLM training", 2025).
-#
-# Expected loss. GPT-2 small has 3.4250 on llm.c's validation tokens and 3.4997 on our test windows,
-# 0.075 more, so 3.28 there is about 3.355 here. That leaves 0.14 for where we differ from T3: five
-# Newton-Schulz steps, not twelve; rope over the whole head with base 10,000, not over half of it
-# with 1,024; no bias in the head, which starts at random, not at zero.
+# its train_gpt_simple.py. An update of T3's Muon has the size of ours at a rate 0.2 sqrt(768) =
+# 5.54 times as low (for the MLP's second matrix half that, as in Liu et al., "Muon is scalable for
+# LLM training", 2025). On our test windows GPT-2 small has 0.075 more than on llm.c's tokens, so
+# 3.28 there is about 3.355 here. That leaves 0.14 for where we differ: five Newton-Schulz steps,
+# not twelve; rope over the whole head with base 10,000, not over half of it with 1,024; no bias in
+# the head, which starts at random, not at zero.
 #
 # Predicted (docs/gpu.md): 9.4 hours at 51,000 tokens/s; 18 of 24 GB, 10 with --batch_size=16. At
 # the published run's 22,421 it takes 21 hours. Where a night is too short, give fewer steps: T3's

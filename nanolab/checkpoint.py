@@ -21,7 +21,6 @@ from nanolab.distributed import print0
 from nanolab.options import check
 
 CHECKPOINT_FORMAT = 1
-OLD_NAMES = {"value_share": "v0_lambda", "embedding_share": "ve_lambda"}  # of parameters
 
 
 def checkpoint_file(path):
@@ -53,8 +52,9 @@ def checked(checkpoint, path):
             and isinstance(checkpoint["config"], dict) and are_weights(checkpoint["model"])):
         raise UserError(f"{path} is no checkpoint of nanolab or nanoGPT that this nanolab reads")
     config = {**vars(Config()), **checked_options(checkpoint["config"], path)}
-    for key in {"model", "training_model"} & checkpoint.keys():
-        checkpoint[key] = {with_new_name(name): p for name, p in checkpoint[key].items()}
+    for key in {"model", "training_model"} & checkpoint.keys():  # some have old names
+        checkpoint[key] = {name.replace(".value_share", ".v0_lambda").replace(
+            ".embedding_share", ".ve_lambda"): p for name, p in checkpoint[key].items()}
     return {**checkpoint, "path": str(path), "config": config}
 
 
@@ -68,11 +68,6 @@ def checked_options(options, source):
         raise UserError(f"{source} has the option {unknown[0]}, which this nanolab does not have; "
                         "use the nanolab that made it")
     return {key: check(OPTIONS[key], value, source) for key, value in options.items()}
-
-
-def with_new_name(name):
-    module, _, parameter = name.rpartition(".")
-    return f"{module}.{OLD_NAMES[parameter]}" if parameter in OLD_NAMES else name
 
 
 def load_model(checkpoint):

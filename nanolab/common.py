@@ -111,12 +111,6 @@ class OutputThatMayFail:
     def __init__(self, stream):
         self.stream = stream
 
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
     def attempt(self, function, *args):
         try:
             function(*args)
@@ -124,7 +118,8 @@ class OutputThatMayFail:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
-        return getattr(self.stream, name)
+        value = getattr(self.stream, name)
+        return functools.partial(self.attempt, value) if name in ("write", "flush") else value
 
 
 class StopSignal:

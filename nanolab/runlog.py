@@ -1,7 +1,6 @@
 """What a run reports: log.jsonl, the progress bar, samples, Weights & Biases, loss.png and
 report.html, summary.json; and the clock behind it."""
 
-import html
 import json
 import math
 import os
@@ -157,9 +156,6 @@ class RunLog:
                            "kept until there is room", file=sys.stderr)
         if self.tracker:
             values = {key: value for key, value in entry.items() if key != "step"}
-            if "sample" in entry:
-                from wandb import Html
-                values["sample"] = Html(f"<pre>{html.escape(entry['sample'])}</pre>")
             self.tracker.log(values, step=entry["step"])
 
     def summary(self, best_val_loss):

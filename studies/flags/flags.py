@@ -15,19 +15,11 @@ import numpy as np
 from scipy.stats import binomtest
 
 from nanolab.common import UserError, run_script
-from nanolab.study.runs import read_file
+from nanolab.study.runs import group_by_experiment, losses_by_seed, read_file
 from nanolab.study.stats import standard_error
 from nanolab.study.tables import format_table
 
 BASELINE = "modern"
-
-
-def read_losses(path):
-    """-> {flag: {seed: validation loss}}"""
-    losses = {}
-    for run in read_file(path, "val_loss"):
-        losses.setdefault(run["name"], {})[run["config"]["seed"]] = run["val_loss"]
-    return losses
 
 
 def compare(name, sizes):
@@ -63,7 +55,8 @@ def main():
     what = {"choose": choose, "agreement": agreement}.get("".join(sys.argv[1:2]))
     if not what or len(sys.argv) != 4:
         raise UserError("name choose or agreement, and two results files", exit_code=2)
-    sizes = [read_losses(path) for path in sys.argv[2:]]
+    sizes = [{flag: losses_by_seed(runs, "val_loss") for flag, runs in
+              group_by_experiment(read_file(path, "val_loss")).items()} for path in sys.argv[2:]]
     labels = [Path(path).stem.split("_")[-1] for path in sys.argv[2:]]
     print(what({name: compare(name, sizes) for name in sizes[0]
                 if name in sizes[1] and name != BASELINE}, labels))

@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Each newer flag alone on the ladder's modern recipe at its two smallest sizes, by validation loss;
-# then what helped, together, at the third size, on the test split: `stack` with the recipe's
-# values, `stack_tuned` with those that the trials on record found (README.md). Then the chosen ones
-# again, on the recipe of studies/heads_of_32. Needs `python prepare.py pypi`, once. Writes
-# out/flags/ and out/flags_*.json; prints the tables.
+# then what helped, together, at the third, on the test split: `stack` with the recipe's values,
+# `stack_tuned` with those of the trials on record (README.md). Then the chosen ones again, on the
+# recipe of studies/heads_of_32. Needs `python prepare.py pypi`. Writes out/flags*; prints tables.
 set -euo pipefail
 
 # these runs are older than the bound of attention logits, and all are older than what they found

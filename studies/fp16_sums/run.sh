@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# What 16-bit sums do, emulated on a CPU. Needs `python prepare.py pypi`, once. First the relative
-# errors of products and gradients: about five minutes and 7 GB. Then the ladder's recipe `modern`
-# at 2x64, five seeds, with sums in 32 bits and in 16: about 45 core-minutes on an AMD EPYC. Writes
-# out/fp16_sums*; prints the tables. Run it again after an interruption: it goes on. `run.sh 3x80`:
-# the next size, about 3 core-hours, by validation loss.
+# What 16-bit sums do, emulated on a CPU. Needs `python prepare.py pypi`. First the relative errors
+# of products and gradients: five minutes, 7 GB. Then the ladder's `modern` at 2x64, five seeds, with
+# sums in 32 bits and in 16: 45 core-minutes on an AMD EPYC. Writes out/fp16_sums*; prints the
+# tables. `run.sh 3x80`: the next size, about 3 core-hours, by validation loss.
 set -euo pipefail
 export OMP_NUM_THREADS=1
 size=${1:-2x64}

@@ -1,10 +1,8 @@
-"""What a model gets out of text further back: its validation loss by the position in the context,
-and on a text that it reads twice, which induction heads copy (Olsson et al., "In-context learning
-and induction heads", 2022).
+"""What a model gets out of text further back: its losses by the position in the context, and on a
+text that it reads twice, which induction heads copy (Olsson et al., "In-context learning and
+induction heads", 2022). Adds checkpoints to a file, and prints the means over seeds of its rows.
 
     python -m studies.heads_of_32.by_position FILE.json [CHECKPOINT ...]
-
-Adds the checkpoints to the file, then prints the means over seeds of all that are in it.
 """
 
 import json

@@ -2,9 +2,8 @@
 # The ladder's recipes with heads of 32 and attention logits up to 12, each step of the stack alone:
 # two blocks, 20 tokens a parameter. First rates at 2x32, one seed each, by validation loss; then
 # runs at the best of these. `rope`, which the ladder has not, is tried with the values of both its
-# neighbours. Rates at 64 are the ladder's, at 96 those of its law. Needs `python prepare.py pypi`,
-# once. Writes out/heads_of_32/ and out/heads_of_32_*.json. `run.sh gpu` goes on, on one GPU, at 2.3
-# to 19.6 million parameters: NOT RUN YET.
+# neighbours. Rates at 64 are the ladder's, above those of its law. Needs `python prepare.py pypi`.
+# Writes out/heads_of_32*. `run.sh gpu` goes on, at 2.3 to 19.6 million parameters: NOT RUN YET.
 set -euo pipefail
 
 first="--weight_decay=0.0196 --beta2=0.9995 --warmup_fraction=0"  # published's
