@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What 16-bit sums do, emulated on a CPU. Needs `python prepare.py pypi`. First the relative errors
-# of products and gradients: five minutes, 7 GB. Then the ladder's `modern` at 2x64, five seeds, with
+# of products and gradients: five minutes, 7 GB. Then the ladder's `modern` at 2x64, 5 seeds, with
 # sums in 32 bits and in 16: 45 core-minutes on an AMD EPYC. Writes out/fp16_sums*; prints the
 # tables. `run.sh 3x80`: the next size, about 3 core-hours, by validation loss.
 set -euo pipefail

@@ -238,8 +238,8 @@ def format_analysis(result):
         fractions.append([ours[0], theirs[0], f"{ours[1]:,}", f"{fraction:.3f}",
                           format_interval(limits, ".3f")])
     tables = {
-        f"Laws over {len(result['fitted'])} sizes, {smallest} to {max(result['fitted'], default=0):,}"
-        f" parameters, and their predictions for {result['target']:,}. The line: through the last "
+        f"Laws over {len(result['fitted'])} sizes, {smallest} to "
+        f"{max(result['fitted'], default=0):,} parameters, and their predictions for {result['target']:,}. The line: through the last "
         "two of these sizes, on logarithmic axes. The intervals cover the seeds, not a law of "
         "another form.": laws,
         "Differences in loss, seed by seed. Each interval is for one test.": differences,
