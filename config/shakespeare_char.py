@@ -1,5 +1,5 @@
 # nanoGPT's train_shakespeare_char, with its values; docs/from_nanogpt.md says what still differs.
-# Published: validation loss 1.4697, 3 minutes on an A100. Not run here; shakespeare_char_cpu.py was.
+# Published: validation loss 1.4697, 3 minutes on an A100. Not run here; the CPU version was.
 #
 #     python data/shakespeare_char/prepare.py                                   # in nanoGPT's clone
 #     python train.py config/shakespeare_char.py --data_dir=PATH_OF_NANOGPT/data
