@@ -240,8 +240,8 @@ def format_analysis(result):
     tables = {
         f"Laws over {len(result['fitted'])} sizes, {smallest} to "
         f"{max(result['fitted'], default=0):,} parameters, and their predictions for "
-        f"{result['target']:,}. The line: through the last two of these sizes, on logarithmic axes. "
-        "The intervals cover the seeds, not a law of another form.": laws,
+        f"{result['target']:,}. The line: through the last two of these sizes, on logarithmic "
+        "axes. The intervals cover the seeds, not a law of another form.": laws,
         "Differences in loss, seed by seed. Each interval is for one test.": differences,
         "With which fraction of the other recipe's tokens a recipe reaches its loss, by a line "
         "over ln(tokens) between its own budgets. The intervals cover the seeds and, on the test "
