@@ -73,7 +73,7 @@ arms=()
 for n in 1 2 4 8; do
   arms+=("published_$n=--n_head=$n" "rope_$n=$rope $second --learning_rate=0.0158 --n_head=$n")
 done
-study heads 64 2_816_000 --validation --seeds=3 --learning_rate=0.0120 --n_head=1 \
+study heads 64 2_816_000 --validation --seeds=2 --learning_rate=0.0120 --n_head=1 \
   --baseline=published_1 --arms "${arms[@]:1}"
 python -m studies.heads_of_32.by_position out/heads_of_32_positions.json \
   out/heads_of_32/runs_{128,192}/*/*/best.pt out/heads_of_32/{why_128,heads_64}/*/1/best.pt
