@@ -43,13 +43,13 @@ def measure(path):
 
 
 def main():
-    if len(sys.argv) < 2:
-        raise UserError("name a results file", exit_code=2)
-    file, groups = Path(sys.argv[1]), {}
-    rows = json.loads(file.read_text()) if file.exists() else []
+    file, groups = Path(*sys.argv[1:2]), {}
+    rows = json.loads(file.read_text()) if file.is_file() else []
     if len(sys.argv) > 2:
         rows += map(measure, sys.argv[2:])
         file.write_text(json.dumps(rows, indent=0) + "\n")
+    if not rows:
+        raise UserError("name a results file that is there, or checkpoints to measure", exit_code=2)
     for row in rows:
         groups.setdefault(tuple(map(row.pop, ("width", "recipe", "steps"))), []).append(row)
     names = [name for name in rows[0] if name != "seed"]
