@@ -19,17 +19,15 @@ study() {  # NAME WIDTH TOKENS FLAGS...
     --json=out/heads_of_32_$1_$2.json "${@:4}"
 }
 
-rates() {  # WIDTH TOKENS, and the rates of published, of the two with rope, of modern
+rates() {  # NAME WIDTH TOKENS, rates of published, rope_first, rope, rope_qk_norm, modern; seed 1
   arms=()
-  for rate in $3; do arms+=("published_$rate=--learning_rate=$rate"); done
-  for rate in $4; do
-    arms+=("rope_first_$rate=$rope $first --learning_rate=$rate"
-      "rope_$rate=$rope $second --learning_rate=$rate"
-      "rope_qk_norm_$rate=$rope_qk_norm $second --learning_rate=$rate")
-  done
-  for rate in $5; do arms+=("modern_$rate=$modern --learning_rate=$rate"); done
-  study rates $1 $2 --learning_rate=${3%% *} --validation --seeds=1 \
-    --baseline="${arms[0]%%=*}" --arms "${arms[@]:1}"
+  for rate in $4; do arms+=("published_$rate=--learning_rate=$rate"); done
+  for rate in $5; do arms+=("rope_first_$rate=$rope $first --learning_rate=$rate"); done
+  for rate in $6; do arms+=("rope_$rate=$rope $second --learning_rate=$rate"); done
+  for rate in $7; do arms+=("rope_qk_norm_$rate=$rope_qk_norm $second --learning_rate=$rate"); done
+  for rate in $8; do arms+=("modern_$rate=$modern --learning_rate=$rate"); done
+  study $1 $2 $3 --learning_rate=${4%% *} --validation --seeds=1 --baseline="${arms[0]%%=*}" \
+    --arms "${arms[@]:1}"
 }
 
 # 243 PFLOP: 34 minutes where two runs together reach 120 TFLOP/s; `nvidia-cuda-mps-control -d` lets
@@ -50,7 +48,9 @@ if [ "${1:-}" = gpu ]; then
   exit
 fi
 
-rates 32 916_480 "0.0123 0.0246 0.0492" "0.0153 0.0306 0.0612" "0.02085 0.0417 0.0834 0.1668"
+three="0.0153 0.0306 0.0612"
+rates rates 32 916_480 "0.0123 0.0246 0.0492" "$three" "$three" "$three" \
+  "0.02085 0.0417 0.0834 0.1668"
 runs() {  # WIDTH TOKENS SEEDS, the rates of published, rope and modern, more flags and arms
   study runs $1 $2 --seeds=$3 --learning_rate=$4 --baseline=published "${@:7}" --arms \
     rope="$rope $second --learning_rate=$5" modern="$modern --learning_rate=$6"
@@ -59,9 +59,9 @@ runs() {  # WIDTH TOKENS SEEDS, the rates of published, rope and modern, more fl
 third=rope_qk_norm="$rope_qk_norm $second"
 runs 32 916_480 5 0.0246 0.0306 0.0834 --arms "$third --learning_rate=0.0306"
 runs 64 2_816_000 5 0.0120 0.0158 0.0284 --validation --arms "$third --learning_rate=0.0158"
-runs 96 5_698_560 3 0.0082 0.0078 0.0157 --validation --arms "$third --learning_rate=0.0078"
+runs 96 5_698_560 5 0.0082 0.0078 0.0157 --validation --arms "$third --learning_rate=0.0078"
 runs 128 9_564_160 3 0.0059 0.0051 0.0113 --validation
-runs 192 20_244_480 1 0.0036 0.0028 0.0070 --validation
+runs 192 20_244_480 3 0.0036 0.0028 0.0070 --validation
 # why does rope lose at 2x128? seed 1
 study why 128 9_564_160 --validation --seeds=1 $second --position=rope --learning_rate=0.0051 \
   --n_head=2 --baseline=rope_heads_of_64 --arms rope_heads_of_16=--n_head=8 \
@@ -73,16 +73,26 @@ arms=()
 for n in 1 2 4 8; do
   arms+=("published_$n=--n_head=$n" "rope_$n=$rope $second --learning_rate=0.0158 --n_head=$n")
 done
-study heads 64 2_816_000 --validation --seeds=2 --learning_rate=0.0120 --n_head=1 \
+study heads 64 2_816_000 --validation --seeds=3 --learning_rate=0.0120 --n_head=1 \
   --baseline=published_1 --arms "${arms[@]:1}"
 python -m studies.heads_of_32.by_position out/heads_of_32_positions.json \
   out/heads_of_32/runs_{128,192}/*/*/best.pt out/heads_of_32/{why_128,heads_64}/*/1/best.pt
-# half and twice these rates, seed 1
-study checks 96 5_698_560 --learning_rate=0.0041 --baseline=published_0.0041 --validation \
-  --seeds=1 --arms published_0.0164=--learning_rate=0.0164 \
-  rope_0.0039="$rope $second --learning_rate=0.0039" \
-  rope_0.0156="$rope $second --learning_rate=0.0156" \
-  modern_0.00785="$modern --learning_rate=0.00785" modern_0.0314="$modern --learning_rate=0.0314"
+# half and twice these rates; twice those of two at 2x128 are above
+rates checks 96 5_698_560 "0.0041 0.0164" "" "0.0039 0.0156" "0.0039 0.0156" "0.00785 0.0314"
+rates checks 128 9_564_160 0.00295 "" 0.00255 "" "0.00565 0.0226"
+
+arms=()  # other weight decays, beta2 and warm-ups than the trials' at 2x64
+for recipe in "published=$first --learning_rate=0.0246" "rope=$rope $second --learning_rate=0.0306" \
+  "rope_qk_norm=$rope_qk_norm $second --learning_rate=0.0306" "modern=$modern --learning_rate=0.0834"
+do
+  arms+=("$recipe")
+  for flag in weight_decay={0.005,0.03,0.08,0.4} beta2={0.95,0.99,0.9995} warmup_fraction={0.02,0.1}
+  do
+    [[ $recipe = *"--$flag "* ]] || arms+=("${recipe%%=*}_${flag/=/_}=${recipe#*=} --$flag")
+  done
+done
+study around 32 916_480 --validation --seeds=3 --learning_rate=0.0246 --baseline=published \
+  --arms "${arms[@]:1}"
 
 values() {  # WIDTH TOKENS, two rates of rope with published's values, published's rate
   study values $1 $2 --validation --seeds=3 --position=rope --learning_rate=$3 \
@@ -105,6 +115,8 @@ fewer() {  # WIDTH TOKENS SEEDS, and the rates of rope and modern, on a half and
 
 fewer 32 916480 5 0.0306 0.0834
 fewer 64 2816000 3 0.0158 0.0284
+fewer 96 5698560 3 0.0078 0.0157
+fewer 128 9564160 3 0.0051 0.0113
 python study.py out/heads_of_32/fewer --validation --json=out/heads_of_32_fewer.json
 python -m studies.ladder.scaling out/heads_of_32_{runs_{32,64,96,128,192},fewer}.json --validation \
   --against published rope_qk_norm rope
