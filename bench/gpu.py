@@ -1,11 +1,10 @@
 """What a training step reaches of what the card allows, measured in one call.
 
     python bench/gpu.py                        # GPT-2 small's shape, tied, 12 x 1,024 tokens a step
-    python bench/gpu.py --nanogpt=nanoGPT      # next to a copy of github.com/karpathy/nanoGPT
     python bench/gpu.py --cards                # the limits of known cards; measures nothing
 
 It times a large matrix product, attention, and a copy of 2 GB, from which follows the least time
-of a step (least_seconds); then train.py, and nanoGPT if given. Close other programs first.
+of a step (least_seconds); then train.py. bench/nanogpt.py compares it. Close other programs first.
 """
 
 import sys
@@ -16,8 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
-from bench.nanogpt import (describe, flags_of, nanogpt_folder, print_row, run_nanogpt, run_nanolab,
-                           shape_of)
+from bench.nanogpt import describe, flags_of, print_row, run_nanolab, shape_of
 from nanolab.common import argument_parser, run_script
 from nanolab.distributed import World, autocast_dtype, pick_device
 from nanolab.runlog import matmul_peak, shortest
@@ -60,7 +58,6 @@ def least_seconds(shape, rates):
 
 def main():
     parser = argument_parser(__doc__)
-    parser.add_argument("--nanogpt", type=nanogpt_folder, metavar="PATH", help="a copy of nanoGPT")
     parser.add_argument("--cards", action="store_true", help="print the limits of known cards")
     parser.add_argument("--batch_size", type=int, default=12, help="default: %(default)s")
     args = parser.parse_args()
@@ -77,9 +74,6 @@ def main():
         return
     limit = tokens_per_second(shape, rates["the limit"])
     print_row("nanolab", *[""] * 5, *cells(run_nanolab([*flags_of(shape), "--device=cuda"]), limit))
-    if args.nanogpt:
-        print_row("nanoGPT", *[""] * 5,
-                  *cells(run_nanogpt(shape, True, "cuda", args.nanogpt), limit))
 
 
 def tokens_per_second(shape, rates):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from nanolab.common import write_atomically
-from nanolab.log import curve
 
 VIEWS = {"loss": "loss in nats per token: lines training, circles validation", "difference": "",
          "learning_rate": "learning rate", "gradient_norm": "gradient norm"}

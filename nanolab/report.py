@@ -29,7 +29,6 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid {G
 :focus-visible {{ outline: 3px solid #3a8fc7; outline-offset: 2px }}
 """
 
-
 ZOOMING = "Drag to move. Shift and the wheel zoom. A double-click goes back."
 
 

@@ -6,8 +6,6 @@ import sys
 import types
 from unittest.mock import Mock
 
-import pytest
-
 import nanolab.runlog
 import nanolab.start
 from conftest import logged, read_json, stop_at

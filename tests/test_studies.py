@@ -41,8 +41,8 @@ RECORDED = {
     "flags": ["2x32", "2x48", "stack", "again_2x32", "again_2x64", "again_2x96"],
     "modern": ["alone", "later", "core", "small_1x", "small_2x", "wide_tuned", "wide_trials"],
     "heads_of_32": ["rates_32", "runs_32", "runs_64", "runs_96", "runs_128", "runs_192",
-                    "checks_96", "why_128", "heads_64", "values_32", "values_64", "values_96",
-                    "fewer"]}
+                    "checks_96", "checks_128", "why_128", "heads_64", "around_32", "values_32",
+                    "values_64", "values_96", "fewer"]}
 
 # Instead of Python and torchrun: writes the command line down.
 FAKE = """#!/bin/sh

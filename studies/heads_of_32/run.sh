@@ -51,35 +51,34 @@ fi
 three="0.0153 0.0306 0.0612"
 rates rates 32 916_480 "0.0123 0.0246 0.0492" "$three" "$three" "$three" \
   "0.02085 0.0417 0.0834 0.1668"
-runs() {  # WIDTH TOKENS SEEDS, the rates of published, rope and modern, more flags and arms
-  study runs $1 $2 --seeds=$3 --learning_rate=$4 --baseline=published "${@:7}" --arms \
-    rope="$rope $second --learning_rate=$5" modern="$modern --learning_rate=$6"
+runs() {  # WIDTH TOKENS SEEDS, the rates of published, rope, modern and rope_qk_norm, more flags
+  study runs $1 $2 --seeds=$3 --learning_rate=$4 --baseline=published "${@:8}" --arms \
+    rope="$rope $second --learning_rate=$5" modern="$modern --learning_rate=$6" \
+    ${7:+"rope_qk_norm=$rope_qk_norm $second --learning_rate=$7"}
 }
 
-third=rope_qk_norm="$rope_qk_norm $second"
-runs 32 916_480 5 0.0246 0.0306 0.0834 --arms "$third --learning_rate=0.0306"
-runs 64 2_816_000 5 0.0120 0.0158 0.0284 --validation --arms "$third --learning_rate=0.0158"
-runs 96 5_698_560 5 0.0082 0.0078 0.0157 --validation --arms "$third --learning_rate=0.0078"
-runs 128 9_564_160 3 0.0059 0.0051 0.0113 --validation
-runs 192 20_244_480 3 0.0036 0.0028 0.0070 --validation
+runs 32 916_480 5 0.0246 0.0306 0.0834 0.0306
+runs 64 2_816_000 5 0.0120 0.0158 0.0284 0.0158 --validation
+runs 96 5_698_560 5 0.0082 0.0078 0.0157 0.0078 --validation
+runs 128 9_564_160 3 0.0059 0.0051 0.0113 "" --validation
+runs 192 20_244_480 3 0.0036 0.0028 0.0070 "" --validation
 # why does rope lose at 2x128? seed 1
 study why 128 9_564_160 --validation --seeds=1 $second --position=rope --learning_rate=0.0051 \
   --n_head=2 --baseline=rope_heads_of_64 --arms rope_heads_of_16=--n_head=8 \
-  rope_bias="--n_head=4 --qkv_bias=True" rope_0.0102="--n_head=4 --learning_rate=0.0102" \
+  rope_bias="--n_head=4 --qkv_bias=True" \
   published_heads_of_64="--position=learned $first --learning_rate=0.0059" \
-  published_heads_of_16="--position=learned $first --learning_rate=0.0059 --n_head=8" \
-  published_0.0118="--position=learned $first --learning_rate=0.0118 --n_head=4"
+  published_heads_of_16="--position=learned $first --learning_rate=0.0059 --n_head=8"
 arms=()
 for n in 1 2 4 8; do
   arms+=("published_$n=--n_head=$n" "rope_$n=$rope $second --learning_rate=0.0158 --n_head=$n")
 done
 study heads 64 2_816_000 --validation --seeds=3 --learning_rate=0.0120 --n_head=1 \
   --baseline=published_1 --arms "${arms[@]:1}"
-python -m studies.heads_of_32.by_position out/heads_of_32_positions.json \
-  out/heads_of_32/runs_{128,192}/*/*/best.pt out/heads_of_32/{why_128,heads_64}/*/1/best.pt
-# half and twice these rates; twice those of two at 2x128 are above
+# half and twice these rates
 rates checks 96 5_698_560 "0.0041 0.0164" "" "0.0039 0.0156" "0.0039 0.0156" "0.00785 0.0314"
-rates checks 128 9_564_160 0.00295 "" 0.00255 "" "0.00565 0.0226"
+rates checks 128 9_564_160 "0.00295 0.0118" "" "0.00255 0.0102" "" "0.00565 0.0226"
+python -m studies.heads_of_32.by_position out/heads_of_32_positions.json \
+  out/heads_of_32/{runs_{128,192}/*/*,{why_128,heads_64,checks_128}/*/1}/best.pt
 
 arms=()  # other weight decays, beta2 and warm-ups than the trials' at 2x64
 for recipe in "published=$first --learning_rate=0.0246" "rope=$rope $second --learning_rate=0.0306" \
@@ -106,10 +105,8 @@ values 96 5_698_560 0.0041 0.0082 0.0082
 
 fewer() {  # WIDTH TOKENS SEEDS, and the rates of rope and modern, on a half and a quarter of TOKENS
   for part in 2 4; do
-    python study.py config/cloud.py config/ladder.py $second --n_layer=2 --n_embd=$1 \
-      --n_head=$(($1 / 32)) --max_tokens=$(($2 / part)) --jobs="${JOBS:-2}" --validation \
-      --seeds=$3 --position=rope --learning_rate=$4 --out="out/heads_of_32/fewer/$1_1_$part" \
-      --baseline=rope --arms modern="$modern --position=rope --learning_rate=$5"
+    study fewer/$part $1 $(($2 / part)) $second --validation --seeds=$3 --position=rope --json= \
+      --learning_rate=$4 --baseline=rope --arms modern="$modern --position=rope --learning_rate=$5"
   done
 }
 
