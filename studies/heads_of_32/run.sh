@@ -61,7 +61,7 @@ runs 32 916_480 5 0.0246 0.0306 0.0834 0.0306
 runs 64 2_816_000 5 0.0120 0.0158 0.0284 0.0158 --validation
 runs 96 5_698_560 5 0.0082 0.0078 0.0157 0.0078 --validation
 runs 128 9_564_160 3 0.0059 0.0051 0.0113 "" --validation
-runs 192 20_244_480 3 0.0036 0.0028 0.0070 "" --validation
+runs 192 20_244_480 2 0.0036 0.0028 0.0070 "" --validation
 # why does rope lose at 2x128? seed 1
 study why 128 9_564_160 --validation --seeds=1 $second --position=rope --learning_rate=0.0051 \
   --n_head=2 --baseline=rope_heads_of_64 --arms rope_heads_of_16=--n_head=8 \
