@@ -59,9 +59,8 @@ def least_seconds(shape, rates):
 def main():
     parser = argument_parser(__doc__)
     parser.add_argument("--cards", action="store_true", help="print the limits of known cards")
-    parser.add_argument("--batch_size", type=int, default=12, help="default: %(default)s")
     args = parser.parse_args()
-    shape = shape_of("12x768-gpt2", "cuda", args.batch_size)
+    shape = shape_of("12x768-gpt2", "cuda", batch_size=12)
     rates = CARDS if args.cards else {"the limit": print_rates(shape)}
     print_row("", "products, ms", "attention, ms", "other kernels, ms", "update, ms", "step, ms",
               "tokens/s", "of the limit", "peak memory, MB")

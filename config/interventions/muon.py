@@ -3,9 +3,8 @@
 # is scalable for LLM training", 2025). Not in the published study; modded-nanogpt measured -0.065
 # nats over 5,100 steps of a 124M model (2024-10-29_Optimizers).
 #
-# It needs a learning rate of its own: in the lab Muon was best at 8e-3 and AdamW at 4e-3, both on
-# config/cloud.py (studies/modern/README.md). At a rate tuned for AdamW the comparison is not fair
-# to it; at the baseline's 4e-4 it is far from its best. So set one after this file:
+# It needs a learning rate of its own, set after this file. In the lab Muon was best at 8e-3 and
+# AdamW at 4e-3, both on config/cloud.py (studies/modern/README.md):
 #
 #     python train.py config/lab.py config/cloud.py config/interventions/muon.py \
 #         --batch_size=8 --learning_rate=8e-3
