@@ -72,7 +72,7 @@ arms=()
 for n in 1 2 4 8; do
   arms+=("published_$n=--n_head=$n" "rope_$n=$rope $second --learning_rate=0.0158 --n_head=$n")
 done
-study heads 64 2_816_000 --validation --seeds=3 --learning_rate=0.0120 --n_head=1 \
+study heads 64 2_816_000 --validation --seeds=2 --learning_rate=0.0120 --n_head=1 \
   --baseline=published_1 --arms "${arms[@]:1}"
 # half and twice these rates
 rates checks 96 5_698_560 "0.0041 0.0164" "" "0.0039 0.0156" "0.0039 0.0156" "0.00785 0.0314"
@@ -112,8 +112,6 @@ fewer() {  # WIDTH TOKENS SEEDS, and the rates of rope and modern, on a half and
 
 fewer 32 916480 5 0.0306 0.0834
 fewer 64 2816000 3 0.0158 0.0284
-fewer 96 5698560 3 0.0078 0.0157
-fewer 128 9564160 3 0.0051 0.0113
 python study.py out/heads_of_32/fewer --validation --json=out/heads_of_32_fewer.json
 python -m studies.ladder.scaling out/heads_of_32_{runs_{32,64,96,128,192},fewer}.json --validation \
   --against published rope_qk_norm rope
